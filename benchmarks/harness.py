@@ -1,0 +1,151 @@
+"""What every benchmark shares: the machine, compiling and timing, its matrix rate, tables and result files.
+
+Times are only comparable within one run, so contenders take turns; a result file says what it was measured on.
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+
+
+class Program(NamedTuple):
+    """A compiled function and what compiling it took."""
+
+    run: Callable[..., Any]
+    trace_s: float  # Python to StableHLO
+    compile_s: float  # StableHLO to the machine's code
+    stablehlo_lines: int
+    hlo_lines: int  # after the compiler's passes
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, versions and settings that a time depends on."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),  # of the machine as the run began: above 0, others were at work
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "flags": {name: os.environ[name] for name in ("XLA_FLAGS", "OPENBLAS_NUM_THREADS") if name in os.environ},
+    }
+
+
+def compile_program(fn: Callable[..., Any], *args: Any, donate: Sequence[int] = ()) -> Program:
+    """Trace and compile ``fn(*args)``, each timed; arguments at ``donate`` give their memory to the results."""
+    began = time.perf_counter()
+    lowered = jax.jit(fn, donate_argnums=tuple(donate)).lower(*args)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    lines = [len(text.splitlines()) for text in (lowered.as_text(), compiled.as_text() or "")]
+    return Program(compiled, traced - began, done - traced, *lines)
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[Any], Any]], rounds: int, make_input: Callable[[int], Any], progress: str = ""
+) -> dict[str, list[float]]:
+    """Seconds of each call of each of ``runs`` over ``rounds`` rounds, in which they take turns.
+
+    Round ``i`` hands every run ``make_input(i)``, ready before the clock starts; the clock stops when the result is
+    ready. Who goes first changes with the round. ``progress`` names the rounds in a line on the terminal.
+    """
+    names, times = list(runs), {name: [] for name in runs}
+    for i in range(rounds):
+        given = jax.block_until_ready(make_input(i))
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            began = time.perf_counter()
+            jax.block_until_ready(runs[name](given))
+            times[name].append(time.perf_counter() - began)
+        if progress:
+            print(f"\r{progress} {i + 1}/{rounds}", end="" if i + 1 < rounds else "\n", flush=True)
+    return times
+
+
+def matrix_product(m: int, k: int, n: int) -> Callable[[Any], Any]:
+    """A compiled float32 product of ``(m, k)`` and ``(k, n)``, as a run for `interleaved`: it ignores its input."""
+    left, right = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((m, k), (k, n))))
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(left, right))
+    return lambda _: product(left, right)
+
+
+def gflops_per_second(m: int, k: int, n: int, seconds: Sequence[float]) -> float:
+    """The rate of a `matrix_product`, from its median time."""
+    return 2e-9 * m * k * n / statistics.median(seconds)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays in ``tree``; arrays may be ``jax.ShapeDtypeStruct``."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def write_results(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``payload`` to ``folder/name.json``, floats to four significant digits, and return the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(_rounded(payload), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """``rows`` as aligned text; ``columns`` maps a key of the rows to its heading. None shows as nothing."""
+    cells = [list(columns.values())] + [[_cell(row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 100
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,91 @@
+"""The options of `train_gpt.py`: what they are, what they may be, how a command line sets them."""
+
+import argparse
+import dataclasses
+import math
+from typing import Any
+
+from optimizers import METHODS, find_method
+
+DTYPES = ("float32", "bfloat16")
+COUNTS = ("steps", "batch", "context", "layers", "width", "heads", "vocab", "refresh", "eval_every", "eval_batches")
+
+
+def option(default: Any, help: str, kind: type | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "type": kind or type(default)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What defines a run. Each field is a command-line option; the defaults are the preset ``cpu``."""
+
+    preset: str = option("cpu", "the defaults of all other options")
+    data: str = option("stdlib", "stdlib (the Python library's sources), shakespeare, a text file or a folder of them")
+    optimizer: str = option("soap", f"one of {', '.join(METHODS)}")
+    lr: float = option(None, "peak learning rate; by default the optimizer's own", float)
+    warmup: int = option(None, "steps of warm-up before the cosine; by default a tenth of all, 100 at most", int)
+    weight_decay: float = option(0.1, "decoupled weight decay")
+    refresh: int = option(10, "steps between two renewals of a preconditioner")
+    steps: int = option(1000, "optimizer steps")
+    batch: int = option(16, "windows of text a step")
+    context: int = option(64, "characters a window")
+    layers: int = option(4, "transformer blocks")
+    width: int = option(128, "width of the residual stream")
+    heads: int = option(4, "attention heads")
+    dropout: float = option(0.0, "dropout rate")
+    dtype: str = option("float32", f"type of the computation, {' or '.join(DTYPES)}; parameters stay float32")
+    vocab: int = option(96, "characters with a symbol of their own; all rarer ones share one")
+    seed: int = option(0, "of the initial parameters, the batches and the dropout")
+    eval_every: int = option(100, "steps between two evaluations, each with a checkpoint")
+    eval_batches: int = option(20, "batches that an evaluation averages over, always the same")
+
+    def resolve(self) -> "Config":
+        """Fills in what is None and checks everything. Raises `ValueError`, which names the option."""
+        config = dataclasses.replace(
+            self,
+            lr=find_method(self.optimizer).learning_rate if self.lr is None else self.lr,
+            warmup=min(100, self.steps // 10) if self.warmup is None else self.warmup,
+        )
+        check(config)
+        return config
+
+
+SHAKESPEARE_CHAR = Config(
+    preset="shakespeare-char", data="shakespeare", steps=5000, eval_every=250, batch=64, context=256, layers=6,
+    width=384, heads=6, dropout=0.2,
+)  # fmt: skip
+PRESETS = {config.preset: config for config in (Config(), SHAKESPEARE_CHAR)}
+
+
+def check(config: Config) -> None:
+    def require(holds: bool, name: str, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(config, name)}")
+
+    for name in COUNTS:
+        require(getattr(config, name) >= 1, name, "at least 1")
+    require(config.width % config.heads == 0, "heads", f"a divisor of --width {config.width}")
+    require(0 <= config.warmup < config.steps, "warmup", f"at least 0 and less than --steps {config.steps}")
+    require(0 < config.lr < math.inf, "lr", "a positive number")
+    require(0 <= config.weight_decay < math.inf, "weight_decay", "zero or a positive number")
+    require(0 <= config.dropout < 1, "dropout", "at least 0 and less than 1")
+    require(0 <= config.seed < 2**31, "seed", "at least 0 and less than 2^31")
+    require(config.dtype in DTYPES, "dtype", " or ".join(DTYPES))
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with an option for each field of `Config`; what is not given is absent from its result."""
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        default = "" if field.default is None else f" (default: {field.default})"
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=field.metadata["type"],
+            metavar=field.metadata["type"].__name__.upper(),
+            choices=list(PRESETS) if field.name == "preset" else None,
+            help=field.metadata["help"] + default,
+        )
+    parser.add_argument("--out", default="runs/gpt", help="folder of the run (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
+    parser.add_argument("--overwrite", action="store_true", default=False, help="delete the run in --out first")
+    return parser

@@ -1,0 +1,101 @@
+"""A training run on disk: written as it goes, safe to kill, resumed from its last checkpoint."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from plots import plot_losses
+
+Row = dict[str, Any]  # one evaluation, a line of metrics.jsonl
+
+
+class RunFolder:
+    """``config.json``, ``metrics.jsonl`` (a line an evaluation), ``checkpoints``, ``loss.png``, ``sample.txt``.
+
+    Args:
+        path: the folder that holds these; made if need be.
+        config: what defines the run, as JSON values, ``optimizer`` among them. A run goes on only under an equal one.
+        resume: go on with the run that is there.
+        overwrite: delete the run that is there: these five, nothing else in the folder.
+
+    Raises:
+        FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
+        FileNotFoundError: ``resume`` without a run.
+        ValueError: ``resume`` under another configuration; the message lists the differences.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False):
+        self.metrics, self.plot, self.sample = path / "metrics.jsonl", path / "loss.png", path / "sample.txt"
+        self.title = f"{config['optimizer']} ({path.name})"
+        config_file, checkpoints = path / "config.json", path / "checkpoints"
+        found = [p for p in (config_file, self.metrics, self.plot, self.sample, checkpoints) if p.exists()]
+        if resume:
+            require_equal(read_config(path), config, path)
+        elif found and not overwrite:
+            raise FileExistsError(
+                f"{str(path)!r} already holds a run ({', '.join(p.name for p in found)}). Go on with it by --resume, "
+                f"delete it by --overwrite, or give another --out."
+            )
+        else:
+            for part in found:
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        path.mkdir(parents=True, exist_ok=True)
+        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self.checkpoints = ocp.CheckpointManager(checkpoints.absolute(), options=options)
+
+    def restore(self, state: Any) -> tuple[Any, list[Row]]:
+        """The last checkpoint and the metrics up to it; ``state`` itself and no metrics where there is none yet."""
+        step, rows = self.checkpoints.latest_step(), []
+        if step is not None:
+            shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            state = self.checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
+            # A checkpoint follows its line. A kill in between leaves lines past it, the last one perhaps cut off.
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            rows = [row for line in lines if line.endswith("\n") and (row := json.loads(line))["step"] <= step]
+        self.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return state, rows
+
+    def record(self, rows: list[Row], state: Any) -> None:
+        """Appends the newest of ``rows``, draws the curve and saves ``state`` as the checkpoint of that step."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        plot_losses(rows, self.title, self.plot)
+        self.checkpoints.save(rows[-1]["step"], args=ocp.args.StandardSave(state))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of the run in ``path``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    file = path / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"no run to resume in {str(path)!r}: it has no config.json. Name the run's folder by --out."
+        )
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(file)!r} is damaged ({error}). Begin again with --overwrite or another --out."
+        ) from None
+
+
+def require_equal(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    different = [
+        f"{name} is {saved.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in {**saved, **wanted}
+        if saved.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"cannot resume {str(path)!r} with another configuration: {'; '.join(different)}. Leave the options out to "
+            f"take the run's own, or begin a new run in another --out."
+        )

@@ -1,0 +1,6 @@
+"""What is done to a gradient with the bases at hand: one file an application."""
+
+from .eigenbasis import adam as adam
+from .eigenbasis import in_eigenbasis as in_eigenbasis
+from .eigenbasis import normalized as normalized
+from .orthogonal import orthogonal as orthogonal

@@ -1,0 +1,134 @@
+"""Run any Optax transformation in the eigenbasis of the factors: ``U = Q_L f(Q_Lᵀ G Q_R) Q_Rᵀ``.
+
+The inner state stays in the basis. When the basis turns, moments must turn with it, or they speak of directions that are gone: trees named in ``linear``
+are rotated like a gradient, trees named in ``quadratic`` are carried like its square.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.lax import Precision
+from jaxtyping import Array, Float, Int
+
+from ..types import Application, Eigenbasis, Moments
+
+
+def in_eigenbasis(
+    inner: optax.GradientTransformation, *, linear: tuple[str, ...] = ("mu", "trace"), quadratic: tuple[str, ...] = ("nu",)
+) -> Application:
+    """Apply ``inner`` to the rotated gradient and rotate its result back.
+
+    Args:
+      inner: any transformation of trees of matrices, e.g. `adam`, ``optax.scale_by_lion()``, ``optax.trace(0.9)``; it sees no ``params``.
+      linear: names of the fields of its state that hold averages of gradients (default: Optax's names).
+      quadratic: names of the fields that hold averages of squared gradients.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
+      >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(G: Any, state: Any, bases: Any, **extra: Any) -> tuple[Any, Any]:
+        directions, state = inner.update(jax.tree.map(into, G, bases), state, None, **extra)
+        return jax.tree.map(out_of, directions, bases), state
+
+    def moments(state: Any) -> Moments:
+        return Moments(tuple(_fields(state, linear)), tuple(_fields(state, quadratic)))
+
+    def with_moments(state: Any, moments: Moments) -> Any:
+        return _replace(_replace(state, linear, iter(moments.linear)), quadratic, iter(moments.quadratic))
+
+    return Application("in eigenbasis", (Eigenbasis,), inner.init, update, moments, with_moments)
+
+
+def into(G: Float[Array, "*batch m n"], basis: Eigenbasis) -> Float[Array, "*batch m n"]:
+    """``Q_Lᵀ G Q_R``."""
+    Q_L, Q_R = basis
+    G = G if Q_L is None else jnp.matmul(Q_L.astype(G.dtype).mT, G, precision=Precision.HIGHEST)
+    return G if Q_R is None else jnp.matmul(G, Q_R.astype(G.dtype), precision=Precision.HIGHEST)
+
+
+def out_of(X: Float[Array, "*batch m n"], basis: Eigenbasis) -> Float[Array, "*batch m n"]:
+    """``Q_L X Q_Rᵀ``."""
+    Q_L, Q_R = basis
+    X = X if Q_L is None else jnp.matmul(Q_L.astype(X.dtype), X, precision=Precision.HIGHEST)
+    return X if Q_R is None else jnp.matmul(X, Q_R.astype(X.dtype).mT, precision=Precision.HIGHEST)
+
+
+class AdamState(NamedTuple):
+    """State of `adam`: trees of matrices in the basis."""
+
+    count: Int[Array, ""]
+    mu: Any
+    nu: Any
+
+
+def adam(
+    b1: float | Callable[[Any], Any] = 0.95, b2: float | Callable[[Any], Any] = 0.95, eps: float = 1e-8, bias_correction: bool = True, mu_dtype: Any = None
+) -> optax.GradientTransformation:
+    """Adam as the SOAP authors run it: ``eps`` is added before the bias is corrected.
+
+        m ← b1 m + (1-b1) g;   v ← b2 v + (1-b2) g²;   u = sqrt(1-b2ᵗ) / (1-b1ᵗ) · m / (sqrt(v) + eps)
+
+    Args:
+      b1, b2: decay rates, numbers or schedules of the step.
+      eps: in units of the gradient; small, since it is compared with an average that still carries its bias.
+      bias_correction: whether the factor in front is applied.
+      mu_dtype: storage of m; the gradient's by default.
+    """
+
+    def init(params: Any) -> AdamState:
+        mu = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=mu_dtype), params)
+        return AdamState(jnp.zeros([], jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+        del params
+        t = state.count + 1
+        β1, β2 = (b(state.count) if callable(b) else b for b in (b1, b2))
+        mu = jax.tree.map(lambda g, m: β1 * m.astype(g.dtype) + (1 - β1) * g, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: β2 * v + (1 - β2) * jnp.square(g), updates, state.nu)
+        scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
+        u = jax.tree.map(lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(v.dtype), mu, nu)
+        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
+        nu = jax.tree.map(lambda v, old: v.astype(old.dtype), nu, state.nu)
+        return u, AdamState(t, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def _fields(state: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    """The fields of nested NamedTuple states that bear one of the names, in order."""
+    if _is_state(state):
+        for name in state._fields:
+            yield from [getattr(state, name)] if name in names else _fields(getattr(state, name), names)
+    elif isinstance(state, tuple | list):
+        for part in state:
+            yield from _fields(part, names)
+
+
+def _replace(state: Any, names: tuple[str, ...], values: Iterator[Any]) -> Any:
+    """The state with those fields replaced by the next of ``values``."""
+    if _is_state(state):
+        return type(state)(*(next(values) if name in names else _replace(getattr(state, name), names, values) for name in state._fields))
+    if isinstance(state, tuple | list):
+        return type(state)(_replace(part, names, values) for part in state)
+    return state
+
+
+def normalized(application: Application) -> Application:
+    """The application with every direction scaled to a root mean square of 1; zero stays zero."""
+
+    def update(G: Any, state: Any, bases: Any, **extra: Any) -> tuple[Any, Any]:
+        U, state = application.update(G, state, bases, **extra)
+        return jax.tree.map(lambda u: u / (jnp.sqrt(jnp.mean(jnp.square(u), (-2, -1), keepdims=True)) + 1e-30), U), state
+
+    return application._replace(update=update)

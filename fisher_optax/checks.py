@@ -1,0 +1,23 @@
+"""Errors at construction rather than at step 1,000."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+# What `optax.inject_hyperparams` may trace; everything else shapes the program.
+TRACED = ("learning_rate", "b1", "b2", "eps", "weight_decay", "shampoo_beta", "beta")
+
+
+def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of a factory that must not be traced."""
+    return tuple(name for name in inspect.signature(factory).parameters if name not in TRACED)
+
+
+def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """A ValueError unless a plain number lies in ``[low, high)``; schedules and traced values pass, strings and the like are a TypeError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, str | bytes | list | tuple | dict | bool):
+            raise TypeError(f"{name} must be a number, an array or a schedule; got {value!r}.")
+        return
+    if not low <= value < high:
+        raise ValueError(f"{name} must be at least {low}{'' if high == float('inf') else f' and below {high}'}; got {value!r}.")

@@ -1,0 +1,78 @@
+"""One bad step must not spoil a run: skip it whole, count it, and carry on.
+
+Every transformation of this package is wrapped once, at the outside, by `guarded`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from .sharding import in_auto_mode, on_mesh
+
+STATE_VERSION = 1  # changes whenever a state saved by an older release can no longer be continued
+
+
+class GuardState(NamedTuple):
+    """State of a guarded transformation."""
+
+    version: Int[Array, ""]  # layout of what lies below
+    steps: Int[Array, ""]  # calls that were carried out
+    skipped: Int[Array, ""]  # calls that were not, because a gradient (or its square) was not finite
+    inner: Any
+
+
+def guarded(tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None) -> optax.GradientTransformationExtraArgs:
+    """Make ``tx`` skip a step whose gradient is not finite anywhere: the update is zero and no state changes but the counter.
+
+    A gradient whose sum of squares overflows counts as one, since every second moment and every Kronecker factor entry is bounded by that sum.
+    ``squares(updates)`` says for each leaf whether squares are taken of it (default: of all).
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> GuardState:
+        def start(params: Any) -> GuardState:
+            zero = jnp.zeros([], jnp.int32)
+            return GuardState(jnp.asarray(STATE_VERSION, jnp.int32), zero, zero, tx.init(params))
+
+        return on_mesh(start, params)
+
+    def update(updates: optax.Updates, state: GuardState, params: optax.Params | None = None, **extra: Any) -> tuple[Any, GuardState]:
+        leaves = jax.tree.leaves(updates)
+        squared = squares(updates) if squares else [True] * len(leaves)
+
+        def step(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
+            new, inner = tx.update(updates, state.inner, params, **extra)
+            return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state._replace(steps=state.steps + 1, inner=inner)
+
+        def skip(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
+            return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
+
+        def either(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
+            return branch(is_finite(jax.tree.leaves(updates), squared), step, skip, updates, state, params)
+
+        return in_auto_mode(either, updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:
+    """Whether every leaf is finite, and so is its sum of squares where ``squared``; taken in float32 at least."""
+    checks = [jnp.isfinite(_sum_of_squares(x)) if s else jnp.isfinite(x).all() for x, s in zip(leaves, squared, strict=True)]
+    return jnp.stack(checks).all() if checks else jnp.asarray(True)
+
+
+def _sum_of_squares(x: Array) -> Array:
+    x = jnp.abs(x)
+    return jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+
+
+def branch(choice: Array, *args: Any) -> Any:
+    """`lax.cond` that picks the branch in Python where the choice is known, so that eager calls compile nothing anew."""
+    yes, no, *operands = args
+    if isinstance(choice, jax.core.Tracer):
+        return jax.lax.cond(choice, yes, no, *operands)
+    return (yes if choice else no)(*operands)

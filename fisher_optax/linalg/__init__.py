@@ -1,0 +1,28 @@
+"""Pure functions of arrays: orthogonalisation, eigenbases that follow a matrix, symmetric storage."""
+
+from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration, project
+from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
+from .polynomials import as_polynomial, jordan, polar_express, you
+from .scaling import unit_frobenius, unit_scale
+from .symmetric import pack, unpack
+
+__all__ = [
+    "as_polynomial",
+    "descending",
+    "direct_flops",
+    "eigenbasis",
+    "gram_flops",
+    "jordan",
+    "keep_last_good",
+    "off_diagonality",
+    "orthogonal_iteration",
+    "orthogonalize",
+    "pack",
+    "polar_express",
+    "project",
+    "restart_steps",
+    "unit_frobenius",
+    "unit_scale",
+    "unpack",
+    "you",
+]

@@ -1,0 +1,53 @@
+"""Scaling that is safe over the whole range of a floating-point type."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def unit_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+    """Each matrix times the power of two that brings its largest entry into [2, 4): exact, for every scale.
+
+    Dividing by the largest entry is not: compilers multiply by its reciprocal, which underflows for entries near the
+    top of the range, and processors read entries at the bottom (subnormal numbers) as zero. So the exponent is read
+    from the bits, and a subnormal entry converted from its digits.
+
+    Args:
+      X: float32 or float64. Zero stays zero; a matrix with an infinity or a NaN gets a NaN.
+
+    >>> print(unit_scale(jnp.array([[0.75, -0.125]])))
+    [[ 3.  -0.5]]
+    """
+    info = jnp.finfo(X.dtype)
+    integer = jnp.int32 if info.bits == 32 else jnp.int64
+    bias, digits = info.maxexp - 1, info.nmant
+
+    def power(biased: Array) -> Array:
+        """``2**(biased - bias)``, zero for ``biased = 0``."""
+        return jax.lax.bitcast_convert_type(biased << digits, X.dtype)
+
+    bits = jax.lax.bitcast_convert_type(X, integer)
+    magnitude = bits & jnp.iinfo(integer).max
+    # Magnitudes order as their bits do. Subnormal numbers have the exponent of the smallest normal one.
+    exponent = jnp.maximum(jnp.max(magnitude, axis=(-2, -1), keepdims=True, initial=0) >> digits, 1)
+    subnormal = jnp.where(bits < 0, -magnitude, magnitude).astype(X.dtype)
+    return jnp.where(
+        magnitude < 1 << digits,
+        subnormal * power(jnp.maximum(bias + 2 - digits - exponent, 0)),
+        X * power(2 * bias + 1 - exponent),
+    )
+
+
+def unit_frobenius(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+    """Each matrix divided by its Frobenius norm; zero stays zero, no epsilon, any scale.
+
+    Args:
+      X: float32 or float64.
+
+    >>> print(unit_frobenius(jnp.array([[3e38, 0.0], [0.0, 0.0]])))
+    [[1. 0.]
+     [0. 0.]]
+    """
+    X = unit_scale(X)
+    norm = jnp.sqrt(jnp.sum(X * X, axis=(-2, -1), keepdims=True))
+    return X * jnp.where(norm == 0, 0, 1 / norm)

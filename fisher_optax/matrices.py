@@ -1,0 +1,81 @@
+"""A leaf and its matrices: merge the axes, cut the long sides, and back.
+
+A leaf becomes a tuple of arrays ``(m, n)`` or ``(N, m, n)``. Without blocks there is one; with ``block_size`` a side of length d is cut into
+``ceil(d / block_size)`` blocks whose lengths differ by at most one, so that nothing is ever padded and a leaf has at most four block shapes.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .axes import MatrixAxes
+
+
+class Cut(NamedTuple):
+    """``count`` blocks of ``size``, from ``start`` on, along one side."""
+
+    start: int
+    count: int
+    size: int
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.count * self.size)
+
+
+def cuts(length: int, block_size: int | None) -> list[Cut]:
+    """Balanced blocks of a side: at most two different sizes, which differ by one."""
+    if block_size is None or length <= block_size:
+        return [Cut(0, 1, length)]
+    count = -(-length // block_size)
+    size, longer = divmod(length, count)
+    split = longer * (size + 1)
+    return [Cut(start, k, s) for start, k, s in ((0, longer, size + 1), (split, count - longer, size)) if k]
+
+
+def canonical_shape(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, ...]:
+    """``(m, n)`` or ``(N, m, n)``: the leaf with its axes merged."""
+    batch, m, n = (math.prod(shape[a] for a in group) for group in (axes.batch, axes.inputs, axes.outputs))
+    return (batch, m, n) if axes.batch else (m, n)
+
+
+def matrix_shapes(shape: tuple[int, ...], axes: MatrixAxes, block_size: int | None = None) -> list[tuple[int, ...]]:
+    """The shapes of what `to_matrices` makes of a leaf of ``shape``."""
+    *batch, m, n = canonical_shape(shape, axes)
+    grid = [(r, c) for r in cuts(m, block_size) for c in cuts(n, block_size)]
+    return [(*batch, r.size, c.size) if r.count == c.count == 1 else (math.prod(batch) * r.count * c.count, r.size, c.size) for r, c in grid]
+
+
+def to_matrices(x: Float[Array, "..."], axes: MatrixAxes, block_size: int | None = None) -> tuple[Array, ...]:
+    """The matrices of a leaf, each ``(m, n)`` or ``(N, m, n)``."""
+    x = jnp.transpose(x, axes.batch + axes.inputs + axes.outputs).reshape(canonical_shape(x.shape, axes))
+    *batch, m, n = x.shape
+    return tuple(_block(x[..., r.span, c.span], r, c) for r in cuts(m, block_size) for c in cuts(n, block_size))
+
+
+def from_matrices(pieces: tuple[Array, ...], shape: tuple[int, ...], axes: MatrixAxes, block_size: int | None = None) -> Array:
+    """The leaf again: the inverse of `to_matrices`."""
+    *batch, m, n = canonical_shape(shape, axes)
+    rows, columns = cuts(m, block_size), cuts(n, block_size)
+    grid = iter(pieces)
+    blocks = [[_unblock(next(grid), tuple(batch), r, c) for c in columns] for r in rows]
+    merged = [jnp.concatenate(row, axis=-1) if len(row) > 1 else row[0] for row in blocks]
+    x = jnp.concatenate(merged, axis=-2) if len(merged) > 1 else merged[0]
+    order = axes.batch + axes.inputs + axes.outputs
+    return jnp.transpose(x.reshape([shape[a] for a in order]), [order.index(a) for a in range(len(shape))])
+
+
+def _block(x: Float[Array, "*batch r c"], rows: Cut, columns: Cut) -> Array:
+    if rows.count == columns.count == 1:
+        return x
+    x = x.reshape(*x.shape[:-2], rows.count, rows.size, columns.count, columns.size)
+    return jnp.moveaxis(x, -3, -2).reshape(-1, rows.size, columns.size)
+
+
+def _unblock(x: Array, batch: tuple[int, ...], rows: Cut, columns: Cut) -> Array:
+    if rows.count == columns.count == 1:
+        return x
+    x = x.reshape(*batch, rows.count, columns.count, rows.size, columns.size)
+    return jnp.moveaxis(x, -2, -3).reshape(*batch, rows.count * rows.size, columns.count * columns.size)

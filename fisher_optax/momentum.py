@@ -1,0 +1,40 @@
+"""Momentum that keeps the direction of ``m = β m + G`` and never overflows."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+
+class MomentumState(NamedTuple):
+    """State of `momentum`: the weighted mean of the gradients, whose weights sum to ``weight``."""
+
+    count: Int[Array, ""]
+    weight: Float[Array, ""]
+    mean: Any
+
+
+def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
+    """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at any scale of the dtype."""
+
+    def init(params: Any) -> MomentumState:
+        mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype or jnp.promote_types(x.dtype, jnp.float32)), params)
+        return MomentumState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), mean)
+
+    def update(updates: Any, state: MomentumState, params: Any = None, **extra: Any) -> tuple[Any, MomentumState]:
+        del params, extra
+        β = beta(state.count) if callable(beta) else beta
+        s = jnp.asarray(β * state.weight + 1, jnp.float32)
+
+        def blend(m: Array, g: Array, s: Array) -> Array:
+            w = (1 / s).astype(jnp.promote_types(g.dtype, jnp.float32))
+            return (1 - w) * m.astype(w.dtype) + w * g.astype(w.dtype)
+
+        mean = jax.tree.map(lambda g, m: blend(m, g, s), updates, state.mean)
+        u = jax.tree.map(lambda g, m: blend(m, g, β * s + 1), updates, mean) if nesterov else mean
+        mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
+        return u, MomentumState(state.count + 1, s, mean)
+
+    return optax.GradientTransformationExtraArgs(init, update)

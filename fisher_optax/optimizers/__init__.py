@@ -1,0 +1,1 @@
+"""The named optimizers: one file a method."""

@@ -1,0 +1,174 @@
+"""Muon: momentum, orthogonalised.
+
+    m ← β m + G;   u = β m + G if nesterov else m
+    W ← W - lr (scale(m, n) · polar(u) + wd W)
+
+The polar factor comes from a Newton-Schulz iteration. Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), Moonlight's scale from Liu et al. 2025 (arXiv 2502.16982),
+the default polynomials from Amsel et al. 2025 (arXiv 2505.16932), Gram iterations from Zhang et al. 2026.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from ..applications import orthogonal
+from ..axes import resolve_axes
+from ..checks import in_range
+from ..decay import Mask, visible
+from ..guard import guarded
+from ..matrices import from_matrices, matrix_shapes, to_matrices
+from ..momentum import momentum
+from ..precondition import Seam, seam
+from ..routing import by_axes, is_matrix
+
+KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
+
+
+def scale_by_muon(
+    beta: Any = 0.95,
+    nesterov: bool = True,
+    *,
+    scale: str | float = "match_rms_adamw",
+    polynomial: Any = None,
+    momentum_dtype: Any = None,
+    method: str = "auto",
+    dtype: Any = None,
+    max_stack: int = 256,
+    mesh_axis: str | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of `muon`, without learning rate and decay; ``fallback`` is a direction too, default ``optax.scale_by_adam()``.
+
+    Example (NorMuon with cautious decay, as a plain chain):
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1), optax.scale_by_learning_rate(1e-2))
+    """
+    polar = _polar(beta, scale, polynomial, method, dtype, max_stack, mesh_axis)
+    fallback = optax.scale_by_adam() if fallback is None else fallback
+
+    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
+        return optax.chain(momentum(beta, nesterov, momentum_dtype), polar.on_matrices(leaf_axes))
+
+    return guarded(by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe), _squares(axes))
+
+
+def muon(
+    learning_rate: Any,
+    beta: Any = 0.95,
+    nesterov: bool = True,
+    weight_decay: Any = 0.0,
+    *,
+    scale: str | float = "match_rms_adamw",
+    polynomial: Any = None,
+    mask: Mask = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+    momentum_dtype: Any = None,
+    method: str = "auto",
+    dtype: Any = None,
+    max_stack: int = 256,
+    mesh_axis: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon (see the top of this file for the rule).
+
+    Args:
+      learning_rate: number or schedule. With the default scale, AdamW's rates are a good start.
+      beta: momentum, number or schedule.
+      nesterov: look one step ahead.
+      weight_decay: decoupled, per unit of learning rate; number or schedule.
+      scale: "match_rms_adamw" ``0.2 sqrt(max(m, n))`` (Moonlight: an update as large as AdamW's), "shape" ``sqrt(max(1, out/in))`` (Jordan), "unit_rms" ``sqrt(out/in)``, or a number.
+      polynomial: `fo.polar_express` ``(steps=5)`` by default, `fo.jordan`, `fo.you`, or any sequence of (a, b, c).
+      mask: which parameters decay, as in `optax.adamw`.
+      fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with this rate, decay and mask.
+      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params.
+      momentum_dtype: storage of the momentum, default float32 at least.
+      method: "direct", "gram", or "auto": whichever takes fewer flops for the shape.
+      dtype: what the iteration runs in, default float32 at least.
+      max_stack: at most so many matrices of one shape are iterated as one batch.
+      mesh_axis: share the iterations out over this axis of the mesh in scope.
+
+    Raises:
+      ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fisher_optax as fo
+      >>> params = {"Dense_0": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}}
+      >>> tx = fo.muon(1e-2, weight_decay=0.1)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    """
+    in_range("learning_rate", learning_rate, 0)
+    in_range("weight_decay", weight_decay, 0)
+    polar = _polar(beta, scale, polynomial, method, dtype, max_stack, mesh_axis)
+
+    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
+        decay = optax.add_decayed_weights(weight_decay, visible(mask))
+        step = (momentum(beta, nesterov, momentum_dtype), polar.on_matrices(leaf_axes), decay)
+        return optax.chain(*step, optax.scale_by_learning_rate(learning_rate))
+
+    fallback = optax.adamw(learning_rate, weight_decay=weight_decay, mask=visible(mask)) if fallback is None else fallback
+    return guarded(by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe), _squares(axes))
+
+
+def _polar(beta: Any, scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None) -> Seam:
+    in_range("beta", beta, 0, 1)
+    return seam(None, None, orthogonal(polynomial, scale, method=method, dtype=dtype, max_stack=max_stack, mesh_axis=mesh_axis))
+
+
+def _squares(axes: Any) -> Any:
+    """An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares."""
+    return lambda updates: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(updates, axes)]
+
+
+class NorMuonState(NamedTuple):
+    """State of `scale_by_normuon`: for each matrix leaf, the mean square of every output neuron's update."""
+
+    nu: Any
+
+
+def scale_by_normuon(b2: Any = 0.95, eps: float = 1e-8, *, axes: Any = None) -> optax.GradientTransformationExtraArgs:
+    """NorMuon's second half, after `scale_by_muon`: give every output neuron an update of like size.
+
+        v ← b2 v + (1-b2) mean_in(O²);   O' = O / (sqrt(v) + eps);   U = O' |O| / |O'|
+
+    Args:
+      b2: decay of v.
+      eps: against division by zero, in units of O.
+      axes: as in `muon`.
+
+    Source: Li et al. 2025 (arXiv 2510.05491), Algorithm 1.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), optax.scale_by_learning_rate(1e-2))
+    """
+    in_range("b2", b2, 0, 1)
+
+    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
+        def matrix(x: Array, a: Any) -> Array:
+            return to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a)[0]
+
+        def init(params: Any) -> NorMuonState:
+            leaves, treedef = jax.tree.flatten(params)
+            shapes = [matrix_shapes(x.shape, a)[0] for x, a in zip(leaves, leaf_axes, strict=True)]
+            nu = [jnp.zeros((*s[:-2], 1, s[-1]), jnp.promote_types(x.dtype, jnp.float32)) for s, x in zip(shapes, leaves, strict=True)]
+            return NorMuonState(treedef.unflatten(nu))
+
+        def update(updates: Any, state: NorMuonState, params: Any = None) -> tuple[Any, NorMuonState]:
+            del params
+            leaves, treedef = jax.tree.flatten(updates)
+            out, nu = [], []
+            for x, v, a in zip(leaves, treedef.flatten_up_to(state.nu), leaf_axes, strict=True):
+                O = matrix(x, a)
+                nu.append((b2 * v + (1 - b2) * jnp.mean(jnp.square(O), -2, keepdims=True)).astype(v.dtype))
+                scaled = O / (jnp.sqrt(nu[-1]) + eps)
+                size, new_size = (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) for y in (O, scaled))
+                out.append(from_matrices((jnp.where(new_size > 0, scaled * size / jnp.where(new_size > 0, new_size, 1), 0),), x.shape, a))
+            return treedef.unflatten(out), NorMuonState(treedef.unflatten(nu))
+
+        return optax.GradientTransformation(init, update)
+
+    return guarded(by_axes("normuon", build, optax.identity(), axes=axes, kinds=KINDS))

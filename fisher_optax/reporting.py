@@ -1,0 +1,180 @@
+"""What each leaf gets and why: `report` and `health`."""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from .axes import LeafAxes, MatrixAxes, resolve_axes
+from .guard import STATE_VERSION, GuardState
+
+
+class Row(NamedTuple):
+    """One leaf in a report."""
+
+    path: str
+    shape: tuple[int, ...]
+    method: str  # the method, "fallback", or "-" where no transformation of this package sees the leaf
+    kind: str  # "matrix", "head", "embedding", "other"
+    axes: MatrixAxes | None
+    matrices: tuple[tuple[int, ...], ...]  # what the leaf is cut into
+    state_bytes: int
+    refresh_flops: int  # to renew all bases of the leaf once
+    reason: str
+    block_size: int | None = None
+
+
+class Report(NamedTuple):
+    """The rows of `report`; printed, a table."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        head = ("leaf", "shape", "method", "matrices", "state", "refresh", "why")
+        table = [head, *(_cells(row) for row in self.rows), _totals(self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+_rows: contextvars.ContextVar[list[Row] | None] = contextvars.ContextVar("rows", default=None)
+
+
+def report(tx: optax.GradientTransformation, params: Any) -> Report:
+    """What ``tx`` does with each leaf of ``params``: method, matrices, state, cost of a refresh, and the reason.
+
+    Sees through `optax.chain`, `optax.masked`, `optax.partition` and the like: ``tx.init`` is traced, never run, and writes down what it does. A leaf that
+    passes two transformations of this package has two rows.
+
+    Args:
+      tx: any transformation.
+      params: parameters, or their `jax.ShapeDtypeStruct`.
+
+    Returns:
+      A `Report`: ``rows`` are the data, ``str`` the table. State is in bytes, refresh in flops for renewing all bases of the leaf once.
+
+    Example:
+      >>> import jax, fisher_optax as fo
+      >>> params = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((64, 256), "float32"), "bias": jax.ShapeDtypeStruct((256,), "float32")}}
+      >>> [row.method for row in fo.report(fo.soap(3e-3), params).rows]
+      ['fallback', 'soap']
+    """
+    token = _rows.set([])
+    try:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        jax.eval_shape(lambda p: tx.init(p), shapes)  # a new function: a trace that is cached writes no rows
+        seen = _rows.get() or []
+    finally:
+        _rows.reset(token)
+    unseen = [Row(leaf.path, leaf.shape, "-", leaf.kind, None, (), 0, 0, "not given to a method of this package") for leaf in resolve_axes(params)]
+    missing = [row for row in unseen if row.path not in {r.path for r in seen}]
+    order = {row.path: i for i, row in enumerate(unseen)}
+    return Report(tuple(sorted([*seen, *missing], key=lambda row: order.get(row.path, len(order)))))
+
+
+def is_recording() -> bool:
+    """Whether an init should write its rows."""
+    return _rows.get() is not None
+
+
+def record(leaf: LeafAxes, **cells: Any) -> None:
+    """Write a row for ``leaf``."""
+    rows = _rows.get()
+    if rows is not None:
+        defaults = {"matrices": (), "refresh_flops": 0}
+        rows.append(Row(path=leaf.path, shape=leaf.shape, kind=leaf.kind, reason=leaf.reason, **(defaults | cells)))
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """No rows from inits inside."""
+    token = _rows.set(None)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+class Health(NamedTuple):
+    """What went wrong so far, summed over the transformations of this package in a state; ``steps`` is the largest."""
+
+    version: int
+    steps: int  # carried out
+    skipped: int  # not carried out: a gradient, or its square, was not finite
+    kept: int  # decompositions that failed, so that the last good one was kept
+
+
+def health(state: Any) -> Health:
+    """Read the counters out of an optimizer state, however deep.
+
+    Raises:
+      ValueError: where there is no state of this package in it, or one of another version (from a checkpoint, say).
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> tx = fo.muon(1e-2)
+      >>> fo.health(tx.init({"w": jnp.ones((4, 4))})).skipped
+      0
+    """
+    guards = [node for node in jax.tree.leaves(state, is_leaf=_is_guard) if _is_guard(node)]
+    if not guards:
+        raise ValueError(f"health: no state of fisher_optax in {type(state).__name__}; pass the optimizer state, e.g. train_state.opt_state.")
+    versions = {int(g.version) for g in guards}
+    if versions != {STATE_VERSION}:
+        raise ValueError(f"health: state of version {sorted(versions)}, this release reads {STATE_VERSION}; restore it with the release that saved it.")
+    kept = sum(int(node.kept) for g in guards for node in jax.tree.leaves(g.inner, is_leaf=_has_kept) if _has_kept(node))
+    return Health(STATE_VERSION, max(int(g.steps) for g in guards), sum(int(g.skipped) for g in guards), kept)
+
+
+def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> None:
+    """Check that a restored ``state`` is one that ``tx`` can continue on ``params``: version, structure, shapes and dtypes.
+
+    Raises:
+      ValueError: naming the first thing that does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> tx, params = fo.soap(3e-3), {"w": jnp.ones((4, 4))}
+      >>> fo.check_state(tx, tx.init(params), params)
+    """
+    health(state)
+    wanted = jax.eval_shape(tx.init, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
+    if jax.tree.structure(state) != jax.tree.structure(wanted):
+        raise ValueError(
+            "check_state: the state was made by another optimizer, other options or other parameters: its structure is\n"
+            f"  {jax.tree.structure(state)}\nand this optimizer's is\n  {jax.tree.structure(wanted)}"
+        )
+    for (path, have), want in zip(jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(wanted), strict=True):
+        if (have.shape, have.dtype) != (want.shape, want.dtype):
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"check_state: {name} is {have.dtype}{list(have.shape)}, this optimizer needs {want.dtype}{list(want.shape)}; use the options the state was saved with.")
+
+
+def _is_guard(node: Any) -> bool:
+    return isinstance(node, GuardState)
+
+
+def _has_kept(node: Any) -> bool:
+    return isinstance(node, tuple) and "kept" in getattr(node, "_fields", ())
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    blocks = ", ".join(f"{math.prod(s[:-2])} of {s[-2]}x{s[-1]}" if len(s) > 2 else f"{s[-2]}x{s[-1]}" for s in row.matrices)
+    return (row.path, "x".join(map(str, row.shape)) or "scalar", row.method, blocks, _in_units(row.state_bytes, "B"), _in_units(row.refresh_flops, "F"), row.reason)
+
+
+def _totals(rows: tuple[Row, ...]) -> tuple[str, ...]:
+    size = sum(math.prod(row.shape) for row in {row.path: row for row in rows}.values())
+    return ("total", f"{size:,}", "", "", _in_units(sum(r.state_bytes for r in rows), "B"), _in_units(sum(r.refresh_flops for r in rows), "F"), "")
+
+
+def _in_units(x: float, unit: str) -> str:
+    if not x:
+        return ""
+    power = min(int(math.log10(x) / 3), 5)
+    return f"{x / 1000**power:.3g} {' kMGTP'[power].strip()}{unit}"

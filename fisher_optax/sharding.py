@@ -1,0 +1,94 @@
+"""Where state lives: the sharding a parameter implies, and running plain code on an Explicit mesh."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from .axes import MatrixAxes
+
+
+def sharding_of(x: Any) -> NamedSharding | None:
+    """The named sharding of an array, tracer or ShapeDtypeStruct; None where it has none, or only the compiler will know it."""
+    tracer = isinstance(x, jax.core.Tracer)
+    sharding = jax.typeof(x).sharding if tracer else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty or (tracer and not is_explicit(sharding)):
+        return None
+    return sharding
+
+
+def is_explicit(sharding: NamedSharding) -> bool:
+    """Whether the sharding is part of the array's type."""
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def matrix_shardings(x: Any, axes: MatrixAxes, ndim: int, whole: bool) -> tuple[NamedSharding | None, ...]:
+    """Where a matrix of leaf ``x`` and its two factors live: ``(matrix, left, right)``.
+
+    A factor's rows are laid out like the side they belong to, its columns are not sharded. A side that was cut into blocks (``whole=False``), or that merges axes of
+    which another than the first is sharded, is not sharded.
+    """
+    sharding = sharding_of(x)
+    if sharding is None:
+        return None, None, None
+    spec = tuple(sharding.spec) + (None,) * (len(x.shape) - len(sharding.spec))
+
+    def merged(group: tuple[int, ...]) -> Any:
+        return spec[group[0]] if whole and group and all(spec[a] is None for a in group[1:]) else None
+
+    batch = (merged(axes.batch),) if ndim == 3 else ()
+    rows, columns = merged(axes.inputs), merged(axes.outputs)
+    specs = (*batch, rows, columns), (*batch, rows, None), (*batch, columns, None)
+    return tuple(NamedSharding(sharding.mesh, PartitionSpec(*s)) for s in specs)
+
+
+def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
+    """``update(updates, state, params)`` with Explicit mesh axes handed to the compiler, and results laid out as what they replace."""
+    mesh = explicit_mesh((updates, state))
+    if mesh is None:
+        return update(updates, state, params)
+    whole = NamedSharding(mesh.abstract_mesh, PartitionSpec())
+    out = jax.tree.map(lambda x: whole if jax.typeof(x).sharding.mesh.empty else jax.typeof(x).sharding, (updates, state))
+    with _entered(mesh):
+        return jax.sharding.auto_axes(update, out_sharding=out)(updates, state, params)
+
+
+def on_mesh(init: Callable[[Any], Any], params: Any) -> Any:
+    """``init(params)`` with everything, counters too, on the Explicit mesh of the parameters, so that types are the same before and after an update."""
+    mesh = explicit_mesh(params)
+    if mesh is None:
+        return init(params)
+    whole = NamedSharding(mesh, PartitionSpec())
+    with _entered(mesh):
+        return jax.tree.map(lambda x: jax.device_put(x, whole) if jax.typeof(x).sharding.mesh.empty else x, init(params))
+
+
+def explicit_mesh(tree: Any) -> Any:
+    """The mesh of the first leaf that is laid out on an Explicit one; None where there is none."""
+    for sharding in map(sharding_of, jax.tree.leaves(tree)):
+        if sharding is not None and is_explicit(sharding):
+            return sharding.mesh
+    return None
+
+
+def _entered(mesh: Any) -> Any:
+    # Only a call outside jit sees a concrete mesh; constants made on the way must land on it.
+    return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()
+
+
+def spread(f: Callable[..., Any], mesh_axis: str, *stacks: jax.Array) -> Any:
+    """``f(*stacks)`` with the leading axis of the stacks shared out over a mesh axis: every device does its part, and all get the whole.
+
+    Raises:
+      ValueError: where no mesh with that axis is in scope.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh_axis not in mesh.axis_names:
+        raise ValueError(f"mesh_axis={mesh_axis!r} is not an axis of the mesh in scope ({mesh.axis_names}); call inside `with jax.set_mesh(mesh):`.")
+    count, share = len(stacks[0]), PartitionSpec(mesh_axis)
+    padded = (jnp.pad(x, ((0, -count % mesh.shape[mesh_axis]), *[(0, 0)] * (x.ndim - 1))) for x in stacks)
+    done = jax.shard_map(f, in_specs=share, out_specs=share, check_vma=False)(*padded)
+    return jax.tree.map(lambda x: x[:count], done)

@@ -1,0 +1,66 @@
+"""How factors and bases are kept between steps, and which sides get one."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from . import linalg
+from .types import Kronecker
+
+
+class Storage(NamedTuple):
+    """Options of `fo.soap` that say what is kept: see there for the words."""
+
+    dtype: Any = None
+    packed: bool = False
+    sides: str = "both"
+    max_dim: int = 10_000
+    block_size: int | None = None
+
+    def check(self) -> "Storage":
+        """Itself, or a ValueError that names what is wrong."""
+        if self.sides not in ("both", "shorter"):
+            raise ValueError(f"sides must be 'both' or 'shorter'; got {self.sides!r}.")
+        for name, value, least in (("max_precond_dim", self.max_dim, 0), ("block_size", self.block_size, 1)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+        return self
+
+    def wanted(self, m: int, n: int) -> tuple[bool, bool]:
+        """Which sides of an ``m x n`` matrix get a factor."""
+        both = self.sides == "both"
+        return m <= self.max_dim and (both or m <= n), n <= self.max_dim and (both or n < m)
+
+    def store(self, factors: Kronecker) -> Kronecker:
+        """Full symmetric factors as they are kept."""
+        return each_side(lambda A: self._pack(A if self.dtype is None else A.astype(self.dtype)), factors)
+
+    def load(self, factors: Kronecker, shape: tuple[int, ...], dtype: Any) -> Kronecker:
+        """The kept factors of a matrix of this shape, full and in ``dtype``."""
+        return Kronecker(*(None if A is None else self._unpack(A, d).astype(dtype) for A, d in zip(factors, shape[-2:], strict=True)))
+
+    def identity(self, factors: Kronecker, returns: type) -> Any:
+        """The basis before there is any: the identity on each side that has a (full) factor."""
+        return returns(*each_side(lambda A: jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=self.dtype or A.dtype), A.shape), factors))
+
+    def _pack(self, A: Array) -> Array:
+        return linalg.pack(A) if self.packed else A
+
+    def _unpack(self, A: Array, d: int) -> Array:
+        return linalg.unpack(A, d) if self.packed else A
+
+
+def each_side(f: Any, pair: Any) -> Any:
+    """``f`` of each side that there is."""
+    return type(pair)(*(None if A is None else f(A) for A in pair))
+
+
+def place(pair: Any, places: Any) -> Any:
+    """The pair laid out over devices; where nothing is known of that, or the array is kept packed, as it is."""
+
+    def one(A: Array | None, where: Any) -> Array | None:
+        return A if A is None or where is None or A.ndim != len(where.spec) else jax.device_put(A, where)
+
+    return type(pair)(*map(one, pair, places))

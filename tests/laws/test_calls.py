@@ -1,0 +1,181 @@
+"""How optimizers may be called: once compiled, eagerly, mapped, wrapped by optax, with traced or scheduled numbers."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fisher_optax as fo
+from tests.optimizers_table import (
+    ROWS,
+    Row,
+    assert_close,
+    assert_same_bits,
+    assert_updates_close,
+    build,
+    compiled,
+    each,
+    matrices_of,
+    run,
+    standard_gradients,
+    standard_params,
+    trajectory,
+    updater,
+)
+
+
+@each()
+def test_unknown_arguments_are_accepted_and_nothing_compiles_twice(row: Row) -> None:
+    """Six steps, refreshes among them, from a state made eagerly."""
+    tx = build(row)
+    traces = []
+
+    @jax.jit
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        traces.append(1)
+        return tx.update(grads, state, params, **row.update_kwargs, stranger=jnp.ones(3))
+
+    params = standard_params()
+    run(update, tx.init(params), params, standard_gradients())
+    assert len(traces) == 1
+
+
+@each()
+def test_jitted_equals_eager(row: Row) -> None:
+    c = compiled(row)
+    params = standard_params()
+    eager = run(updater(c.tx, **row.update_kwargs), c.tx.init(params), params, standard_gradients()[:3])
+    assert_updates_close(eager, trajectory(row), row.tolerance)
+
+
+@each()
+def test_arguments_are_not_mutated(row: Row) -> None:
+    """NumPy arrays, which could be written to, come back as they were."""
+    c = compiled(row)
+    start = jax.tree.map(np.array, (standard_gradients()[1], trajectory(row)[0].state, standard_params()))
+    before = jax.tree.map(np.copy, start)
+    c.tx.update(*start, **row.update_kwargs)
+    assert_same_bits(start, before)
+
+
+@each()
+def test_an_ensemble_under_vmap_equals_a_loop(row: Row) -> None:
+    c = compiled(row)
+    params, seeds = standard_params(), (1, 7)
+    gradients = [standard_gradients(seed)[:4] for seed in seeds]
+    alone = [run(c.update, c.init(params), params, g) for g in gradients]
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    stacked = [jax.tree.map(lambda *x: jnp.stack(x), *pair) for pair in zip(*gradients, strict=True)]
+    mapped = run(jax.jit(jax.vmap(updater(c.tx, **row.update_kwargs))), jax.vmap(c.tx.init)(both), both, stacked)
+    for i, points in enumerate(alone):
+        member = jax.tree.map(operator.itemgetter(i), mapped)
+        assert_updates_close(member, points, row.tolerance)
+
+
+@each(row for row in ROWS if row.static_args)
+def test_injected_hyperparameters_give_the_same_updates(row: Row) -> None:
+    """Every number of the factory is traced: rates, betas, decay, tolerances."""
+    tx = build(row, wrap=lambda make: optax.inject_hyperparams(make, static_args=fo.STATIC_ARGS[row.static_args]))
+    update = jax.jit(updater(tx, **row.update_kwargs))
+    params = standard_params()
+    points = run(update, tx.init(params), params, standard_gradients())
+    assert_updates_close(points, trajectory(row), row.tolerance)
+
+
+@each(row for row in ROWS if row.static_args and row.rate_after is None)
+def test_a_rate_written_into_the_state_is_used(row: Row) -> None:
+    tx = build(row, wrap=lambda make: optax.inject_hyperparams(make, static_args=fo.STATIC_ARGS[row.static_args]))
+    params, grads = standard_params(), standard_gradients()[1]
+    state = tx.init(params)
+    state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
+    updates, _ = tx.update(grads, state, params, **row.update_kwargs)
+    assert_same_bits(updates, jax.tree.map(jnp.zeros_like, updates))
+
+
+@each(row for row in ROWS if row.scheduled)
+def test_a_constant_schedule_equals_its_number(row: Row) -> None:
+    """Rates, decay and momentum may be schedules."""
+    numbers = {"b1": 0.95, "beta": 0.95} | row.options
+    tx = build(row, **{name: optax.constant_schedule(numbers[name]) for name in row.scheduled})
+    params = standard_params()
+    points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, standard_gradients())
+    assert_updates_close(points, trajectory(row), row.tolerance)
+
+
+@each(row for row in ROWS if row.scheduled and row.rate_after is None)
+def test_a_schedule_counts_steps(row: Row) -> None:
+    """A rate of zero from the fourth call on stops the run there, weight decay included."""
+    rate = optax.piecewise_constant_schedule(0.1, {3: 0.0})
+    tx = build(row, learning_rate=rate)
+    params = standard_params()
+    points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, standard_gradients()[:5])
+    moved = [any(bool(jnp.any(u)) for u in jax.tree.leaves(point.updates)) for point in points]
+    assert moved[1:] == [True, True, False, False]
+
+
+@each()
+def test_micro_steps_of_multisteps_do_nothing(row: Row) -> None:
+    """Three of four calls give zero; the fourth gives the update of the mean gradient."""
+    c = compiled(row)
+    tx = optax.MultiSteps(c.tx, 4)
+    params = standard_params()
+    gradients = [g for g in standard_gradients()[:2] for _ in range(4)]
+    points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, gradients)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for call, point in enumerate(points):
+        wanted = trajectory(row)[call // 4].updates if call % 4 == 3 else zero
+        assert_close(point.updates, wanted, row.tolerance)
+
+
+@each()
+def test_masked_leaves_pass_and_the_others_move_as_before(row: Row) -> None:
+    params = standard_params()
+    mask = jax.tree.map(lambda _: False, params) | jax.tree.map(lambda _: True, matrices_of(params))
+    mask["dense"]["bias"] = False
+    c = compiled(row)
+    tx = optax.masked(c.tx, mask)
+    gradients = standard_gradients()[:4]
+    points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, gradients)
+    for point, wanted, grads in zip(points, trajectory(row)[:4], gradients, strict=True):
+        assert_close(matrices_of(point.updates), matrices_of(wanted.updates), row.tolerance)
+        assert_same_bits(point.updates["norm"], grads["norm"])
+
+
+@each()
+def test_partition_by_our_labels_changes_nothing(row: Row) -> None:
+    """Every group of `label_params` on an optimizer of its own equals one optimizer for all."""
+    params = standard_params()
+    labels = set(jax.tree.leaves(fo.label_params(params)))
+    assert len(labels) > 1
+    tx = optax.partition({label: build(row) for label in labels}, fo.label_params)
+    points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, standard_gradients()[:4])
+    assert_updates_close(points, trajectory(row), row.tolerance)
+
+
+@each(row for row in ROWS if row.takes_axes)
+def test_stacked_layers_equal_separate_ones(row: Row) -> None:
+    """A leaf (3, 4, 4) with a batch axis, as `nn.scan` stores it, moves as three leaves (4, 4)."""
+    rng = np.random.default_rng(3)
+    layers, params = 3, standard_params()["dense"]["kernel"]
+    stacked = jnp.stack([params + i for i in range(layers)])
+    gradients = [jnp.asarray(np.eye(4) + 0.4 * rng.normal(size=(layers, 4, 4)), jnp.float32) for _ in range(4)]
+    together = build(row, axes={"kernel": fo.MatrixAxes(inputs=(1,), outputs=(2,), batch=(0,))})
+    apart = build(row)
+
+    def split(x: jax.Array) -> dict[str, Any]:
+        return {f"layer_{i}": {"kernel": x[i]} for i in range(layers)}
+
+    whole = {"kernel": stacked}
+    one = run(jax.jit(updater(together)), together.init(whole), whole, [{"kernel": g} for g in gradients])
+    many = run(jax.jit(updater(apart)), apart.init(split(stacked)), split(stacked), [split(g) for g in gradients])
+    for a, b in zip(one, many, strict=True):
+        assert_close(split(a.updates["kernel"]), b.updates, row.tolerance)
+
+
+@pytest.mark.parametrize("name", sorted(fo.STATIC_ARGS))
+def test_static_arguments_are_arguments_of_their_factory(name: str) -> None:
+    optax.inject_hyperparams(getattr(fo, name), static_args=fo.STATIC_ARGS[name])

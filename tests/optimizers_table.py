@@ -1,0 +1,245 @@
+"""Every optimizer as one row, and what the laws run it on.
+
+A law never asks which optimizer it has: what differs between two optimizers is a field of the row.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fisher_optax as fo
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Row(NamedTuple):
+    """One optimizer under test: ``make(**options)``, followed by a rate where it is a bare direction."""
+
+    name: str
+    make: Callable[..., optax.GradientTransformationExtraArgs]
+    options: Mapping[str, Any] = NOTHING
+    rate_after: float | None = None  # the rate of the stage after a bare direction; None: `make` takes learning_rate
+    update_kwargs: Mapping[str, Any] = NOTHING  # what `update` needs beyond gradients, state and parameters
+    static_args: str | None = None  # its key in fo.STATIC_ARGS; None: not a factory of hyperparameters
+    scheduled: tuple[str, ...] = ()  # numeric options that may be schedules
+    undecayed: Mapping[str, Any] = NOTHING  # options that turn weight decay off
+    takes_axes: bool = True
+    any_scale: bool = False  # a matrix's direction is the same for gradients of any size its dtype can hold
+    one_guard: bool = True  # a bad step is skipped by one guard, not by each stage of a chain
+    tolerance: float = 2e-5  # of the update's norm, between two float32 ways to compute it
+    descent: tuple[float, int] = (0.1, 1000)  # first rate (falling linearly to 0) and steps of the convergence tests
+
+
+def build(row: Row, wrap: Callable[[Any], Any] = lambda make: make, **overrides: Any) -> Any:
+    """The row's complete optimizer; ``wrap`` is applied to its factory, ``learning_rate`` reaches the right stage."""
+    options = {**row.options, **overrides}
+    if row.rate_after is None:
+        return wrap(row.make)(**options)
+    rate = options.pop("learning_rate", row.rate_after)
+    return optax.chain(wrap(row.make)(**options), optax.scale_by_learning_rate(rate))
+
+
+def lion_in_soaps_basis() -> optax.GradientTransformationExtraArgs:
+    """An optimizer without a name: Lion run inside SOAP's eigenbasis."""
+    factors, basis = fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration()
+    return fo.precondition(factors, basis, fo.in_eigenbasis(optax.scale_by_lion()))
+
+
+def soap_then_orthogonal() -> optax.GradientTransformationExtraArgs:
+    """SOAP's direction, then its polar factor: a chain whose second stage keeps nothing from step to step."""
+    orthogonalise = fo.scale_by_muon(beta=0.0, nesterov=False, fallback=optax.identity())
+    return optax.chain(fo.scale_by_soap(precondition_frequency=2), orthogonalise)
+
+
+def soap_row(name: str, **options: Any) -> Row:
+    options = {"learning_rate": 0.01, "precondition_frequency": 2, "weight_decay": 0.1} | options
+    scheduled, undecayed = ("learning_rate", "weight_decay", "b1"), {"weight_decay": 0.0}
+    return Row(name, fo.soap, options, static_args="soap", scheduled=scheduled, undecayed=undecayed)
+
+
+def muon_row(name: str, **options: Any) -> Row:
+    options = {"learning_rate": 0.02, "weight_decay": 0.1} | options
+    scheduled, undecayed = ("learning_rate", "weight_decay", "beta"), {"weight_decay": 0.0}
+    return Row(name, fo.muon, options, static_args="muon", scheduled=scheduled, undecayed=undecayed, any_scale=True)
+
+
+ROWS = (
+    soap_row("soap"),
+    soap_row("soap-adaptive", refresh="adaptive", adaptive_tolerance=0.01),
+    soap_row("soap-staggered", refresh="staggered"),
+    soap_row("soap-adam-first", first_step="adam"),
+    soap_row("soap-blocks", block_size=4),
+    soap_row("soap-packed", factor_storage="packed"),
+    soap_row("soap-bf16", factor_dtype=jnp.bfloat16, momentum_dtype=jnp.bfloat16)._replace(tolerance=2e-2),
+    soap_row("soap-one-sided", sides="shorter"),
+    soap_row("soap-squared", transport="squared"),
+    soap_row("soap-cholesky", decomposition="cholesky"),
+    soap_row("soap-eigh", decomposition="eigh", normalize_updates=True),
+    muon_row("muon"),
+    muon_row("muon-jordan", polynomial=fo.jordan(5), scale="shape", nesterov=False),
+    muon_row("muon-you", polynomial=fo.you(), scale="unit_rms"),
+    muon_row("muon-own-cubic", polynomial=((1.5, -0.5, 0.0),) * 12, scale=0.2),
+    muon_row("muon-bf16", momentum_dtype=jnp.bfloat16)._replace(tolerance=2e-2),
+    Row(
+        "scale_by_soap",
+        fo.scale_by_soap,
+        {"precondition_frequency": 2},
+        rate_after=0.01,
+        static_args="scale_by_soap",
+        scheduled=("b1",),
+    ),
+    Row(
+        "scale_by_muon",
+        fo.scale_by_muon,
+        rate_after=0.02,
+        static_args="scale_by_muon",
+        scheduled=("beta",),
+        any_scale=True,
+    ),
+    Row("lion-in-basis", lion_in_soaps_basis, rate_after=0.01, takes_axes=False),
+    Row("soap-then-orthogonal", soap_then_orthogonal, rate_after=0.02, takes_axes=False, one_guard=False),
+)
+
+
+def each(rows: Iterable[Row] = ROWS) -> Any:
+    """Run a test once a row."""
+    return pytest.mark.parametrize("row", list(rows), ids=lambda row: row.name)
+
+
+STEPS = 6
+
+
+def standard_params(dtype: Any = jnp.float32) -> dict[str, Any]:
+    """A small model's parameters by Flax's names.
+
+    Matrices are square: the factor of a longer side is singular at first, and the basis of its null space depends on
+    rounding, so that two correct computations need not agree.
+    """
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    return {
+        "conv": {"kernel": normal(2, 2, 2, 8)},
+        "dense": {"bias": normal(4), "kernel": normal(4, 4)},
+        "embed": {"embedding": normal(4, 4)},
+        "head": {"kernel": normal(4, 4)},
+        "norm": {"scale": normal(4)},
+        "temperature": normal(),
+    }
+
+
+def standard_gradients(seed: int = 1, steps: int = STEPS, dtype: Any = jnp.float32) -> list[Any]:
+    """Gradients for `standard_params` whose factors have full rank and well-separated eigenvalues."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(x: jax.Array) -> list[jax.Array]:
+        n = x.shape[-1] if x.ndim >= 2 else x.size
+        if x.ndim < 2:
+            return [jnp.asarray(g, dtype) for g in rng.normal(size=(steps, *x.shape))]
+        U, V = (np.linalg.qr(rng.normal(size=(n, n)))[0] for _ in range(2))
+        core = np.diag(np.linspace(1, 3, n)) @ (np.eye(n) + 0.1 * rng.normal(size=(steps, n, n)))
+        return [jnp.asarray(g.reshape(x.shape), dtype) for g in U @ core @ V.T]
+
+    leaves, treedef = jax.tree.flatten(standard_params())
+    return [treedef.unflatten(step) for step in zip(*map(leaf, leaves), strict=True)]
+
+
+def matrices_of(tree: Any) -> Any:
+    """The leaves of the standard tree that every row treats as matrices."""
+    return {"conv": {"kernel": tree["conv"]["kernel"]}, "dense": {"kernel": tree["dense"]["kernel"]}}
+
+
+class Point(NamedTuple):
+    """A run after one step."""
+
+    updates: Any
+    state: Any
+    params: Any
+
+
+class Compiled(NamedTuple):
+    """A row's optimizer, compiled once for the standard parameters and shared by the tests."""
+
+    tx: optax.GradientTransformationExtraArgs
+    init: Callable[[Any], Any]
+    update: Any  # (grads, state, params), with an argument no optimizer knows
+
+
+def updater(tx: optax.GradientTransformationExtraArgs, **extra: Any) -> Callable[..., Any]:
+    """``tx.update`` as a function of gradients, state and parameters alone."""
+    return lambda grads, state, params: tx.update(grads, state, params, **extra)
+
+
+@functools.cache
+def _compiled(name: str) -> Compiled:
+    row = next(row for row in ROWS if row.name == name)
+    tx = build(row)
+    return Compiled(tx, jax.jit(tx.init), jax.jit(updater(tx, **row.update_kwargs, stranger=jnp.ones(3))))
+
+
+@functools.cache
+def _trajectory(name: str) -> tuple[Point, ...]:
+    c = _compiled(name)
+    params = standard_params()
+    return tuple(run(c.update, c.init(params), params, standard_gradients()))
+
+
+def compiled(row: Row) -> Compiled:
+    return _compiled(row.name)
+
+
+def trajectory(row: Row) -> tuple[Point, ...]:
+    """The row's run over `standard_gradients`, under jit."""
+    return _trajectory(row.name)
+
+
+def run(update: Callable[..., Any], state: Any, params: Any, gradients: list[Any]) -> list[Point]:
+    points = []
+    for grads in gradients:
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        points.append(Point(updates, state, params))
+    return points
+
+
+def assert_close(actual: Any, wanted: Any, tolerance: float) -> None:
+    """Every leaf within ``tolerance`` of the wanted leaf's norm."""
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        error, norm = np.linalg.norm(x - y), np.linalg.norm(y)
+        assert error <= tolerance * norm, f"{jax.tree_util.keystr(path)}: off by {error} of {norm}"
+
+
+def assert_updates_close(points: list[Point], wanted: Sequence[Point], tolerance: float) -> None:
+    """The updates of ``points`` are those of the first steps of ``wanted``."""
+    for point, reference in zip(points, wanted[: len(points)], strict=True):
+        assert_close(point.updates, reference.updates, tolerance)
+
+
+def assert_same_bits(actual: Any, wanted: Any) -> None:
+    """Every leaf equal, with equal dtype; a NaN equals nothing."""
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True):
+        assert x.dtype == y.dtype, jax.tree_util.keystr(path)
+        assert np.array_equal(x, y), jax.tree_util.keystr(path)
+
+
+def assert_finite(tree: Any) -> None:
+    for path, x in jax.tree.leaves_with_path(tree):
+        assert bool(jnp.isfinite(x).all()), jax.tree_util.keystr(path)
+
+
+def types(tree: Any) -> Any:
+    """Shape, dtype and weakness of every leaf, by path."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): (x.shape, x.dtype, getattr(x, "weak_type", False)) for path, x in leaves}

@@ -1,0 +1,60 @@
+"""What is shipped and what the README, the changelog and CI say of it are the same thing."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def readme_test_command() -> str:
+    """The one line in the README's code blocks that runs pytest."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
+    (command,) = (line.strip() for block in blocks for line in block.splitlines() if re.search(r"\bpytest\b", line))
+    return command
+
+
+def test_ci_runs_the_readmes_test_command() -> None:
+    assert readme_test_command() in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_ci_is_executable() -> None:
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_the_changelogs_first_version_is_the_packages() -> None:
+    versions = re.findall(
+        r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert versions[0] == PROJECT["version"]
+
+
+def test_the_package_ships_its_types() -> None:
+    import fisher_optax
+
+    assert (Path(fisher_optax.__file__).parent / "py.typed").is_file()
+
+
+def test_the_oldest_python_is_the_first_classifier() -> None:
+    """``requires-python``, the classifiers, ruff's and pyright's target name one version."""
+    pythons = [line.rsplit(" ", 1)[1] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    pyright = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pyright"]
+    assert PROJECT["requires-python"] == f">={pythons[0]}"
+    assert pyright["pythonVersion"] == pythons[0]
+
+
+def test_dependencies_are_what_the_package_imports() -> None:
+    """Every third-party module the package imports is declared, and nothing else is."""
+    nodes = [
+        node
+        for path in (ROOT / "fisher_optax").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    third_party = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"fisher_optax"}
+    assert third_party == {re.split(r"[^\w-]", requirement)[0] for requirement in PROJECT["dependencies"]}

@@ -1,0 +1,96 @@
+"""Eight devices give what one gives, whatever the layout; where the state lives never changes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.optimizers_table import Row, assert_same_bits, assert_updates_close, build, each, run, updater
+
+# One kernel (8, 8) in every layout a 2-D mesh allows, a stacked one sharded over its layers, and vectors.
+LAYOUTS = {
+    "both": {"kernel": P("data", "model"), "bias": P("model")},
+    "columns": {"kernel": P(None, "model"), "bias": P("model")},
+    "replicated": {"kernel": P(None, None), "bias": P(None)},
+    "rows": {"kernel": P("data", None), "bias": P(None)},
+    "rows_over_all": {"kernel": P(("data", "model"), None), "bias": P(None)},
+}
+STEPS = 4
+
+
+def values(seed: int) -> dict[str, Any]:
+    """NumPy arrays, on no device yet: matrices with well-separated singular values, so that no basis is arbitrary."""
+    rng = np.random.default_rng(seed)
+    U, V = (np.linalg.qr(np.random.default_rng(i).normal(size=(8, 8)))[0] for i in range(2))
+
+    def layer() -> dict[str, np.ndarray]:
+        core = np.diag(np.linspace(1, 3, 8)) @ (np.eye(8) + 0.1 * rng.normal(size=(8, 8)))
+        leaves = {"kernel": U @ core @ V.T, "bias": rng.normal(size=8)}
+        return {name: x.astype(np.float32) for name, x in leaves.items()}
+
+    return {name: layer() for name in LAYOUTS}
+
+
+@pytest.fixture(params=(AxisType.Auto, AxisType.Explicit), ids=("auto", "explicit"))
+def mesh(request: pytest.FixtureRequest) -> Iterator[jax.sharding.Mesh]:
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 devices: XLA_FLAGS=--xla_force_host_platform_device_count=8")
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(request.param,) * 2)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, LAYOUTS)
+
+
+def typeof(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): jax.typeof(x) for path, x in jax.tree.leaves_with_path(tree)}
+
+
+@each()
+def test_eight_devices_equal_one(row: Row, mesh: jax.sharding.Mesh) -> None:
+    """Jitted and eager, every layout at once; state types hold from `init` on, and parameters stay where they were."""
+    tx = build(row)
+    update = jax.jit(updater(tx, **row.update_kwargs))
+    gradients = [values(seed) for seed in range(10, 10 + STEPS)]
+    with jax.set_mesh(jax.make_mesh((1,), ("alone",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])):
+        params = jax.tree.map(jnp.asarray, values(1))
+        alone = run(update, tx.init(params), params, gradients)
+
+    params, grads = placed(values(1), mesh), [placed(g, mesh) for g in gradients]
+    state = tx.init(params)
+    jitted = run(update, state, params, grads)
+    eager = run(updater(tx, **row.update_kwargs), state, params, grads[:2])
+    assert_updates_close(jitted, alone, row.tolerance)
+    assert_updates_close(eager, alone, row.tolerance)
+    for point in jitted + eager:
+        assert typeof(point.state) == typeof(state)
+        assert typeof(point.params) == typeof(params)
+    assert typeof(jax.jit(tx.init)(params)) == typeof(state)
+
+
+@each()
+def test_state_of_sharded_shapes_is_the_state_of_sharded_arrays(row: Row, mesh: jax.sharding.Mesh) -> None:
+    tx = build(row)
+    params = placed(values(1), mesh)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    from_shapes, from_arrays = tx.init(shapes), tx.init(params)
+    assert typeof(from_shapes) == typeof(from_arrays)
+    assert_same_bits(from_shapes, from_arrays)
+
+
+@each()
+def test_state_is_spread_like_its_parameter(row: Row) -> None:
+    """No device holds all of the state of a matrix that is sharded over all devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"kernel": jax.device_put(values(1)["rows"]["kernel"], NamedSharding(mesh, P("data", None)))}
+    state = build(row).init(params)
+    for path, x in jax.tree.leaves_with_path(state):
+        if x.shape[-2:] == (8, 8):
+            assert not x.sharding.is_fully_replicated, jax.tree_util.keystr(path)
