@@ -28,12 +28,12 @@ NORMALISATION = re.compile(r"norm|^ln(_|\d|$)", re.IGNORECASE)
 EMBEDDING = re.compile(r"embed|(^|_)emb(_|$)|^(wte|wpe)$", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class MatrixAxes:
     """Which axes of a leaf are a matrix's inputs (rows), outputs (columns) and batch.
 
     Together the three name every axis of the leaf once; negative axes count from the end. The axes of one group are
-    merged in the order given. An integer or a list is taken as a tuple. Not a pytree: it is a leaf of a tree.
+    merged in the order given. An integer or a list becomes a tuple. Not a pytree: it is a leaf of a tree.
 
     Defaults are a Flax Dense kernel. Raises ``TypeError`` for axes that are not integers, ``ValueError`` for an axis
     named twice and for no inputs or outputs.
@@ -44,13 +44,12 @@ class MatrixAxes:
     MatrixAxes(inputs=(1,), outputs=(2,), batch=(0,))
     """
 
-    inputs: tuple[int, ...] = (0,)
-    outputs: tuple[int, ...] = (1,)
-    batch: tuple[int, ...] = ()
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: tuple[int, ...]
 
-    def __post_init__(self):
-        for field in ("inputs", "outputs", "batch"):
-            value = getattr(self, field)
+    def __init__(self, inputs: Any = (0,), outputs: Any = (1,), batch: Any = ()) -> None:
+        for field, value in (("inputs", inputs), ("outputs", outputs), ("batch", batch)):
             try:
                 axes = tuple(map(operator.index, value if hasattr(value, "__iter__") else (value,)))
             except TypeError:
@@ -172,7 +171,7 @@ class _Rules:
         rank = len(leaf.shape) - depth
         if self._is_vector(leaf) or rank < 2:
             return leaf.as_("other", None, ("stacked scalar", "stacked vector", "bias or normalisation")[min(rank, 2)])
-        if bias and (fits or rank > 2):
+        if bias:
             # Neighbours show at least ``depth`` stacked axes; where the bias fits more as well, those may be true.
             inputs = len(leaf.shape) - len(bias) if depth == max(fits, default=-1) else 0
             doubt = "its bias fits stacked and unstacked" if fits else "its bias does not fit"
@@ -206,7 +205,7 @@ class _Rules:
         """The leading axes that stack all of a module: shared by every leaf below, and shown by every witness."""
         witnesses = []
         for leaf in self.below[module]:
-            if self._is_vector(leaf) and leaf.shape and (leaf.name == "scale" or NORMALISATION.search(leaf.module)):
+            if self._is_vector(leaf) and (leaf.name == "scale" or NORMALISATION.search(leaf.module)):
                 witnesses.append(len(leaf.shape) - 1)
             fits = self._bias_of(leaf)[1]
             witnesses += fits if len(fits) == 1 else ()
@@ -220,15 +219,10 @@ class _Rules:
 
     def _may_be_stacked(self, leaf: _Leaf, depth: int) -> bool:
         """Whether one more stacked axis explains some module as well, and nothing else explains that axis."""
-
-        def explained(x: _Leaf) -> bool:
-            square = CONVOLUTION.search(x.module) and len(set(x.shape[depth:-2])) == 1
-            return len(x.shape) < depth + 3 or x.module in ATTENTION_INPUTS or bool(square)
-
         return any(
             len(self.below[module]) > 1
             and self._share(module, depth + 1)
-            and not all(map(explained, self.below[module]))
+            and not all(_first_axis_explained(x, depth) for x in self.below[module])
             for module in leaf.ancestors
         )
 
@@ -239,6 +233,12 @@ class _Rules:
         beside_w = leaf.name == "b" and (*leaf.names[:-1], "w") in self.shapes
         elementwise = self._bias_of(leaf)[0] == leaf.shape
         return leaf.name in ("bias", "scale") or beside_w or elementwise or bool(NORMALISATION.search(leaf.module))
+
+
+def _first_axis_explained(leaf: _Leaf, depth: int) -> bool:
+    """Whether a shared first axis is no sign of a stack: one layer's inputs, or the window of a convolution."""
+    square = CONVOLUTION.search(leaf.module) is not None and len(set(leaf.shape[depth:-2])) == 1
+    return len(leaf.shape) < depth + 3 or leaf.module in ATTENTION_INPUTS or square
 
 
 def _verdict(leaf: _Leaf, depth: int, inputs: int, doubt: str) -> LeafAxes:

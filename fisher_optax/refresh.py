@@ -109,7 +109,7 @@ def _keep(part: Matrices) -> Any:
 
 
 def _turn(policy: Policy, decomposition: Decomposition, start: bool) -> Callable[[Matrices], Any]:
-    """The branch that decomposes the factors of its units, in stacks of one size, and carries their moments over."""
+    """The branch that decomposes the factors of its units and carries their moments over, all units of one shape as one stack."""
 
     def decompose(A: Array, Q: Array) -> Refreshed:
         if start:
@@ -118,40 +118,50 @@ def _turn(policy: Policy, decomposition: Decomposition, start: bool) -> Callable
             return decomposition.refresh_where(A, Q, policy.tolerance)
         return decomposition.refresh(A, Q)
 
+    def side(A: Array | None, Q: Array | None) -> Refreshed:
+        if A is None or Q is None:
+            return Refreshed(None, None, jnp.zeros([], bool))
+        Q = Q.astype(A.dtype)
+        return decompose(A, Q) if policy.mesh_axis is None else spread(decompose, policy.mesh_axis, A, Q)
+
+    def one_shape(stack: Matrices) -> tuple[Any, Array]:
+        left, right = (side(A, Q) for A, Q in zip(stack.factors, stack.bases, strict=True))
+        new = type(stack.bases)(left.value, right.value)
+        linear = tuple(_rotate(m, stack.bases, new) for m in stack.linear)
+        if start or policy.transport == "squared":
+            quadratic = tuple(_rotate_squares(v, stack.bases, new) for v in stack.quadratic)
+        else:
+            quadratic = tuple(_permute(v, left.order, right.order) for v in stack.quadratic)
+        new = jax.tree.map(lambda q, old: q.astype(old.dtype), new, stack.bases)
+        return (new, linear, quadratic), jnp.sum(left.failed, dtype=jnp.int32) + jnp.sum(right.failed, dtype=jnp.int32)
+
     def turn(part: Matrices) -> Any:
-        new, orders, failed = _by_size(decompose, part.factors, part.bases, policy.mesh_axis)
-        permute = None if start or policy.transport == "squared" else orders
-        linear = [tuple(_rotate(m, old, basis) for m in ms) for ms, old, basis in zip(part.linear, part.bases, new, strict=True)]
-        quadratic = [
-            tuple(_rotate_squares(v, old, basis) if permute is None else _permute(v, permute[i]) for v in vs)
-            for i, (vs, old, basis) in enumerate(zip(part.quadratic, part.bases, new, strict=True))
-        ]
-        return (new, linear, quadratic), failed
+        units = [Matrices(*entries) for entries in zip(*part, strict=True)]
+        shapes: dict[Any, list[int]] = {}
+        for i, unit in enumerate(units):
+            shapes.setdefault(tuple(str(x.shape[-2:]) for x in jax.tree.leaves(unit)), []).append(i)
+        out: list[Any] = [None] * len(units)
+        failed = jnp.zeros([], jnp.int32)
+        for members in shapes.values():
+            done, bad = one_shape(_stack([units[i] for i in members]))
+            failed = failed + bad
+            for i, turned in zip(members, _unstack(done, [units[i][1:] for i in members]), strict=True):
+                out[i] = turned
+        return tuple(list(entries) for entries in zip(*out, strict=True)), failed
 
     return turn
 
 
-def _by_size(decompose: Callable[[Array, Array], Refreshed], factors: list[Any], bases: list[Any], mesh_axis: str | None) -> tuple[list[Any], list[Any], Array]:
-    """Decompose all sides of one size as one stack."""
-    sides: dict[int, list[tuple[int, int]]] = {}
-    for i, pair in enumerate(factors):
-        for side, A in enumerate(pair):
-            if A is not None:
-                sides.setdefault(A.shape[-1], []).append((i, side))
-    new, orders = [list(b) for b in bases], [[None, None] for _ in bases]
-    failed = jnp.zeros([], jnp.int32)
-    for d, members in sides.items():
-        A, Q = (jnp.concatenate([pairs[i][side].reshape(-1, d, d) for i, side in members]) for pairs in (factors, bases))
-        done = decompose(A, Q.astype(A.dtype)) if mesh_axis is None else spread(decompose, mesh_axis, A, Q.astype(A.dtype))
-        failed = failed + jnp.sum(done.failed, dtype=jnp.int32)
-        start = 0
-        for i, side in members:
-            old = bases[i][side]
-            stop = start + (len(old) if old.ndim == 3 else 1)
-            new[i][side] = done.value[start:stop].reshape(old.shape).astype(old.dtype)
-            orders[i][side] = done.order[start:stop].reshape(old.shape[:-1])
-            start = stop
-    return [type(b)(*n) for b, n in zip(bases, new, strict=True)], orders, failed
+def _stack(units: list[Any]) -> Any:
+    """All matrices of the units, which have one shape, along one leading axis."""
+    return jax.tree.map(lambda *xs: jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in xs]), *units)
+
+
+def _unstack(stack: Any, like: list[Any]) -> list[Any]:
+    """The inverse of `_stack`."""
+    counts = [1 if x.ndim == 2 else len(x) for x in (jax.tree.leaves(unit)[0] for unit in like)]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    return [jax.tree.map(lambda s, x, a=a, n=n: s[a : a + n].reshape(x.shape), stack, unit) for unit, a, n in zip(like, starts, counts, strict=True)]
 
 
 def _rotate(m: Float[Array, "*batch m n"], old: Any, new: Any) -> Array:
@@ -172,9 +182,8 @@ def _rotate_squares(v: Float[Array, "*batch m n"], old: Any, new: Any) -> Array:
     return x.astype(v.dtype)
 
 
-def _permute(v: Float[Array, "*batch m n"], orders: list[Any]) -> Array:
+def _permute(v: Float[Array, "*batch m n"], left: Array | None, right: Array | None) -> Array:
     """The SOAP authors' transport: entries follow the columns of the basis as they are reordered, and ignore that these turn."""
-    left, right = orders
     v = v if left is None else jnp.take_along_axis(v, left[..., :, None], axis=-2)
     return v if right is None else jnp.take_along_axis(v, right[..., None, :], axis=-1)
 

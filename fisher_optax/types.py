@@ -34,8 +34,8 @@ class InverseRoot(NamedTuple):
 class Refreshed(NamedTuple):
     """What a decomposition makes of a stack of factors."""
 
-    value: Float[Array, "*batch d d"]
-    order: Int[Array, "*batch d"]  # column j of `value` continues column order[j] of the old basis
+    value: Float[Array, "*batch d d"] | None
+    order: Int[Array, "*batch d"] | None  # column j of `value` continues column order[j] of the old basis
     failed: Bool[Array, "*batch"]  # the new value was not finite and the old one was kept
 
 

@@ -1,7 +1,5 @@
-"""Axes are read off real Flax modules, never guessed, and what is not read is named with a reason."""
+"""Axes and kinds are read off real Flax modules."""
 
-import doctest
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,130 +11,24 @@ import optax
 import pytest
 from flax import nnx
 
-import fisher_optax.axes
-from fisher_optax.axes import LeafAxes, MatrixAxes, label_params, resolve_axes
+from fisher_optax.axes import MatrixAxes, label_params, resolve_axes
+from tests.axes_models import (
+    ATTENTION,
+    GPT,
+    IMAGE,
+    MLP,
+    Block,
+    Experts,
+    ResNetBlock,
+    X,
+    by_path,
+    groups,
+    leaf,
+    nnx_params,
+    params_of,
+    tree,
+)
 
-Tree = dict[str, Any]
-
-
-def leaf(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def tree(shapes: dict[str, tuple[int, ...]]) -> Tree:
-    """{"a/b": (2, 3)} as nested dictionaries of leaves."""
-    out: Tree = {}
-    for path, shape in shapes.items():
-        *modules, name = path.split("/")
-        node = out
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[name] = leaf(*shape)
-    return out
-
-
-def params_of(model: nn.Module, *inputs: Any) -> Tree:
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-
-
-def nnx_params(make: Callable[[nnx.Rngs], Any]) -> nnx.State:
-    return nnx.state(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
-
-
-def by_path(params: Any, axes: Any = None) -> dict[str, LeafAxes]:
-    return {x.path: x for x in resolve_axes(params, axes)}
-
-
-def groups(params: Any) -> dict[str, str]:
-    """Path -> the sizes of "inputs | outputs" or "batch | inputs | outputs", for the leaves that have axes."""
-
-    def show(shape: tuple[int, ...], axes: MatrixAxes) -> str:
-        return " | ".join(" ".join(str(shape[i]) for i in g) for g in (axes.batch, axes.inputs, axes.outputs) if g)
-
-    return {x.path: show(x.shape, x.axes) for x in resolve_axes(params) if x.axes is not None}
-
-
-class MLP(nn.Module):
-    bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(7, use_bias=self.bias)(x)
-        return nn.Dense(3, use_bias=self.bias)(nn.relu(x))
-
-
-class ResNetBlock(nn.Module):
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.Conv(8, (3, 3), use_bias=False)(x)
-        y = nn.Conv(16, (3, 3), use_bias=False)(nn.relu(nn.BatchNorm(use_running_average=True)(y)))
-        return nn.BatchNorm(use_running_average=True)(y) + nn.Conv(16, (1, 1), use_bias=False, name="proj")(x)
-
-
-class Block(nn.Module):
-    """A transformer block: width 12, 3 heads of 4, 20 hidden."""
-
-    bias: bool = True
-    norm: type[nn.Module] | None = nn.LayerNorm
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        norm = self.norm or (lambda: lambda x: x)
-        x = x + nn.MultiHeadDotProductAttention(3, use_bias=self.bias, name="attention")(norm()(x))
-        hidden = nn.Dense(20, use_bias=self.bias)(norm()(x))
-        return x + nn.Dense(12, use_bias=self.bias)(nn.gelu(hidden))
-
-
-class Step(nn.Module):
-    """A module as the body of `nn.scan`."""
-
-    make: Callable[[], nn.Module]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
-        return self.make()(x), None  # type: ignore
-
-
-def scanned(make: Callable[[], nn.Module], length: int) -> nn.Module:
-    return nn.scan(nn.remat(Step), variable_axes={"params": 0}, split_rngs={"params": True}, length=length)(make)
-
-
-class Twice(nn.Module):
-    """A scan of a scan, with a normalisation between the two."""
-
-    make: Callable[[], nn.Module]
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return scanned(self.make, 2)(nn.LayerNorm(name="between")(x), None)[0]  # type: ignore
-
-
-class Experts(nn.Module):
-    bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(5, name="router")(nn.LayerNorm()(x))[..., None] * x[..., None, :]
-        return nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=-2)(
-            self.bias, name="experts"
-        )(x)
-
-
-class GPT(nn.Module):
-    """Two blocks, the head tied to the embedding."""
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        wte = nn.Embed(11, 12, name="wte")
-        x = wte(tokens) + self.param("wpe", nn.initializers.normal(), (6, 12))
-        for _ in range(2):
-            x = Block(bias=False)(x)
-        return wte.attend(nn.LayerNorm(name="ln_f")(x))
-
-
-X = leaf(2, 6, 12)
-IMAGE = leaf(1, 8, 8, 5)
-ATTENTION = {"query": "12 | 3 4", "key": "12 | 3 4", "value": "12 | 3 4", "out": "3 4 | 12"}
 ATTENTION_7 = {"query": "12 | 1 12", "key": "12 | 1 12", "value": "12 | 1 12", "out": "1 12 | 7"}
 BLOCK = {f"attention/{name}": text for name, text in ATTENTION.items()} | {"Dense_0": "12 | 20", "Dense_1": "20 | 12"}
 LINEN = {
@@ -198,133 +90,6 @@ def test_biases_and_normalisations_of_two_axes_are_no_matrices() -> None:
     )
 
 
-# Stacks
-
-
-BLOCKS = {
-    "biases and norms": Block,
-    "biases": lambda: Block(norm=None),
-    "LayerNorm": lambda: Block(bias=False),
-    "RMSNorm": lambda: Block(bias=False, norm=nn.RMSNorm),
-}
-
-
-def without_batch(x: LeafAxes) -> Any:
-    """A leaf's path, kind and axes as one layer of the stack has them."""
-    if x.axes is None:
-        return x.path, x.kind
-    depth = len(x.axes.batch)
-    assert x.axes.batch == tuple(range(depth))
-    return x.path, x.kind, [i - depth for i in x.axes.inputs], [i - depth for i in x.axes.outputs]
-
-
-@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS.keys())
-@pytest.mark.parametrize("length", [5, 3, 4, 12, 1])
-def test_scanned_blocks_read_as_the_block_alone(make: Callable[[], nn.Module], length: int) -> None:
-    """`nn.scan(nn.remat(block))` adds a batch axis and changes nothing else, also of another axis's length."""
-    (stacked,) = params_of(scanned(make, length), X, None).values()
-    read = resolve_axes(stacked)
-    assert [without_batch(x) for x in read] == [without_batch(x) for x in resolve_axes(params_of(make(), X))]
-    assert {x.axes.batch for x in read if x.axes} == {(0,)}
-
-
-@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS.keys())
-def test_scans_of_scans_read_as_the_block_alone(make: Callable[[], nn.Module]) -> None:
-    params = params_of(scanned(lambda: Twice(make), 3), X, None)["Twice_0"]
-    assert {x.kind for x in resolve_axes(params["between"])} == {"other"}
-    whole = {"between": params["between"], **next(v for k, v in params.items() if k != "between")}
-    read = [x for x in resolve_axes(whole) if x.path.startswith("Block_0")]
-    alone = resolve_axes({"Block_0": params_of(make(), X)})
-    assert [without_batch(x) for x in read] == [without_batch(x) for x in alone]
-    assert {x.axes.batch for x in read if x.axes} == {(0, 1)}
-
-
-def test_an_ensemble_of_models_is_a_stack_of_all_their_leaves() -> None:
-    """A leading axis on the whole tree: embeddings and heads are stacked with the rest."""
-    params = params_of(GPT(), leaf(2, 6, dtype=jnp.int32)) | {"lm_head": {"kernel": leaf(12, 11)}}
-    ensemble = jax.tree.map(lambda x: leaf(4, *x.shape), params)
-    assert [without_batch(x) for x in resolve_axes(ensemble)] == [without_batch(x) for x in resolve_axes(params)]
-    assert {x.axes.batch for x in resolve_axes(ensemble) if x.axes} == {(0,)}
-
-
-def test_a_stack_that_nothing_shows_is_ambiguous() -> None:
-    """Without biases and norms (layers, in, out) could be one layer's: no kernel is read, not even query and out."""
-    read = resolve_axes(params_of(scanned(lambda: Block(bias=False, norm=None), 5), X, None))
-    assert len(read) == 6
-    for x in read:
-        assert (x.axes, x.kind) == (None, "other")
-        assert x.reason.startswith(f"ambiguous {len(x.shape)}-D kernel: pass axes=")
-
-
-def test_experts_without_biases_are_ambiguous_beside_a_plain_router() -> None:
-    params = params_of(Experts(bias=False), X)
-    assert groups(params) == {"router/kernel": "12 | 5"}
-    assert "ambiguous 3-D kernel: pass axes=" in by_path(params)["experts/Dense_0/kernel"].reason
-
-
-AMBIGUOUS = {
-    "DenseGeneral without a bias": ({"mix/kernel": (5, 3, 4)}, "no bias and no telling name"),
-    "3 inputs and (3, 4) outputs, or 3 layers": (
-        {"mix/kernel": (3, 3, 4), "mix/bias": (3, 4)},
-        "stacked and unstacked",
-    ),
-    "a bias of another shape": ({"mix/kernel": (5, 3, 4), "mix/bias": (3, 1)}, "does not fit"),
-    "stacked Dense called query": ({"query/kernel": (2, 6, 5), "up/kernel": (2, 5, 7)}, "perhaps stacked"),
-    "stacked vectors beside stacked matrices": ({"gain": (2, 6), "up/kernel": (2, 6, 7)}, "perhaps stacked"),
-    "stacked Conv in 1-D": ({"Conv_0/kernel": (2, 3, 5, 7), "Conv_1/kernel": (2, 3, 7, 5)}, "perhaps stacked"),
-    "raw weights of three axes": ({"w": (5, 3, 4)}, "no bias and no telling name"),
-    "six axes": ({"conv/kernel": (2, 3, 3, 3, 4, 5)}, "no bias and no telling name"),
-}
-
-
-@pytest.mark.parametrize(("shapes", "doubt"), AMBIGUOUS.values(), ids=AMBIGUOUS.keys())
-def test_two_readings_are_no_reading(shapes: dict[str, tuple[int, ...]], doubt: str) -> None:
-    """The leaf goes to the fallback, and its reason says what is in doubt and what to do."""
-    first = by_path(tree(shapes))[next(iter(shapes))]
-    assert (first.axes, first.kind) == (None, "other")
-    assert first.reason.startswith(f"ambiguous {len(first.shape)}-D ")
-    assert "pass axes=" in first.reason
-    assert doubt in first.reason
-
-
-def block_truth(sizes: tuple[int, ...], bias: bool, norm: bool, dense: bool, names: str) -> dict[str, Any]:
-    """Path -> (shape, number of inputs, 0 for a vector) of a block of any sizes, as Flax would make it."""
-    width, heads, size, hidden = sizes
-    query, *rest, out = names.split()
-    split = ((heads * size,), (heads * size,)) if dense else ((heads, size), (heads, size))
-    layers = {f"attention/{name}": ((width,), split[0]) for name in (query, *rest)}
-    layers |= {f"attention/{out}": (split[1], (width,)), "up": ((width,), (hidden,)), "down": ((hidden,), (width,))}
-    layers |= {"Conv_0": ((3, 3, width), (width,)), "Conv_1": ((3, width), (hidden,))}
-    truth: dict[str, Any] = {f"{name}/kernel": (i + o, len(i)) for name, (i, o) in layers.items()}
-    truth |= {f"{name}/bias": (o, 0) for name, (_, o) in layers.items() if bias}
-    return truth | ({"LayerNorm_0/scale": ((width,), 0)} if norm else {})
-
-
-@pytest.mark.parametrize("names", ["query key value out", "q k v proj"])
-@pytest.mark.parametrize(("bias", "norm"), list(itertools.product([True, False], repeat=2)), ids=str)
-def test_small_sizes_that_collide_are_never_misread(bias: bool, norm: bool, names: str) -> None:
-    """Alone, stacked, stacked inside a model and stacked twice, all sizes from {1, 3, 4}: each axis right or none."""
-    told = 0
-    for *sizes, length, dense in itertools.product((1, 3, 4), (1, 3), (1, 4), (3, 4), (1, 3, 4), (True, False)):
-        truth = block_truth(tuple(sizes), bias, norm, dense, names)
-        outside = {"wte/embedding": (11, sizes[0]), "ln_f/scale": (sizes[0],), "lm_head/kernel": (sizes[0], 11)}
-        for stack, around in [((), {}), ((length,), {}), ((length,), outside), ((2, length), {})]:
-            params = tree({f"h/{path}": stack + shape for path, (shape, _) in truth.items()} | around)
-            for path, x in by_path(params).items():
-                if x.axes is None or path in around:
-                    continue
-                depth, inputs = len(stack), truth[path.removeprefix("h/")][1]
-                every = tuple(range(len(x.shape)))
-                assert inputs, x
-                want = MatrixAxes(every[depth : depth + inputs], every[depth + inputs :], every[:depth])
-                assert x.axes == want, (x, sizes, length)
-                told += 1
-    assert told > 500
-
-
-# nnx and boxes
-
-
 class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(11, 12, rngs=rngs)
@@ -363,19 +128,6 @@ def test_nnx_modules(form: Callable[[nnx.State], Any]) -> None:
     assert {path for path, x in read.items() if x.kind == "head"} == {"lm_head/kernel"}
 
 
-def test_nnx_stack_of_blocks_reads_as_the_block_alone() -> None:
-    class NnxBlock(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs):
-            self.norm = nnx.RMSNorm(12, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(3, 12, decode=False, use_bias=False, rngs=rngs)
-            self.up = nnx.Linear(12, 20, use_bias=False, rngs=rngs)
-
-    stack = nnx_params(lambda rngs: nnx.vmap(lambda key: NnxBlock(nnx.Rngs(key)))(jax.random.split(rngs(), 3)))
-    read = resolve_axes(stack)
-    assert [without_batch(x) for x in read] == [without_batch(x) for x in resolve_axes(nnx_params(NnxBlock))]
-    assert {x.axes.batch for x in read if x.axes} == {(0,)}
-
-
 @pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning], ids=lambda f: f.__name__)
 def test_boxed_parameters_keep_their_names(box: Callable[..., Any]) -> None:
     model = nn.Dense(7, kernel_init=box(nn.initializers.normal(), ("in", "out")), name="head")
@@ -385,9 +137,6 @@ def test_boxed_parameters_keep_their_names(box: Callable[..., Any]) -> None:
     labels = label_params(params)
     assert jax.tree.structure(labels) == jax.tree.structure(params)
     assert jax.tree.leaves(labels) == ["other", "head"]
-
-
-# Kinds
 
 
 KINDS = {
@@ -466,118 +215,3 @@ def test_label_params_is_made_for_partition() -> None:
     updates, _ = tx.update(params, tx.init(params), params)
     for x, update in zip(resolve_axes(params), jax.tree.leaves(updates), strict=True):
         np.testing.assert_array_equal(update, scales[x.kind])
-
-
-# The user's axes
-
-
-FUSED = {"qkv": {"kernel": leaf(12, 3, 3, 4)}, "lm_head": {"kernel": leaf(12, 11)}, "gain": leaf(12)}
-FUSED_AXES = {"qkv": {"kernel": MatrixAxes(0, (-2, -1), 1)}, "lm_head": {"kernel": MatrixAxes()}, "gain": None}
-
-
-@pytest.mark.parametrize("axes", [FUSED_AXES, lambda params: FUSED_AXES], ids=["tree", "function"])
-def test_the_users_word_overrides_the_rules(axes: Any) -> None:
-    """Also for a head, and a leaf of None goes to the fallback."""
-    assert by_path(FUSED)["qkv/kernel"].axes is None
-    read = by_path(FUSED, axes)
-    assert read["qkv/kernel"].axes == MatrixAxes((0,), (2, 3), (1,))
-    assert [x.kind for x in read.values()] == ["other", "matrix", "matrix"]
-    assert label_params(FUSED, axes) == {"qkv": {"kernel": "matrix"}, "lm_head": {"kernel": "matrix"}, "gain": "other"}
-    without = FUSED_AXES | {"lm_head": {"kernel": None}}
-    assert by_path(FUSED, without)["lm_head/kernel"][3:] == (None, "other", "user: fallback")
-
-
-def test_the_users_axes_keep_their_order() -> None:
-    assert by_path({"w": leaf(2, 3, 4)}, {"w": MatrixAxes((-1, 0), 1)})["w"].axes == MatrixAxes((2, 0), (1,))
-
-
-def test_the_users_axes_do_not_make_matrices_of_what_cannot_be() -> None:
-    read = by_path({"w": leaf(2, 0), "z": leaf(2, 3, dtype=jnp.complex64)}, {"w": MatrixAxes(), "z": MatrixAxes()})
-    assert [(x.axes, x.kind) for x in read.values()] == [(None, "other")] * 2
-
-
-def test_the_users_axes_are_matched_by_path_under_a_mask() -> None:
-    """`optax.masked` and `optax.partition` hide leaves: the axes of the whole tree still fit what is left."""
-    seen = []
-
-    def init(params: Any) -> optax.EmptyState:
-        seen.append(by_path(params, FUSED_AXES))
-        return optax.EmptyState()
-
-    spy = optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
-    optax.partition({"matrix": spy, "other": spy}, label_params(FUSED, FUSED_AXES)).init(FUSED)
-    assert [list(read) for read in seen] == [["lm_head/kernel", "qkv/kernel"], ["gain"]]
-    assert seen[0]["qkv/kernel"].axes == MatrixAxes((0,), (2, 3), (1,))
-    assert resolve_axes(jax.tree.map(lambda _: optax.MaskedNode(), FUSED), FUSED_AXES) == []
-
-
-def test_the_users_axes_fit_nnx_states() -> None:
-    """A map over the state and a plain dictionary of the same paths say the same."""
-    state = nnx_params(lambda rngs: nnx.Linear(5, 7, use_bias=False, rngs=rngs))
-    for axes in (jax.tree.map(lambda _: MatrixAxes(1, 0), state), {"kernel": MatrixAxes(1, 0)}):
-        assert by_path(state, axes)["kernel"].axes == MatrixAxes((1,), (0,))
-
-
-def test_resolved_axes_are_axes_to_pass() -> None:
-    """What the rules find, given back by path, is found again with a mask in place."""
-    params = params_of(Experts(), X)
-    axes = jax.tree.structure(params).unflatten([x.axes for x in resolve_axes(params)])
-    assert [x.axes for x in resolve_axes(params, axes)] == [x.axes for x in resolve_axes(params)]
-    del params["experts"]["Dense_0"]["bias"], params["LayerNorm_0"]
-    assert by_path(params, axes)["experts/Dense_0/kernel"].axes == MatrixAxes(1, 2, 0)
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("axes", "error", "match"),
-    [
-        ({"a": {"kernel": None}}, ValueError, r"no entry for 'b' \(1 of 2 .* it has 'a/kernel'\).*MatrixAxes, or None"),
-        ({"a": {"kernle": None}, "b": None}, ValueError, r"no entry for 'a/kernel' .* it has 'a/kernle', 'b'"),
-        ({}, ValueError, r"no entry for 'a/kernel' \(2 of 2 .* it has no entries"),
-        (MatrixAxes(), ValueError, r"no entry for 'a/kernel' \(2 of 2"),
-        ({"a": {"kernel": (0, 1)}, "b": None}, TypeError, r"axes= at 'a/kernel/0' is 0; wanted fo.MatrixAxes or None"),
-        ({"a": {"kernel": MatrixAxes(0, 2)}, "b": None}, ValueError, r"'a/kernel': .*outputs=\(2,\).* shape \(5, 7\)"),
-        ({"a": {"kernel": MatrixAxes(0, 1, 2)}, "b": None}, ValueError, "must name each of its 2 axes exactly once"),
-        ({"a": {"kernel": MatrixAxes(0, -2)}, "b": None}, ValueError, "must name each of its 2 axes exactly once"),
-        ({"a": {"kernel": MatrixAxes(-3, 1)}, "b": None}, ValueError, "must name each of its 2 axes exactly once"),
-        ({"a": {"kernel": MatrixAxes()}, "b": MatrixAxes()}, ValueError, r"axes of 'b': .* shape \(3,\).* 1 axes"),
-    ],
-    ids=str,
-)
-def test_axes_that_do_not_fit_the_tree(axes: Any, error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        resolve_axes({"a": {"kernel": leaf(5, 7)}, "b": leaf(3)}, axes)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        (dict(inputs=()), ValueError, "no inputs or no outputs"),
-        (dict(outputs=[]), ValueError, "no inputs or no outputs"),
-        (dict(inputs=(0, 0)), ValueError, "names an axis twice"),
-        (dict(inputs=1), ValueError, "names an axis twice"),
-        (dict(batch=-1, outputs=-1), ValueError, "names an axis twice"),
-        (dict(inputs=0.5), TypeError, r"MatrixAxes\(inputs=0.5\): wanted an integer"),
-        (dict(outputs="1"), TypeError, r"MatrixAxes\(outputs='1'\): wanted an integer"),
-        (dict(batch=None), TypeError, r"MatrixAxes\(batch=None\): wanted an integer"),
-    ],
-    ids=str,
-)
-def test_matrix_axes_are_checked_when_made(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        MatrixAxes(**arguments)
-
-
-def test_matrix_axes_are_a_leaf_and_a_value() -> None:
-    """Integers, lists and NumPy integers become tuples, equal axes are equal keys, a tree holds them whole."""
-    axes = MatrixAxes([0, np.int64(1)], 2, batch=range(3, 5))
-    assert axes == MatrixAxes((0, 1), (2,), (3, 4))
-    assert hash(axes) == hash(MatrixAxes((0, 1), (2,), (3, 4)))
-    assert jax.tree.leaves({"w": axes}) == [axes]
-    assert axes.resolve("w", (2, 3, 4, 5, 6)) == axes
-
-
-def test_docstring_examples() -> None:
-    assert doctest.testmod(fisher_optax.axes) == doctest.TestResults(failed=0, attempted=5)

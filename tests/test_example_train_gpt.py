@@ -1,8 +1,10 @@
 """The main example from command line to files: it learns, survives a kill bitwise, and says what is wrong."""
 
 import argparse
+import dataclasses
 import doctest
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,21 +21,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import run_folder
-import text
 import train_gpt
 from gpt_config import Config
 from optimizers import METHODS
 
-TINY = {
-    "layers": 1,
-    "width": 32,
-    "heads": 2,
-    "context": 16,
-    "batch": 4,
-    "eval_batches": 4,
-    "steps": 20,
-    "eval_every": 5,
-}
+SCRIPT = train_gpt.__file__
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+TINY = dict(layers=1, width=32, heads=2, context=16, batch=4, eval_batches=4, steps=20, eval_every=5)
 
 
 def flags(**options: Any) -> list[str]:
@@ -90,7 +84,7 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_script_runs_end_to_end(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, SCRIPT, *flags(**TINY, data=data, optimizer="soap", out=out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=ENVIRONMENT)
     rows = metrics(out)
     assert [row["step"] for row in rows] == [0, 5, 10, 15, 20]
     assert [row["tokens"] for row in rows] == [64 * row["step"] for row in rows]
@@ -110,46 +104,46 @@ def test_the_script_runs_end_to_end(tmp_path: Path, data: Path) -> None:
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 50  # two curves, grid, text
 
 
-@pytest.mark.parametrize("optimizer", METHODS)
+@pytest.mark.parametrize("optimizer", [name for name in METHODS if name != "adamw"])  # which the next test has
 def test_an_interrupted_run_goes_on_bitwise_as_if_it_had_not_been(
     tmp_path: Path, data: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = flags(**TINY, data=data, optimizer=optimizer, dropout=0.1, refresh=3)
+    arguments = flags(**{**TINY, "eval_every": 7}, data=data, optimizer=optimizer)
     train_gpt.main([*arguments, f"--out={tmp_path / 'whole'}"])
 
-    # Stopped after the line of step 15 is written and before its checkpoint is: the worst moment.
+    # Stopped after the line of step 14 is written and before its checkpoint is: the worst moment.
     save = ocp.CheckpointManager.save
 
-    def save_until_15(self: ocp.CheckpointManager, step: int, **kwargs: Any) -> bool:
-        if step == 15:
+    def save_until_14(self: ocp.CheckpointManager, step: int, **kwargs: Any) -> bool:
+        if step == 14:
             raise KeyboardInterrupt
         return save(self, step, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "save", save_until_15)
+        patch.setattr(ocp.CheckpointManager, "save", save_until_14)
         with pytest.raises(SystemExit, match="go on with --resume"):
             train_gpt.main([*arguments, f"--out={tmp_path / 'parts'}"])
-    assert [row["step"] for row in metrics(tmp_path / "parts")] == [0, 5, 10, 15]
-    assert last_checkpoint(tmp_path / "parts")[0] == 10
+    assert [row["step"] for row in metrics(tmp_path / "parts")] == [0, 7, 14]
+    assert last_checkpoint(tmp_path / "parts")[0] == 7
     train_gpt.main(["--resume", f"--out={tmp_path / 'parts'}"])
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path: Path, data: Path) -> None:
-    arguments = flags(**{**TINY, "steps": 600, "eval_every": 20}, data=data, optimizer="adamw")
+    arguments = flags(**{**TINY, "steps": 300, "eval_every": 15}, data=data, optimizer="adamw", dropout=0.1)
     out = tmp_path / "killed"
     command = [sys.executable, SCRIPT, *arguments, f"--out={out}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     try:
-        deadline = time.monotonic() + 100
-        while not ((out / "metrics.jsonl").exists() and metrics(out)[-1:] and metrics(out)[-1]["step"] >= 40):
+        deadline = time.monotonic() + 300
+        while not ((out / "metrics.jsonl").exists() and metrics(out)[-1:] and metrics(out)[-1]["step"] >= 30):
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline, "the run does not get on"
             time.sleep(0.01)
     finally:
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert last_checkpoint(out)[0] < 600
+    assert last_checkpoint(out)[0] < 300
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5')  # what a kill in the middle of a line leaves
     train_gpt.main(["--resume", f"--out={out}"])
@@ -158,16 +152,13 @@ def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path: Path, data
 
 
 def test_many_rates_and_seeds_compile_the_step_once(data: Path) -> None:
-    config = Config(
-        **TINY, data=str(data), optimizer="adamw", refresh=7
-    )  # a refresh no other test has: a fresh program
+    config = Config(**TINY, data=str(data), optimizer="adamw", refresh=7)  # the only test with this refresh
+    compiled_before = train_gpt.advance._cache_size()
     losses = set()
     for seed, lr in ((0, 1e-3), (0, 3e-3), (1, 3e-3)):
-        tried = Config(**{**vars(config), "seed": seed, "lr": lr})
-        losses.add(train_gpt.train(tried)[-1]["val_loss"])
+        losses.add(train_gpt.train(dataclasses.replace(config, seed=seed, lr=lr))[-1]["val_loss"])
     assert len(losses) == 3
-    symbols = len(text.load_corpus(str(data), config.vocab, config.context).characters)
-    assert train_gpt.compile_programs(config.resolve(), symbols).advance._cache_size() == 1
+    assert train_gpt.advance._cache_size() == compiled_before + 1
 
 
 def test_a_diverging_run_stops_with_a_message(tmp_path: Path, data: Path) -> None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
+from .lapack import one_by_one
 from .scaling import unit_scale
 
 # Relative to |A|: makes the Cholesky factor exist where A is rank-deficient, and turns no eigenvector.
@@ -28,7 +29,8 @@ def eigenbasis(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
      [0. 1. 0.]]
     """
     A = unit_scale(_at_least_float32(A))
-    return jnp.linalg.eigh(A + 1e-30 * jnp.eye(A.shape[-1], dtype=A.dtype)).eigenvectors[..., ::-1]
+    A = A + 1e-30 * jnp.eye(A.shape[-1], dtype=A.dtype)
+    return one_by_one(lambda A: jnp.linalg.eigh(A).eigenvectors)(A)[..., ::-1]
 
 
 def project(
@@ -103,7 +105,7 @@ def orthogonal_iteration(
     Q = Q.astype(P.dtype)
     order = descending(Q, P)[..., None, :]
     if method == "qr":
-        return jnp.linalg.qr(jnp.take_along_axis(P, order, axis=-1)).Q
+        return one_by_one(lambda M: jnp.linalg.qr(M).Q)(jnp.take_along_axis(P, order, axis=-1))
     norm = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True)
     M = jnp.take_along_axis(P + jnp.where(norm == 0, 1, SHIFT * norm) * Q, order, axis=-1)
     M = M / jnp.linalg.norm(M, axis=-2, keepdims=True)
@@ -158,8 +160,8 @@ def keep_last_good(
 def _cholesky_qr(M: Array, precision: Precision | str) -> Array:
     """``M L⁻ᵀ`` with ``L Lᵀ = Mᵀ M``: the Q of M's QR with a positive diagonal of R, and half of M's digits lost."""
     gram = jnp.matmul(M.mT, M, precision=precision)
-    L = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
-    return jax.lax.linalg.triangular_solve(L, M, lower=True, transpose_a=True)
+    L = one_by_one(lambda A: jax.lax.linalg.cholesky(A, symmetrize_input=False))(gram)
+    return one_by_one(lambda L, M: jax.lax.linalg.triangular_solve(L, M, lower=True, transpose_a=True))(L, M)
 
 
 def _rayleigh(Q: Array, P: Array) -> Array:
