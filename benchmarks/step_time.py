@@ -23,6 +23,7 @@ from benchmarks import harness
 from benchmarks.flops import FlopCount, count_matmul_flops
 
 PERIOD = 10  # steps between refreshes, of every method that has them
+WARM_UP = 2  # steps that are not counted: the first starts the bases
 RATE = 1e-3
 COLUMNS = {
     "name": "optimizer",
@@ -200,9 +201,8 @@ def measure(name: str, only: Sequence[str], repeats: int) -> dict[str, Any]:
     products = {"square": (1536, 1536, 1536), "own": (tree.width, tree.width, 4 * tree.width)}
     rates: Mapping[str, Callable[[Any], Any]] = {key: harness.matrix_product(*mkn) for key, mkn in products.items()}
     draw = jax.jit(lambda i: random_like(shapes, i))
-    # The first ten steps start the bases and are not counted.
-    times = harness.interleaved({**rates, **contenders}, PERIOD * (1 + repeats), draw, f"{name}: step")
-    counted = {key: seconds[PERIOD:] for key, seconds in times.items()}
+    times = harness.interleaved({**rates, **contenders}, WARM_UP + PERIOD * repeats, draw, f"{name}: step")
+    counted = {key: seconds[WARM_UP:] for key, seconds in times.items()}
     gemm = {key: harness.gflops_per_second(*mkn, counted[key]) for key, mkn in products.items()}
     rows = [describe(key, contender, counted[key], max(gemm.values())) for key, contender in contenders.items()]
     compare(rows)

@@ -49,7 +49,7 @@ def optax_muon(rate: optax.Schedule, settings: Settings) -> optax.GradientTransf
 
 METHODS = {
     "adamw": Method(adamw, 3e-3),
-    "soap": Method(soap, 3e-3),
+    "soap": Method(soap, 6e-3),
     "muon": Method(muon, 1e-2),
     "optax_muon": Method(optax_muon, 3e-2),
 }

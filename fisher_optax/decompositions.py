@@ -1,16 +1,15 @@
-"""What turns a stack of Kronecker factors into eigenbases, always keeping the last good one."""
+"""What turns a Kronecker factor into an eigenbasis, always keeping the last good one."""
 
-import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import linalg
+from .branching import branch
 from .types import Decomposition, Eigenbasis, Refreshed
 
-Stack = Float[Array, "N d d"]
+Matrix = Float[Array, "d d"]
 
 
 def orthogonal_iteration(method: str = "qr") -> Decomposition:
@@ -29,36 +28,40 @@ def orthogonal_iteration(method: str = "qr") -> Decomposition:
     if method not in ("qr", "cholesky"):
         raise ValueError(f"orthogonal_iteration: method must be 'qr' or 'cholesky', got {method!r}.")
 
-    def refresh(A: Stack, Q: Stack) -> Refreshed:
+    def refresh(A: Matrix, Q: Matrix, tolerance: float | None) -> Refreshed:
         P = linalg.project(A, Q)
-        return _keep(linalg.orthogonal_iteration(A, Q, P=P, method=method), linalg.descending(Q, P), Q)
 
-    return Decomposition(method, Eigenbasis, _eigh, refresh, functools.partial(_where_off_diagonal, refresh))
+        def iterate() -> Refreshed:
+            return _keep_last_good(linalg.orthogonal_iteration(A, Q, P=P, method=method), linalg.descending(Q, P), Q)
+
+        return iterate() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, iterate)
+
+    return Decomposition(method, Eigenbasis, _eigh, refresh)
 
 
 def eigh() -> Decomposition:
     """A full eigendecomposition at every refresh: exact, about twice the cost of a QR step on a CPU and far more on an accelerator."""
-    return Decomposition("eigh", Eigenbasis, _eigh, _eigh, functools.partial(_where_off_diagonal, _eigh))
+
+    def refresh(A: Matrix, Q: Matrix, tolerance: float | None) -> Refreshed:
+        if tolerance is None:
+            return _eigh(A, Q)
+        return _unless_diagonal(A, Q, linalg.project(A, Q), tolerance, lambda: _eigh(A, Q))
+
+    return Decomposition("eigh", Eigenbasis, _eigh, refresh)
 
 
-def _eigh(A: Stack, Q: Stack) -> Refreshed:
+def _eigh(A: Matrix, Q: Matrix) -> Refreshed:
     # A new eigenbasis is sorted by itself, so column j descends from no column in particular.
-    return _keep(linalg.eigenbasis(A), jnp.broadcast_to(jnp.arange(A.shape[-1]), A.shape[:-1]), Q)
+    return _keep_last_good(linalg.eigenbasis(A), jnp.arange(len(A)), Q)
 
 
-def _keep(new: Stack, order: Array, old: Stack) -> Refreshed:
+def _keep_last_good(new: Matrix, order: Array, old: Matrix) -> Refreshed:
     value, failed = linalg.keep_last_good(new, old)
-    return Refreshed(value, jnp.where(failed[..., None], jnp.arange(old.shape[-1]), order), failed)
+    return Refreshed(value, jnp.where(failed, jnp.arange(len(old)), order), failed)
 
 
-def _where_off_diagonal(refresh: Callable[[Stack, Stack], Refreshed], A: Stack, Q: Stack, tolerance: float) -> Refreshed:
-    """``refresh`` the matrices with ``|B - diag B| > tolerance |B|``, ``B = Qᵀ A Q`` (Eschenhagen et al. 2025, arXiv 2506.03595)."""
-
-    def one(pair: tuple[Array, Array]) -> Refreshed:
-        A, Q = pair
-        # A factor that is not finite has no measure; refreshing it keeps the old basis and counts the failure.
-        needed = ~(linalg.off_diagonality(A, Q) <= tolerance)
-        kept = Refreshed(Q, jnp.arange(Q.shape[-1]), jnp.zeros([], bool))
-        return jax.lax.cond(needed, refresh, lambda A, Q: kept, A, Q)
-
-    return jax.lax.map(one, (A, Q))
+def _unless_diagonal(A: Matrix, Q: Matrix, P: Matrix, tolerance: float, renewed: Callable[[], Refreshed]) -> Refreshed:
+    """Keep Q where ``|B - diag B| <= tolerance |B|``, ``B = Qᵀ A Q`` (Eschenhagen et al. 2025, arXiv 2506.03595)."""
+    # A factor that is not finite has no measure; renewing it keeps the old basis and counts the failure.
+    kept = linalg.off_diagonality(A, Q, P=P) <= tolerance
+    return branch(kept, lambda: Refreshed(Q, jnp.arange(len(Q)), jnp.zeros([], bool)), renewed)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Int
 
+from .branching import branch
 from .sharding import in_auto_mode, on_mesh
 
 STATE_VERSION = 1  # changes whenever a state saved by an older release can no longer be continued
@@ -68,11 +69,3 @@ def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:
 def _sum_of_squares(x: Array) -> Array:
     x = jnp.abs(x)
     return jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
-
-
-def branch(choice: Array, *args: Any) -> Any:
-    """`lax.cond` that picks the branch in Python where the choice is known, so that eager calls compile nothing anew."""
-    yes, no, *operands = args
-    if isinstance(choice, jax.core.Tracer):
-        return jax.lax.cond(choice, yes, no, *operands)
-    return (yes if choice else no)(*operands)

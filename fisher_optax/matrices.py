@@ -1,11 +1,11 @@
-"""A leaf and its matrices: merge the axes, cut the long sides, and back.
+"""Leaves and stacks of matrices: merge the axes, cut the long sides, stack what has one shape, and back.
 
-A leaf becomes a tuple of arrays ``(m, n)`` or ``(N, m, n)``. Without blocks there is one; with ``block_size`` a side of length d is cut into
-``ceil(d / block_size)`` blocks whose lengths differ by at most one, so that nothing is ever padded and a leaf has at most four block shapes.
+A leaf becomes one array ``(m, n)`` or ``(N, m, n)``; with ``block_size`` a side of length d is cut into ``ceil(d / block_size)`` blocks whose lengths differ by at most one, so that
+nothing is ever padded and a leaf has at most four block shapes. All matrices of one shape, of all leaves, then form one stack.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -79,3 +79,31 @@ def _unblock(x: Array, batch: tuple[int, ...], rows: Cut, columns: Cut) -> Array
         return x
     x = x.reshape(*batch, rows.count, columns.count, rows.size, columns.size)
     return jnp.moveaxis(x, -2, -3).reshape(*batch, rows.count * rows.size, columns.count * columns.size)
+
+
+def stack_key(shape: tuple[int, ...], dtype: Any) -> str:
+    """The name of the stack that a matrix belongs to, e.g. "384x1536"."""
+    return f"{shape[-2]}x{shape[-1]}" + ("" if dtype == jnp.float32 else f" {jnp.dtype(dtype)}")
+
+
+def to_stacks(leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None) -> dict[str, Float[Array, "N m n"]]:
+    """All matrices of the leaves, stacked by shape, in float32 at least."""
+    members: dict[str, list[Array]] = {}
+    for x, a in zip(leaves, axes, strict=True):
+        for piece in to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a, block_size):
+            members.setdefault(stack_key(piece.shape, piece.dtype), []).append(piece.reshape(-1, *piece.shape[-2:]))
+    return {key: jnp.concatenate(pieces) for key, pieces in members.items()}
+
+
+def from_stacks(stacks: dict[str, Array], like: list[Array], axes: list[MatrixAxes], block_size: int | None = None) -> list[Array]:
+    """The leaves again, shaped like ``like``: the inverse of `to_stacks`."""
+    taken = dict.fromkeys(stacks, 0)
+    leaves = []
+    for x, a in zip(like, axes, strict=True):
+        pieces = []
+        for shape in matrix_shapes(x.shape, a, block_size):
+            key, count = stack_key(shape, jnp.promote_types(x.dtype, jnp.float32)), math.prod(shape[:-2])
+            pieces.append(stacks[key][taken[key] : taken[key] + count].reshape(shape))
+            taken[key] += count
+        leaves.append(from_matrices(tuple(pieces), x.shape, a, block_size))
+    return leaves

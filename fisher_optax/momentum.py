@@ -11,30 +11,30 @@ from jaxtyping import Array, Float, Int
 class MomentumState(NamedTuple):
     """State of `momentum`: the weighted mean of the gradients, whose weights sum to ``weight``."""
 
-    count: Int[Array, ""]
-    weight: Float[Array, ""]
+    count: Int[Array, "*stack"]
+    weight: Float[Array, "*stack"]
     mean: Any
 
 
-def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
+def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTransformation:
     """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at any scale of the dtype."""
 
     def init(params: Any) -> MomentumState:
-        mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype or jnp.promote_types(x.dtype, jnp.float32)), params)
+        mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype), params)
         return MomentumState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), mean)
 
-    def update(updates: Any, state: MomentumState, params: Any = None, **extra: Any) -> tuple[Any, MomentumState]:
-        del params, extra
+    def update(updates: Any, state: MomentumState, params: Any = None) -> tuple[Any, MomentumState]:
+        del params
         β = beta(state.count) if callable(beta) else beta
         s = jnp.asarray(β * state.weight + 1, jnp.float32)
 
         def blend(m: Array, g: Array, s: Array) -> Array:
-            w = (1 / s).astype(jnp.promote_types(g.dtype, jnp.float32))
-            return (1 - w) * m.astype(w.dtype) + w * g.astype(w.dtype)
+            w = (1 / s).astype(g.dtype)
+            return (1 - w) * m.astype(g.dtype) + w * g
 
         mean = jax.tree.map(lambda g, m: blend(m, g, s), updates, state.mean)
-        u = jax.tree.map(lambda g, m: blend(m, g, β * s + 1), updates, mean) if nesterov else mean
+        u = jax.tree.map(lambda g, m: blend(m, g, jnp.asarray(β * s + 1)), updates, mean) if nesterov else mean
         mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
         return u, MomentumState(state.count + 1, s, mean)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)

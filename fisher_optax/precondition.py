@@ -8,6 +8,7 @@ At call t, for each matrix G of the gradient tree:
 """
 
 import dataclasses
+import math
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -18,12 +19,13 @@ from jaxtyping import Array, Int
 
 from .axes import LeafAxes, MatrixAxes
 from .guard import guarded
-from .matrices import from_matrices, matrix_shapes, to_matrices
-from .refresh import Matrices, Policy, phases, renew
+from .matrices import from_stacks, matrix_shapes, stack_key, to_stacks
+from .refresh import START, Policy, renew
 from .routing import by_axes, skip_first_call
-from .sharding import matrix_shardings
-from .storage import Storage, place
-from .types import Application, Decomposition, FactorRule, Moments
+from .sharding import Layout, matrix_layout, spread
+from .stacks import over_stack
+from .storage import Storage
+from .types import Application, Decomposition, FactorRule
 
 
 def precondition(
@@ -57,7 +59,8 @@ def precondition(
       >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
-    return guarded(seam(factors, decomposition, application, **options).directions(fallback, axes, kinds))
+    fallback = optax.scale_by_adam() if fallback is None else fallback
+    return guarded(seam(factors, decomposition, application, **options).directions(application.name, fallback, axes, kinds))
 
 
 def seam(
@@ -75,6 +78,7 @@ def seam(
     sides: str = "both",
     factor_dtype: Any = None,
     factor_storage: str = "full",
+    max_stack: int = 256,
     mesh_axis: str | None = None,
 ) -> "Seam":
     """A checked `Seam`."""
@@ -83,8 +87,8 @@ def seam(
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
     storage = Storage(factor_dtype, factor_storage == "packed", sides, max_precond_dim, block_size).check()
-    policy = Policy(refresh, precondition_frequency, adaptive_tolerance, transport, mesh_axis).check()
-    return Seam(factors, decomposition, application, storage, policy, first_step == "skip")
+    policy = Policy(refresh, precondition_frequency, adaptive_tolerance, transport).check()
+    return Seam(factors, decomposition, application, storage, policy, first_step == "skip", max_stack, mesh_axis)
 
 
 def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, application: Application) -> None:
@@ -99,14 +103,20 @@ def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, 
         raise TypeError(f"factors and decomposition go together: give both, or None for both; got {given}.")
 
 
+class MatrixState(NamedTuple):
+    """What is kept of a matrix; in the state, of all matrices of one shape along a leading axis."""
+
+    factors: Any  # Kronecker, or () without a decomposition
+    basis: Any  # Eigenbasis or InverseRoot, or ()
+    application: Any  # the application's own state
+
+
 class PreconditionState(NamedTuple):
-    """State of the seam. The trees have the parameters' structure, with a tuple of matrices for each leaf."""
+    """State of the seam."""
 
     count: Int[Array, ""]  # calls so far
     kept: Int[Array, ""]  # decompositions that failed, so that the last good one was kept
-    factors: Any  # a Kronecker for each matrix
-    bases: Any  # an Eigenbasis or InverseRoot for each matrix
-    application: Any  # the application's own state
+    matrices: dict[str, MatrixState]  # by shape, e.g. "384x1536"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +129,12 @@ class Seam:
     storage: Storage
     policy: Policy
     skip_first: bool
+    max_stack: int
+    mesh_axis: str | None
 
-    def directions(self, fallback: optax.GradientTransformation | None, axes: Any, kinds: tuple[str, ...]) -> optax.GradientTransformationExtraArgs:
+    def directions(self, method: str, fallback: optax.GradientTransformation, axes: Any, kinds: tuple[str, ...]) -> optax.GradientTransformationExtraArgs:
         """The seam on matrices and ``fallback`` on the rest, without learning rate and decay."""
-        return by_axes(self.application.name, self.on_matrices, self.with_first(optax.scale_by_adam() if fallback is None else fallback), axes=axes, kinds=kinds, describe=self.describe)
+        return by_axes(method, self.on_matrices, self.with_first(fallback), axes=axes, kinds=kinds, describe=self.describe)
 
     def with_first(self, fallback: optax.GradientTransformation) -> optax.GradientTransformation:
         """``fallback``, which waits with the matrices where these make no step at the first call."""
@@ -136,66 +148,93 @@ class Seam:
         """What a report says of a leaf: its matrices, and the flops of renewing their bases."""
         assert leaf.axes is not None
         shapes = matrix_shapes(leaf.shape, leaf.axes, self.storage.block_size)
-        flops = sum(map(self._refresh_flops, shapes)) if self.decomposition else 0
+        flops = sum(math.prod(s[:-2]) * self._refresh_flops(*s[-2:]) for s in shapes)
         return {"matrices": tuple(shapes), "refresh_flops": flops, "block_size": self.storage.block_size}
 
-    def _refresh_flops(self, shape: tuple[int, ...]) -> int:
+    def _refresh_flops(self, m: int, n: int) -> int:
         """``A Q`` (2 d³) and a Householder QR with its Q (8/3 d³) a side, 4 mn (m + n) for carrying a momentum."""
-        *batch, m, n = shape
-        sides = [d for d, wanted in zip((m, n), self.storage.wanted(m, n), strict=True) if wanted]
-        return (batch[0] if batch else 1) * sum(14 * d**3 // 3 + 4 * m * n * d for d in sides)
+        if self.decomposition is None:
+            return 0
+        return sum(14 * d**3 // 3 + 4 * m * n * d for d, wanted in zip((m, n), self.storage.wanted(m, n), strict=True) if wanted)
 
     def _init(self, axes: list[MatrixAxes], params: Any) -> PreconditionState:
         leaves, treedef = jax.tree.flatten(params)
-        zeros, factors, bases = [], [], []
+        if not leaves:  # optax.tree.map_params asks with a placeholder where the parameters would be
+            return PreconditionState(*[jnp.zeros([], jnp.int32)] * 2, treedef.unflatten([]))
+        counts: dict[str, int] = {}
+        layouts: dict[str, set[Layout | None]] = {}
         for x, a in zip(leaves, axes, strict=True):
-            dtype = jnp.promote_types(x.dtype, jnp.float32)
             shapes = matrix_shapes(x.shape, a, self.storage.block_size)
-            places = [matrix_shardings(x, a, len(s), len(shapes) == 1) for s in shapes]
-            zeros.append(tuple(jnp.zeros(s, dtype, device=p[0]) for s, p in zip(shapes, places, strict=True)))
-            if self.factors is not None and self.decomposition is not None:
-                full = [self.factors.init(s, *self.storage.wanted(*s[-2:]), dtype) for s in shapes]
-                factors.append(tuple(place(self.storage.store(f), p[1:]) for f, p in zip(full, places, strict=True)))
-                bases.append(tuple(place(self.storage.identity(f, self.decomposition.returns), p[1:]) for f, p in zip(full, places, strict=True)))
-        trees = ((), ()) if self.decomposition is None else (treedef.unflatten(factors), treedef.unflatten(bases))
+            for s in shapes:
+                key = stack_key(s, jnp.promote_types(x.dtype, jnp.float32))
+                counts[key] = counts.get(key, 0) + math.prod(s[:-2])
+                layouts.setdefault(key, set()).add(matrix_layout(x, a, len(shapes) == 1))
+        states = {key: jax.tree.map(lambda x, n=n: jnp.broadcast_to(x, (n, *x.shape)), self._start(key)) for key, n in counts.items()}
         count = jnp.zeros([], jnp.int32)
-        return PreconditionState(count, count, *trees, self.application.init(treedef.unflatten(zeros)))
+        return PreconditionState(count, count, {key: self._place(state, layouts[key]) for key, state in states.items()})
+
+    def _start(self, key: str) -> MatrixState:
+        """The state of one matrix of a stack."""
+        shape, _, dtype = key.partition(" ")
+        m, n = map(int, shape.split("x"))
+        zeros = jnp.zeros((m, n), dtype or jnp.float32)
+        if self.factors is None or self.decomposition is None:
+            return MatrixState((), (), self.application.init(zeros))
+        full = self.factors.init(m, n, *self.storage.wanted(m, n), zeros.dtype)
+        return MatrixState(self.storage.store(full), self.storage.identity(full, self.decomposition.returns), self.application.init(zeros))
+
+    def _place(self, state: MatrixState, layouts: set[Layout | None]) -> MatrixState:
+        """A stack laid out over devices like the leaves it comes from, if these agree."""
+        layout = layouts.pop() if len(layouts) == 1 else None
+        if layout is None:
+            return state
+
+        def put(x: Any, kind: str) -> Any:
+            packed = kind != "matrix" and x.shape[-1] != x.shape[-2]
+            return jax.device_put(x, layout.of(kind, 0 if packed else x.ndim))
+
+        def sides(pair: Any) -> Any:
+            return type(pair)(*(None if A is None else put(A, kind) for A, kind in zip(pair, ("left", "right"), strict=True))) if pair else pair
+
+        return MatrixState(sides(state.factors), sides(state.basis), jax.tree.map(lambda x: put(x, "matrix"), state.application))
 
     def _update(self, axes: list[MatrixAxes], updates: Any, state: PreconditionState, params: Any = None, **extra: Any) -> tuple[Any, PreconditionState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
-        block = self.storage.block_size
-        G = treedef.unflatten([to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a, block) for x, a in zip(leaves, axes, strict=True)])
-        U, inner = self.application.update(G, state.application, state.bases, **extra)
-        if self.decomposition is None:
-            state = state._replace(application=inner)
-        else:
-            first = state.count == 0
-            if self.skip_first:
-                U = jax.tree.map(lambda u: jnp.where(first, 0, u), U)
-                inner = jax.tree.map(lambda new, old: jnp.where(first, old, new), inner, state.application)
-            state = self._follow(G, state._replace(application=inner), first)
-        out = [from_matrices(p, x.shape, a, block) for p, x, a in zip(treedef.flatten_up_to(U), leaves, axes, strict=True)]
-        return treedef.unflatten(out), state._replace(count=state.count + 1)
+        if not leaves:
+            return updates, state
+        first = state.count == 0
+        step = state.count + (0 if self.skip_first else 1)  # the parameter step this is: a skipped first call was none
+        stacks = to_stacks(leaves, axes, self.storage.block_size)
+        counts = {key: len(G) for key, G in stacks.items()}
+        phases = self.policy.phases({key: self._refresh_flops(*G.shape[-2:]) for key, G in stacks.items()}, counts)
 
-    def _follow(self, G: Any, state: PreconditionState, first: Array) -> PreconditionState:
-        """Let the factors follow this gradient, and the bases the factors."""
-        assert self.factors is not None and self.decomposition is not None
-        matrices, treedef = jax.tree.flatten(G)
-        kept, bases = treedef.flatten_up_to(state.factors), treedef.flatten_up_to(state.bases)
-        full = [self.factors.update(g, self.storage.load(f, g.shape, g.dtype), b) for g, f, b in zip(matrices, kept, bases, strict=True)]
-        factors = [self.storage.store(f) for f in full]
-        moments = self.application.moments(state.application)
-        linear, quadratic = (list(zip(*map(treedef.flatten_up_to, trees), strict=True)) or [()] * len(matrices) for trees in moments)
-        due = phases([self._refresh_flops(g.shape[-2:]) for g in matrices], [g.shape[0] if g.ndim == 3 else None for g in matrices], self.policy)
-        # The parameter step this is: a skipped first call was none.
-        step = state.count + (0 if self.skip_first else 1)
-        loaded = [self.storage.load(f, g.shape, g.dtype) for f, g in zip(factors, matrices, strict=True)]
-        turned, failed = renew(self.policy, self.decomposition, due, first, step, Matrices(loaded, bases, linear, quadratic))
-        carried = Moments(*(tuple(treedef.unflatten(part) for part in zip(*entries, strict=True)) for entries in (turned.linear, turned.quadratic)))
-        return state._replace(
-            kept=state.kept + failed,
-            factors=treedef.unflatten(factors),
-            bases=treedef.unflatten(turned.bases),
-            application=self.application.with_moments(state.application, carried),
-        )
+        def one(G: Array, mine: MatrixState, action: Array) -> tuple[Array, MatrixState, Array]:
+            return self._one(G, mine, action, extra)
+
+        def all_of(G: Array, mine: MatrixState, action: Array) -> Any:
+            return over_stack(one, G, mine, action, uniform=self.policy.refresh == "every", max_stack=self.max_stack)
+
+        directions, matrices, kept = {}, {}, state.kept
+        for key, G in stacks.items():
+            operands = (G, state.matrices[key], self.policy.action(first, step, jnp.asarray(phases[key], jnp.int32)))
+            done = all_of(*operands) if self.mesh_axis is None else spread(all_of, self.mesh_axis, *operands)
+            directions[key], matrices[key] = done[:2]
+            kept = kept + jnp.sum(done[2], dtype=jnp.int32)
+        out = from_stacks(directions, leaves, axes, self.storage.block_size)
+        return treedef.unflatten(out), PreconditionState(state.count + 1, kept, matrices)
+
+    def _one(self, G: Array, state: MatrixState, action: Array, extra: dict[str, Any]) -> tuple[Array, MatrixState, Array]:
+        """A step of one matrix."""
+        U, inner = self.application.update(G, state.application, state.basis, **extra)
+        if self.factors is None or self.decomposition is None:
+            return U, state._replace(application=inner), jnp.zeros([], jnp.int32)
+        if self.skip_first:
+            first = action == START
+            U = jnp.where(first, 0, U)
+            inner = jax.tree.map(lambda new, old: jnp.where(first, old, new), inner, state.application)
+        shape = (*G.shape, G.dtype)
+        factors = self.storage.store(self.factors.update(G, self.storage.load(state.factors, *shape), state.basis))
+        moments = self.application.moments(inner)
+        basis, moments, failed = renew(self.policy, self.decomposition, lambda: self.storage.load(factors, *shape), state.basis, moments, action)
+        return U, MatrixState(factors, basis, self.application.with_moments(inner, moments)), failed

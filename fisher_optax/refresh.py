@@ -1,48 +1,25 @@
-"""When bases are renewed, and what must be carried along when they turn."""
+"""When a basis is renewed, and what must be carried along when it turns."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.lax import Precision
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from .sharding import spread
-from .types import Decomposition, Moments, Refreshed
+from .branching import branch, switch
+from .types import Decomposition, Kronecker, Moments, Refreshed
 
-
-class Unit(NamedTuple):
-    """Matrices that are renewed together: all of matrix array ``index``, or members ``start:stop`` of a stack."""
-
-    index: int
-    start: int = 0
-    stop: int | None = None
-
-    def take(self, x: Any) -> Any:
-        return x if self.stop is None else jax.tree.map(lambda a: a[self.start : self.stop], x)
-
-    def put(self, x: Any, new: Any) -> Any:
-        return new if self.stop is None else jax.tree.map(lambda a, b: a.at[self.start : self.stop].set(b), x, new)
-
-
-class Matrices(NamedTuple):
-    """One entry a unit: what a refresh reads (factors) and turns (bases, moments)."""
-
-    factors: list[Any]
-    bases: list[Any]
-    linear: list[tuple[Array, ...]]
-    quadratic: list[tuple[Array, ...]]
+KEEP, REFRESH, START = 0, 1, 2
 
 
 class Policy(NamedTuple):
-    """When and how bases are renewed: see `precondition` for the words."""
+    """Options of `fo.soap` that say when and how bases are renewed: see there for the words."""
 
     refresh: str = "every"
     frequency: int = 10
     tolerance: float = 0.01
     transport: str = "permute"
-    mesh_axis: str | None = None
 
     def check(self) -> "Policy":
         """Itself, or a ValueError that names what is wrong."""
@@ -53,118 +30,65 @@ class Policy(NamedTuple):
             raise ValueError(f"precondition_frequency must be a positive integer number of steps; got {self.frequency!r}.")
         return self
 
+    def phases(self, costs: dict[str, float], counts: dict[str, int]) -> dict[str, list[int]]:
+        """For each stack the step of the period at which each of its matrices is due: 0, or, staggered, whatever evens the load out.
 
-def phases(costs: list[float], counts: list[int | None], policy: Policy) -> list[list[Unit]]:
-    """The units due at each phase of the refresh period.
+        ``costs`` is for one matrix of a stack, ``counts`` how many it holds. The costliest are dealt out first, each to the phase with the least so far.
+        """
+        if self.refresh != "staggered":
+            return {key: [0] * count for key, count in counts.items()}
+        load = [0.0] * self.frequency
+        due: dict[str, list[int]] = {key: [] for key in counts}
+        for key in sorted(counts, key=lambda key: -costs[key]):
+            for _ in range(counts[key]):
+                phase = load.index(min(load))
+                load[phase] += costs[key]
+                due[key].append(phase)
+        return due
 
-    ``costs`` is for one matrix, ``counts`` how many a stack holds (None: no stack). All are due at phase 0, unless staggered: then each phase
-    gets its share by cost, the costliest first, to the phase with the least so far, and a stack's members are dealt out in runs.
-    """
-    if policy.refresh != "staggered":
-        return [[Unit(i) for i in range(len(costs))]]
-    load = [0.0] * policy.frequency
-    due: list[list[Unit]] = [[] for _ in load]
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        count = counts[i]
-        share = [0] * len(load)
-        for _ in range(count or 1):
-            phase = load.index(min(load))
-            load[phase] += costs[i]
-            share[phase] += 1
-        start = 0
-        for phase, members in enumerate(share):
-            if members:
-                due[phase].append(Unit(i) if count is None else Unit(i, start, start + members))
-            start += members
-    return due
+    def action(self, first: Bool[Array, ""], step: Int[Array, ""], phase: Int[Array, "*stack"]) -> Int[Array, "*stack"]:
+        """What is to be done at this step with a matrix of this phase."""
+        return jnp.where(first, START, jnp.where(step % self.frequency == phase, REFRESH, KEEP))
 
 
 def renew(
-    policy: Policy, decomposition: Decomposition, due: list[list[Unit]], first: Array, step: Int[Array, ""], whole: Matrices
-) -> tuple[Matrices, Int[Array, ""]]:
-    """Renew the bases that are due at ``step`` (all of them, exactly, on the first call); also how many kept their old value."""
-    kept = jnp.zeros([], jnp.int32)
-    for phase, units in enumerate(due):
-        if not units:
-            continue
-        part = Matrices(*([unit.take(entries[unit.index]) for unit in units] for entries in whole))
-        action = jnp.where(first, 2, jnp.where(step % policy.frequency == phase, 1, 0))
-        branches = [_keep, _turn(policy, decomposition, start=False), _turn(policy, decomposition, start=True)]
-        turned, failed = _switch(action, branches, part)
-        for unit, *new in zip(units, *turned, strict=True):
-            for entries, value in zip(whole[1:], new, strict=True):
-                entries[unit.index] = unit.put(entries[unit.index], value)
-        kept = kept + failed
-    return whole, kept
+    policy: Policy, decomposition: Decomposition, factors: Callable[[], Kronecker], basis: Any, moments: Moments, action: Int[Array, ""]
+) -> tuple[Any, Moments, Int[Array, ""]]:
+    """The basis, the moments in it, and how many sides failed, after ``action``; ``factors()`` are looked at only where there is something to do."""
+
+    sides = [side for side, Q in enumerate(basis) if Q is not None]
+
+    def decomposed(decompose: Callable[[Array, Array], Refreshed]) -> Callable[[], list[Refreshed]]:
+        return lambda: [_stored(decompose(factors()[i], _like(basis[i], factors()[i])), basis[i]) for i in sides]
+
+    def kept() -> list[Refreshed]:
+        return [Refreshed(basis[i], jnp.arange(len(basis[i])), jnp.zeros([], bool)) for i in sides]
+
+    tolerance = policy.tolerance if policy.refresh == "adaptive" else None
+    branches = kept, decomposed(lambda A, Q: decomposition.refresh(A, Q, tolerance)), decomposed(decomposition.start)
+    done = dict(zip(sides, switch(action, branches), strict=True))
+    new = type(basis)(*(done[i].value if i in done else None for i in range(2)))
+
+    def carried() -> Moments:
+        linear = tuple(_rotate(m, basis, new) for m in moments.linear)
+        if policy.transport == "squared":
+            return Moments(linear, tuple(_rotate_squares(v, basis, new) for v in moments.quadratic))
+        orders = [done[i].order if i in done else None for i in range(2)]
+        return Moments(linear, tuple(_permute(v, *orders) for v in moments.quadratic))
+
+    failed = sum((r.failed.astype(jnp.int32) for r in done.values()), jnp.zeros([], jnp.int32))
+    return new, branch(action != KEEP, carried, lambda: moments), failed
 
 
-def _switch(index: Array, branches: list[Callable[[Matrices], Any]], operand: Matrices) -> Any:
-    if isinstance(index, jax.core.Tracer):
-        return jax.lax.switch(index, branches, operand)
-    return branches[int(index)](operand)
+def _like(Q: Array, A: Array) -> Array:
+    return Q.astype(A.dtype)
 
 
-def _keep(part: Matrices) -> Any:
-    return part[1:], jnp.zeros([], jnp.int32)
+def _stored(done: Refreshed, old: Array) -> Refreshed:
+    return done._replace(value=done.value.astype(old.dtype))
 
 
-def _turn(policy: Policy, decomposition: Decomposition, start: bool) -> Callable[[Matrices], Any]:
-    """The branch that decomposes the factors of its units and carries their moments over, all units of one shape as one stack."""
-
-    def decompose(A: Array, Q: Array) -> Refreshed:
-        if start:
-            return decomposition.start(A, Q)
-        if policy.refresh == "adaptive":
-            return decomposition.refresh_where(A, Q, policy.tolerance)
-        return decomposition.refresh(A, Q)
-
-    def side(A: Array | None, Q: Array | None) -> Refreshed:
-        if A is None or Q is None:
-            return Refreshed(None, None, jnp.zeros([], bool))
-        Q = Q.astype(A.dtype)
-        return decompose(A, Q) if policy.mesh_axis is None else spread(decompose, policy.mesh_axis, A, Q)
-
-    def one_shape(stack: Matrices) -> tuple[Any, Array]:
-        left, right = (side(A, Q) for A, Q in zip(stack.factors, stack.bases, strict=True))
-        new = type(stack.bases)(left.value, right.value)
-        linear = tuple(_rotate(m, stack.bases, new) for m in stack.linear)
-        if start or policy.transport == "squared":
-            quadratic = tuple(_rotate_squares(v, stack.bases, new) for v in stack.quadratic)
-        else:
-            quadratic = tuple(_permute(v, left.order, right.order) for v in stack.quadratic)
-        new = jax.tree.map(lambda q, old: q.astype(old.dtype), new, stack.bases)
-        return (new, linear, quadratic), jnp.sum(left.failed, dtype=jnp.int32) + jnp.sum(right.failed, dtype=jnp.int32)
-
-    def turn(part: Matrices) -> Any:
-        units = [Matrices(*entries) for entries in zip(*part, strict=True)]
-        shapes: dict[Any, list[int]] = {}
-        for i, unit in enumerate(units):
-            shapes.setdefault(tuple(str(x.shape[-2:]) for x in jax.tree.leaves(unit)), []).append(i)
-        out: list[Any] = [None] * len(units)
-        failed = jnp.zeros([], jnp.int32)
-        for members in shapes.values():
-            done, bad = one_shape(_stack([units[i] for i in members]))
-            failed = failed + bad
-            for i, turned in zip(members, _unstack(done, [units[i][1:] for i in members]), strict=True):
-                out[i] = turned
-        return tuple(list(entries) for entries in zip(*out, strict=True)), failed
-
-    return turn
-
-
-def _stack(units: list[Any]) -> Any:
-    """All matrices of the units, which have one shape, along one leading axis."""
-    return jax.tree.map(lambda *xs: jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in xs]), *units)
-
-
-def _unstack(stack: Any, like: list[Any]) -> list[Any]:
-    """The inverse of `_stack`."""
-    counts = [1 if x.ndim == 2 else len(x) for x in (jax.tree.leaves(unit)[0] for unit in like)]
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    return [jax.tree.map(lambda s, x, a=a, n=n: s[a : a + n].reshape(x.shape), stack, unit) for unit, a, n in zip(like, starts, counts, strict=True)]
-
-
-def _rotate(m: Float[Array, "*batch m n"], old: Any, new: Any) -> Array:
+def _rotate(m: Float[Array, "m n"], old: Any, new: Any) -> Array:
     """``Q_newᵀ Q_old m``, and the same on the right: exact, out of the old basis and into the new one."""
     x = m.astype(jnp.promote_types(m.dtype, jnp.float32))
     for side, (P, Q) in enumerate(zip(old, new, strict=True)):
@@ -173,19 +97,20 @@ def _rotate(m: Float[Array, "*batch m n"], old: Any, new: Any) -> Array:
     return x.astype(m.dtype)
 
 
-def _rotate_squares(v: Float[Array, "*batch m n"], old: Any, new: Any) -> Array:
+def _rotate_squares(v: Float[Array, "m n"], old: Any, new: Any) -> Array:
     """``(C∘C) v (C∘C)ᵀ`` with ``C = Q_newᵀ Q_old``: exact if the entries of the gradient in the old basis are uncorrelated."""
     x = v.astype(jnp.promote_types(v.dtype, jnp.float32))
     for side, (P, Q) in enumerate(zip(old, new, strict=True)):
         if P is not None:
-            x = _apply(jnp.square(jnp.matmul(Q.mT.astype(x.dtype), P.astype(x.dtype), precision=Precision.HIGHEST)), x, side)
+            C = jnp.matmul(Q.mT.astype(x.dtype), P.astype(x.dtype), precision=Precision.HIGHEST)
+            x = _apply(jnp.square(C), x, side)
     return x.astype(v.dtype)
 
 
-def _permute(v: Float[Array, "*batch m n"], left: Array | None, right: Array | None) -> Array:
+def _permute(v: Float[Array, "m n"], left: Array | None, right: Array | None) -> Array:
     """The SOAP authors' transport: entries follow the columns of the basis as they are reordered, and ignore that these turn."""
-    v = v if left is None else jnp.take_along_axis(v, left[..., :, None], axis=-2)
-    return v if right is None else jnp.take_along_axis(v, right[..., None, :], axis=-1)
+    v = v if left is None else v[left]
+    return v if right is None else v[:, right]
 
 
 def _apply(Q: Array, x: Array, side: int) -> Array:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,24 +25,33 @@ def is_explicit(sharding: NamedSharding) -> bool:
     return AxisType.Explicit in sharding.mesh.axis_types
 
 
-def matrix_shardings(x: Any, axes: MatrixAxes, ndim: int, whole: bool) -> tuple[NamedSharding | None, ...]:
-    """Where a matrix of leaf ``x`` and its two factors live: ``(matrix, left, right)``.
+class Layout(NamedTuple):
+    """Where the matrices of a leaf live: how their rows and columns are spread over a mesh."""
 
-    A factor's rows are laid out like the side they belong to, its columns are not sharded. A side that was cut into blocks (``whole=False``), or that merges axes of
-    which another than the first is sharded, is not sharded.
+    mesh: Any
+    rows: Any
+    columns: Any
+
+    def of(self, kind: str, ndim: int) -> NamedSharding:
+        """For a stacked ``ndim``-array of kind "matrix", "left" or "right"; a factor's rows are laid out like the side they belong to, its columns are whole."""
+        sides = {"matrix": (self.rows, self.columns), "left": (self.rows, None), "right": (self.columns, None)}[kind]
+        return NamedSharding(self.mesh, PartitionSpec(None, *sides) if ndim == 3 else PartitionSpec())
+
+
+def matrix_layout(x: Any, axes: MatrixAxes, whole: bool) -> Layout | None:
+    """The layout that leaf ``x`` implies for its matrices, None where nothing is known.
+
+    A side that was cut into blocks (``whole=False``), or that merges axes of which another than the first is sharded, is not sharded.
     """
     sharding = sharding_of(x)
     if sharding is None:
-        return None, None, None
+        return None
     spec = tuple(sharding.spec) + (None,) * (len(x.shape) - len(sharding.spec))
 
     def merged(group: tuple[int, ...]) -> Any:
-        return spec[group[0]] if whole and group and all(spec[a] is None for a in group[1:]) else None
+        return spec[group[0]] if whole and all(spec[a] is None for a in group[1:]) else None
 
-    batch = (merged(axes.batch),) if ndim == 3 else ()
-    rows, columns = merged(axes.inputs), merged(axes.outputs)
-    specs = (*batch, rows, columns), (*batch, rows, None), (*batch, columns, None)
-    return tuple(NamedSharding(sharding.mesh, PartitionSpec(*s)) for s in specs)
+    return Layout(sharding.mesh, merged(axes.inputs), merged(axes.outputs))
 
 
 def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
@@ -79,8 +88,8 @@ def _entered(mesh: Any) -> Any:
     return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()
 
 
-def spread(f: Callable[..., Any], mesh_axis: str, *stacks: jax.Array) -> Any:
-    """``f(*stacks)`` with the leading axis of the stacks shared out over a mesh axis: every device does its part, and all get the whole.
+def spread(f: Callable[..., Any], mesh_axis: str, *stacks: Any) -> Any:
+    """``f(*stacks)`` with the leading axis of all arrays shared out over a mesh axis: every device does its part, and all get the whole.
 
     Raises:
       ValueError: where no mesh with that axis is in scope.
@@ -88,7 +97,7 @@ def spread(f: Callable[..., Any], mesh_axis: str, *stacks: jax.Array) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh_axis not in mesh.axis_names:
         raise ValueError(f"mesh_axis={mesh_axis!r} is not an axis of the mesh in scope ({mesh.axis_names}); call inside `with jax.set_mesh(mesh):`.")
-    count, share = len(stacks[0]), PartitionSpec(mesh_axis)
-    padded = (jnp.pad(x, ((0, -count % mesh.shape[mesh_axis]), *[(0, 0)] * (x.ndim - 1))) for x in stacks)
+    count, share = len(jax.tree.leaves(stacks)[0]), PartitionSpec(mesh_axis)
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, -count % mesh.shape[mesh_axis]), *[(0, 0)] * (x.ndim - 1))), stacks)
     done = jax.shard_map(f, in_specs=share, out_specs=share, check_vma=False)(*padded)
     return jax.tree.map(lambda x: x[:count], done)

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -37,13 +36,13 @@ class Storage(NamedTuple):
         """Full symmetric factors as they are kept."""
         return each_side(lambda A: self._pack(A if self.dtype is None else A.astype(self.dtype)), factors)
 
-    def load(self, factors: Kronecker, shape: tuple[int, ...], dtype: Any) -> Kronecker:
-        """The kept factors of a matrix of this shape, full and in ``dtype``."""
-        return Kronecker(*(None if A is None else self._unpack(A, d).astype(dtype) for A, d in zip(factors, shape[-2:], strict=True)))
+    def load(self, factors: Kronecker, m: int, n: int, dtype: Any) -> Kronecker:
+        """The kept factors of an ``m x n`` matrix, full and in ``dtype``."""
+        return Kronecker(*(None if A is None else self._unpack(A, d).astype(dtype) for A, d in zip(factors, (m, n), strict=True)))
 
     def identity(self, factors: Kronecker, returns: type) -> Any:
         """The basis before there is any: the identity on each side that has a (full) factor."""
-        return returns(*each_side(lambda A: jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=self.dtype or A.dtype), A.shape), factors))
+        return returns(*each_side(lambda A: jnp.eye(len(A), dtype=self.dtype or A.dtype), factors))
 
     def _pack(self, A: Array) -> Array:
         return linalg.pack(A) if self.packed else A
@@ -55,12 +54,3 @@ class Storage(NamedTuple):
 def each_side(f: Any, pair: Any) -> Any:
     """``f`` of each side that there is."""
     return type(pair)(*(None if A is None else f(A) for A in pair))
-
-
-def place(pair: Any, places: Any) -> Any:
-    """The pair laid out over devices; where nothing is known of that, or the array is kept packed, as it is."""
-
-    def one(A: Array | None, where: Any) -> Array | None:
-        return A if A is None or where is None or A.ndim != len(where.spec) else jax.device_put(A, where)
-
-    return type(pair)(*map(one, pair, places))

@@ -10,10 +10,10 @@ from jaxtyping import Array
 from . import linalg
 from .applications.eigenbasis import AdamState
 from .axes import resolve_axes
-from .matrices import to_matrices
+from .matrices import to_stacks
 from .momentum import MomentumState
-from .precondition import PreconditionState
-from .reporting import Row, report
+from .precondition import MatrixState, PreconditionState
+from .reporting import report
 from .types import Kronecker
 
 
@@ -42,32 +42,45 @@ def from_adam(tx: optax.GradientTransformation, adam_state: Any, params: Any, *,
     rows = {row.path: row for row in report(tx, params).rows if row.axes is not None}
     leaves = [rows.get(leaf.path) for leaf in resolve_axes(params)]
     treedef = jax.tree.structure(params)
-    found = []
+    used = []
 
-    def each(moments: Any, into: Any, convert: Any) -> Any:
-        """``convert(row, moment, entry)`` for every leaf that the state ``into`` has."""
-        entries = zip(leaves, jax.tree.leaves(moments), treedef.flatten_up_to(into), strict=True)
-        return treedef.unflatten([e if isinstance(e, optax.MaskedNode) else convert(row, x, e) for row, x, e in entries])
+    def leafwise(moments: Any, into: Any) -> Any:
+        pairs = zip(jax.tree.leaves(moments), treedef.flatten_up_to(into), strict=True)
+        return treedef.unflatten([old if isinstance(old, optax.MaskedNode) else x.astype(old.dtype) for x, old in pairs])
+
+    def stacked(moments: Any) -> dict[str, Array]:
+        mine = [(x, row) for x, row in zip(jax.tree.leaves(moments), leaves, strict=True) if row is not None]
+        return to_stacks([x for x, _ in mine], [row.axes for _, row in mine if row.axes is not None], mine[0][1].block_size if mine else None)
 
     def fill(node: Any) -> Any:
-        found.append(node)
         if isinstance(node, optax.ScaleByAdamState):
-            return node._replace(count=adam.count, mu=each(adam.mu, node.mu, _cast), nu=each(adam.nu, node.nu, _cast))
-        if isinstance(node, MomentumState):
-            unbias = 1 - b1**adam.count
-            mean = each(adam.mu, node.mean, lambda row, x, old: (x / jnp.maximum(unbias, 1e-30)).astype(old.dtype))
-            return node._replace(weight=jnp.asarray(unbias / (1 - b1), node.weight.dtype), mean=mean)
-        if isinstance(node, PreconditionState) and isinstance(node.application, AdamState):
-            old = node.application
-            inner = old._replace(count=adam.count, mu=each(adam.mu, old.mu, _matrices), nu=each(adam.nu, old.nu, _matrices))
-            return node._replace(application=inner, factors=each(adam.nu, node.factors, _diagonals))
-        found.pop()
-        return node
+            used.append(node)
+            return node._replace(count=adam.count, mu=leafwise(adam.mu, node.mu), nu=leafwise(adam.nu, node.nu))
+        if not isinstance(node, PreconditionState) or not isinstance(node.matrices, dict):
+            return node
+        mu, nu = stacked(adam.mu), stacked(adam.nu)
+        known = {key: _start(old, adam.count, mu[key], nu[key], b1) for key, old in node.matrices.items()}
+        used.extend(key for key, new in known.items() if new is not None)
+        return node._replace(matrices={key: node.matrices[key] if new is None else new for key, new in known.items()})
 
-    state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState | MomentumState | PreconditionState))
-    if not found:
+    state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState | PreconditionState))
+    if not used:
         raise ValueError("from_adam: this transformation keeps nothing that Adam's moments fit; it is for fo.soap, fo.muon and chains with them.")
     return state
+
+
+def _start(old: MatrixState, count: Array, mu: Array, nu: Array, b1: float) -> MatrixState | None:
+    """A stack of matrices after ``count`` steps of Adam; None where nothing is held that Adam knows."""
+    inner = old.application
+    if isinstance(inner, AdamState):
+        moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}
+        inner = inner._replace(count=jnp.broadcast_to(count, inner.count.shape).astype(inner.count.dtype), **moments)
+        return old._replace(application=inner, factors=jax.vmap(_diagonal)(nu, old.factors))
+    if isinstance(inner, MomentumState):
+        weights = 1 - b1**count
+        mean = (mu / jnp.maximum(weights, 1e-30)).astype(inner.mean.dtype)
+        return old._replace(application=inner._replace(weight=jnp.broadcast_to(weights / (1 - b1), inner.weight.shape).astype(inner.weight.dtype), mean=mean))
+    return None
 
 
 def _find_adam(state: Any, params: Any) -> optax.ScaleByAdamState:
@@ -80,26 +93,13 @@ def _find_adam(state: Any, params: Any) -> optax.ScaleByAdamState:
     return adams[0]
 
 
-def _cast(row: Row | None, x: Array, old: Array) -> Array:
-    return x.astype(old.dtype)
-
-
-def _matrices(row: Row | None, x: Array, old: tuple[Array, ...]) -> tuple[Array, ...]:
-    assert row is not None and row.axes is not None
-    return tuple(piece.astype(o.dtype) for piece, o in zip(to_matrices(x, row.axes, row.block_size), old, strict=True))
-
-
-def _diagonals(row: Row | None, nu: Array, old: tuple[Kronecker, ...]) -> tuple[Kronecker, ...]:
-    """The factors whose diagonals are the row and column sums of Adam's second moment."""
-    assert row is not None and row.axes is not None
-    return tuple(_diagonal(v, o) for v, o in zip(to_matrices(nu, row.axes, row.block_size), old, strict=True))
-
-
 def _diagonal(v: Array, old: Kronecker) -> Kronecker:
-    sides = []
-    for A, axis in zip(old, (-1, -2), strict=True):
-        d = jnp.sum(v, axis)
-        full = d[..., :, None] * jnp.eye(d.shape[-1], dtype=v.dtype)
-        packed = A is not None and A.shape != full.shape
-        sides.append(None if A is None else (linalg.pack(full) if packed else full).astype(A.dtype))
-    return Kronecker(*sides)
+    """The factors whose diagonals are the row and column sums of Adam's second moment, kept as the old ones are."""
+
+    def side(A: Array | None, d: Array) -> Array | None:
+        if A is None:
+            return None
+        full = jnp.diag(d)
+        return (full if A.shape == full.shape else linalg.pack(full)).astype(A.dtype)
+
+    return Kronecker(side(old.left, v.sum(1)), side(old.right, v.sum(0)))

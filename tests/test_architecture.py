@@ -19,27 +19,27 @@ EVERYTHING = "*"
 # Each module or sub-package of fisher_optax, and which others it may import.
 MAY_IMPORT = {
     "axes": set(),
+    "branching": set(),
     "checks": set(),
     "decay": set(),
     "linalg": set(),
     "momentum": set(),
+    "stacks": set(),
     "types": set(),
     "matrices": {"axes"},
     "sharding": {"axes"},
     "storage": {"linalg", "types"},
-    "guard": {"sharding"},
-    "refresh": {"sharding", "types"},
+    "guard": {"branching", "sharding"},
+    "refresh": {"branching", "types"},
     "reporting": {"axes", "guard"},
     "routing": {"axes", "reporting"},
     # What a preconditioner is put together from: these never import each other.
     "factors": {"linalg", "types"},
-    "decompositions": {"linalg", "types"},
+    "decompositions": {"branching", "linalg", "types"},
     "applications": {"linalg", "sharding", "types"},
     # The seam knows their contracts in `types`, not them.
-    "precondition": {"axes", "guard", "matrices", "refresh", "routing", "sharding", "storage", "types"},
-    "warm_start": {
-        *("applications", "axes", "linalg", "matrices", "momentum", "precondition", "reporting", "types"),
-    },
+    "precondition": {"axes", "guard", "matrices", "refresh", "routing", "sharding", "stacks", "storage", "types"},
+    "warm_start": {"applications", "axes", "linalg", "matrices", "momentum", "precondition", "reporting", "types"},
     # A named optimizer is the seam called with parts; nothing but the package itself imports one.
     "optimizers": {
         *("applications", "axes", "checks", "decay", "decompositions", "factors", "guard", "linalg", "matrices"),

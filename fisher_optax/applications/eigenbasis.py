@@ -1,7 +1,7 @@
 """Run any Optax transformation in the eigenbasis of the factors: ``U = Q_L f(Q_Lᵀ G Q_R) Q_Rᵀ``.
 
-The inner state stays in the basis. When the basis turns, moments must turn with it, or they speak of directions that are gone: trees named in ``linear``
-are rotated like a gradient, trees named in ``quadratic`` are carried like its square.
+The inner state stays in the basis. When the basis turns, moments must turn with it, or they speak of directions that are gone: fields named in ``linear``
+are rotated like a gradient, fields named in ``quadratic`` are carried like its square.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from ..types import Application, Eigenbasis, Moments
 
+Matrix = Float[Array, "m n"]
+
 
 def in_eigenbasis(
     inner: optax.GradientTransformation, *, linear: tuple[str, ...] = ("mu", "trace"), quadratic: tuple[str, ...] = ("nu",)
@@ -22,7 +24,7 @@ def in_eigenbasis(
     """Apply ``inner`` to the rotated gradient and rotate its result back.
 
     Args:
-      inner: any transformation of trees of matrices, e.g. `adam`, ``optax.scale_by_lion()``, ``optax.trace(0.9)``; it sees no ``params``.
+      inner: any transformation, e.g. `adam`, ``optax.scale_by_lion()``, ``optax.trace(0.9)``; it sees one matrix at a time, and no ``params``.
       linear: names of the fields of its state that hold averages of gradients (default: Optax's names).
       quadratic: names of the fields that hold averages of squared gradients.
 
@@ -33,9 +35,9 @@ def in_eigenbasis(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def update(G: Any, state: Any, bases: Any, **extra: Any) -> tuple[Any, Any]:
-        directions, state = inner.update(jax.tree.map(into, G, bases), state, None, **extra)
-        return jax.tree.map(out_of, directions, bases), state
+    def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:
+        direction, state = inner.update(into(G, basis), state, None, **extra)
+        return out_of(direction, basis), state
 
     def moments(state: Any) -> Moments:
         return Moments(tuple(_fields(state, linear)), tuple(_fields(state, quadratic)))
@@ -46,14 +48,14 @@ def in_eigenbasis(
     return Application("in eigenbasis", (Eigenbasis,), inner.init, update, moments, with_moments)
 
 
-def into(G: Float[Array, "*batch m n"], basis: Eigenbasis) -> Float[Array, "*batch m n"]:
+def into(G: Matrix, basis: Eigenbasis) -> Matrix:
     """``Q_Lᵀ G Q_R``."""
     Q_L, Q_R = basis
     G = G if Q_L is None else jnp.matmul(Q_L.astype(G.dtype).mT, G, precision=Precision.HIGHEST)
     return G if Q_R is None else jnp.matmul(G, Q_R.astype(G.dtype), precision=Precision.HIGHEST)
 
 
-def out_of(X: Float[Array, "*batch m n"], basis: Eigenbasis) -> Float[Array, "*batch m n"]:
+def out_of(X: Matrix, basis: Eigenbasis) -> Matrix:
     """``Q_L X Q_Rᵀ``."""
     Q_L, Q_R = basis
     X = X if Q_L is None else jnp.matmul(Q_L.astype(X.dtype), X, precision=Precision.HIGHEST)
@@ -61,7 +63,7 @@ def out_of(X: Float[Array, "*batch m n"], basis: Eigenbasis) -> Float[Array, "*b
 
 
 class AdamState(NamedTuple):
-    """State of `adam`: trees of matrices in the basis."""
+    """State of `adam`, in the basis."""
 
     count: Int[Array, ""]
     mu: Any
@@ -127,8 +129,8 @@ def _replace(state: Any, names: tuple[str, ...], values: Iterator[Any]) -> Any:
 def normalized(application: Application) -> Application:
     """The application with every direction scaled to a root mean square of 1; zero stays zero."""
 
-    def update(G: Any, state: Any, bases: Any, **extra: Any) -> tuple[Any, Any]:
-        U, state = application.update(G, state, bases, **extra)
-        return jax.tree.map(lambda u: u / (jnp.sqrt(jnp.mean(jnp.square(u), (-2, -1), keepdims=True)) + 1e-30), U), state
+    def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:
+        U, state = application.update(G, state, basis, **extra)
+        return U / (jnp.sqrt(jnp.mean(jnp.square(U))) + 1e-30), state
 
     return application._replace(update=update)

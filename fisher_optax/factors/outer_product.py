@@ -27,11 +27,10 @@ def outer_product(decay: float | Array = 0.95) -> FactorRule:
       'outer product'
     """
 
-    def init(shape: tuple[int, ...], left: bool, right: bool, dtype: Any) -> Kronecker:
-        *batch, m, n = shape
-        return Kronecker(jnp.zeros((*batch, m, m), dtype) if left else None, jnp.zeros((*batch, n, n), dtype) if right else None)
+    def init(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
+        return Kronecker(jnp.zeros((m, m), dtype) if left else None, jnp.zeros((n, n), dtype) if right else None)
 
-    def update(G: Float[Array, "*batch m n"], factors: Kronecker, bases: Any) -> Kronecker:
+    def update(G: Float[Array, "m n"], factors: Kronecker, bases: Any) -> Kronecker:
         L, R = factors
         return Kronecker(
             None if L is None else decay * L + (1 - decay) * jnp.matmul(G, G.mT, precision=Precision.HIGHEST),

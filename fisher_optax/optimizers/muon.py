@@ -47,13 +47,9 @@ def scale_by_muon(
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1), optax.scale_by_learning_rate(1e-2))
     """
-    polar = _polar(beta, scale, polynomial, method, dtype, max_stack, mesh_axis)
+    polar = _seam(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
     fallback = optax.scale_by_adam() if fallback is None else fallback
-
-    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        return optax.chain(momentum(beta, nesterov, momentum_dtype), polar.on_matrices(leaf_axes))
-
-    return guarded(by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe), _squares(axes))
+    return guarded(polar.directions("muon", fallback, axes, KINDS), _squares(axes))
 
 
 def muon(
@@ -102,20 +98,22 @@ def muon(
     """
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
-    polar = _polar(beta, scale, polynomial, method, dtype, max_stack, mesh_axis)
+    polar = _seam(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
 
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
         decay = optax.add_decayed_weights(weight_decay, visible(mask))
-        step = (momentum(beta, nesterov, momentum_dtype), polar.on_matrices(leaf_axes), decay)
-        return optax.chain(*step, optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(polar.on_matrices(leaf_axes), decay, optax.scale_by_learning_rate(learning_rate))
 
     fallback = optax.adamw(learning_rate, weight_decay=weight_decay, mask=visible(mask)) if fallback is None else fallback
     return guarded(by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe), _squares(axes))
 
 
-def _polar(beta: Any, scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None) -> Seam:
+def _seam(
+    beta: Any, nesterov: bool, scale: Any, polynomial: Any, momentum_dtype: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None
+) -> Seam:
     in_range("beta", beta, 0, 1)
-    return seam(None, None, orthogonal(polynomial, scale, method=method, dtype=dtype, max_stack=max_stack, mesh_axis=mesh_axis))
+    polar = orthogonal(polynomial, scale, inner=momentum(beta, nesterov, momentum_dtype), method=method, dtype=dtype)
+    return seam(None, None, polar, max_stack=max_stack, mesh_axis=mesh_axis)
 
 
 def _squares(axes: Any) -> Any:

@@ -48,8 +48,8 @@ def scale_by_soap(
       >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar, optax.scale_by_learning_rate(3e-3))
     """
     method = _seam(b1, b2, eps, shampoo_beta, bias_correction, normalize_updates, decomposition, momentum_dtype, options)
-    fallback = optax.inject_hyperparams(optax.scale_by_adam)(b1, b2, eps) if fallback is None else fallback
-    return guarded(by_axes("soap", method.on_matrices, method.with_first(fallback), axes=axes, kinds=KINDS, describe=method.describe))
+    fallback = _scheduled(optax.scale_by_adam, b1, b2, eps=eps) if fallback is None else fallback
+    return guarded(method.directions("soap", fallback, axes, KINDS))
 
 
 def soap(
@@ -129,8 +129,7 @@ def soap(
         return optax.chain(method.on_matrices(axes), optax.scale_by_learning_rate(learning_rate), decay)
 
     if fallback is None:
-        adamw = optax.inject_hyperparams(optax.adamw, static_args=("mask", "eps_root", "mu_dtype"))
-        fallback = adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=visible(mask))
+        fallback = _scheduled(optax.adamw, b1, b2, learning_rate=learning_rate, eps=eps, weight_decay=weight_decay, mask=visible(mask))
     return guarded(by_axes("soap", build, method.with_first(fallback), axes=axes, kinds=KINDS, describe=method.describe))
 
 
@@ -144,3 +143,10 @@ def _seam(b1: Any, b2: Any, eps: Any, shampoo_beta: Any, bias_correction: bool, 
     application = in_eigenbasis(adam(b1, b2, eps, bias_correction, momentum_dtype))
     application = normalized(application) if normalize_updates else application
     return seam(outer_product(b2 if shampoo_beta is None else shampoo_beta), DECOMPOSITIONS[decomposition](), application, **options)
+
+
+def _scheduled(adam: Any, b1: Any, b2: Any, **arguments: Any) -> optax.GradientTransformation:
+    """Optax's Adam, whose betas must be injected where they are schedules."""
+    if not (callable(b1) or callable(b2)):
+        return adam(b1=b1, b2=b2, **arguments)
+    return optax.inject_hyperparams(adam, static_args=[name for name in arguments if name != "eps"])(b1=b1, b2=b2, **arguments)
