@@ -19,10 +19,10 @@ def option(default: Any, help: str, kind: type | None = None) -> Any:
 class Config:
     """What defines a run. Each field is a command-line option; the defaults are the preset ``cpu``."""
 
-    preset: str = option("cpu", "the defaults of all other options")
+    preset: str = option("cpu", "cpu or shakespeare-char: the defaults of the other options; those shown are cpu's")
     data: str = option("stdlib", "stdlib (the Python library's sources), shakespeare, a text file or a folder of them")
     optimizer: str = option("soap", f"one of {', '.join(METHODS)}")
-    lr: float = option(None, "peak learning rate; by default the optimizer's own", float)
+    lr: float = option(None, "peak learning rate; by default the optimizer's own, less for widths over 128", float)
     warmup: int = option(None, "steps of warm-up before the cosine; by default a tenth of all, 100 at most", int)
     weight_decay: float = option(0.1, "decoupled weight decay")
     refresh: int = option(10, "steps between two renewals of a preconditioner")
@@ -41,9 +41,11 @@ class Config:
 
     def resolve(self) -> "Config":
         """Fills in what is None and checks everything. Raises `ValueError`, which names the option."""
+        # The tuned width is 128. A rate falls as 1 / width, and 384 then has nanoGPT's 1e-3 for AdamW.
+        own_rate = find_method(self.optimizer).learning_rate * min(1.0, 128 / max(self.width, 1))
         config = dataclasses.replace(
             self,
-            lr=find_method(self.optimizer).learning_rate if self.lr is None else self.lr,
+            lr=own_rate if self.lr is None else self.lr,
             warmup=min(100, self.steps // 10) if self.warmup is None else self.warmup,
         )
         check(config)
@@ -75,7 +77,10 @@ def check(config: Config) -> None:
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """A parser with an option for each field of `Config`; what is not given is absent from its result."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    usage = "%(prog)s [--optimizer NAME] [--out FOLDER] [option ...], or --help"
+    parser = argparse.ArgumentParser(
+        description=description, usage=usage, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     for field in dataclasses.fields(Config):
         default = "" if field.default is None else f" (default: {field.default})"
         parser.add_argument(

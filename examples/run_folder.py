@@ -43,9 +43,11 @@ class RunFolder:
         else:
             for part in found:
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
-        path.mkdir(parents=True, exist_ok=True)
-        config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+            path.mkdir(parents=True, exist_ok=True)
+            replace_text(config_file, json.dumps(config, indent=2) + "\n")
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
         self.checkpoints = ocp.CheckpointManager(checkpoints.absolute(), options=options)
 
     def restore(self, state: Any) -> tuple[Any, list[Row]]:
@@ -57,7 +59,7 @@ class RunFolder:
             # A checkpoint follows its line. A kill in between leaves lines past it, the last one perhaps cut off.
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             rows = [row for line in lines if line.endswith("\n") and (row := json.loads(line))["step"] <= step]
-        self.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        replace_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
         return state, rows
 
     def record(self, rows: list[Row], state: Any) -> None:
@@ -66,6 +68,13 @@ class RunFolder:
             file.write(json.dumps(rows[-1]) + "\n")
         plot_losses(rows, self.title, self.plot)
         self.checkpoints.save(rows[-1]["step"], args=ocp.args.StandardSave(state))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes the whole file or, if killed, leaves it as it was."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -36,22 +36,25 @@ def orthogonal_iteration(method: str = "qr") -> Decomposition:
 
         return iterate() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, iterate)
 
-    return Decomposition(method, Eigenbasis, _eigh, refresh)
+    return Decomposition(method, Eigenbasis, _first, refresh)
 
 
 def eigh() -> Decomposition:
     """A full eigendecomposition at every refresh: exact, about twice the cost of a QR step on a CPU and far more on an accelerator."""
 
     def refresh(A: Matrix, Q: Matrix, tolerance: float | None) -> Refreshed:
-        if tolerance is None:
-            return _eigh(A, Q)
-        return _unless_diagonal(A, Q, linalg.project(A, Q), tolerance, lambda: _eigh(A, Q))
+        P = linalg.project(A, Q)
 
-    return Decomposition("eigh", Eigenbasis, _eigh, refresh)
+        def solve() -> Refreshed:
+            return _keep_last_good(linalg.eigenbasis(A), linalg.descending(Q, P), Q)
+
+        return solve() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, solve)
+
+    return Decomposition("eigh", Eigenbasis, _first, refresh)
 
 
-def _eigh(A: Matrix, Q: Matrix) -> Refreshed:
-    # A new eigenbasis is sorted by itself, so column j descends from no column in particular.
+def _first(A: Matrix, Q: Matrix) -> Refreshed:
+    # Before the first basis there are no columns whose order could be followed.
     return _keep_last_good(linalg.eigenbasis(A), jnp.arange(len(A)), Q)
 
 

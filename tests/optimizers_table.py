@@ -58,6 +58,10 @@ def soap_then_orthogonal() -> optax.GradientTransformationExtraArgs:
     return optax.chain(fo.scale_by_soap(precondition_frequency=2), orthogonalise)
 
 
+def normuon() -> optax.GradientTransformationExtraArgs:
+    return optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1))
+
+
 def soap_row(name: str, **options: Any) -> Row:
     options = {"learning_rate": 0.01, "precondition_frequency": 2, "weight_decay": 0.1} | options
     scheduled, undecayed = ("learning_rate", "weight_decay", "b1"), {"weight_decay": 0.0}
@@ -104,6 +108,7 @@ ROWS = (
         any_scale=True,
     ),
     Row("lion-in-basis", lion_in_soaps_basis, rate_after=0.01, takes_axes=False),
+    Row("normuon", normuon, rate_after=0.02, takes_axes=False, one_guard=False),
     # Adam's first direction is a matrix of signs: often singular, so that its polar factor magnifies rounding.
     Row(
         "soap-then-orthogonal", soap_then_orthogonal, rate_after=0.02, takes_axes=False, one_guard=False, tolerance=1e-3

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import matplotlib.image
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
@@ -23,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import run_folder
 import train_gpt
 from gpt_config import Config
-from optimizers import METHODS
+from optimizers import METHODS, Method
 
 SCRIPT = train_gpt.__file__
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
 TINY = dict(layers=1, width=32, heads=2, context=16, batch=4, eval_batches=4, steps=20, eval_every=5)
 
 
@@ -84,7 +85,8 @@ def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_the_script_runs_end_to_end(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, SCRIPT, *flags(**TINY, data=data, optimizer="soap", out=out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
     rows = metrics(out)
     assert [row["step"] for row in rows] == [0, 5, 10, 15, 20]
     assert [row["tokens"] for row in rows] == [64 * row["step"] for row in rows]
@@ -149,6 +151,23 @@ def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path: Path, data
     train_gpt.main(["--resume", f"--out={out}"])
     train_gpt.main([*arguments, f"--out={tmp_path / 'whole'}"])
     assert_same_run(out, tmp_path / "whole")
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[optax.Schedule] = []
+
+    def build(schedule: optax.Schedule, settings: object) -> optax.GradientTransformation:
+        asked.append(schedule)
+        return optax.sgd(schedule)
+
+    monkeypatch.setitem(METHODS, "probe", Method(build, 3e-3))
+    config = Config(optimizer="probe", steps=100, warmup=10, width=384, heads=6).resolve()
+    assert config.lr == pytest.approx(1e-3)
+    train_gpt.make_optimizer(config, config.lr)
+    rates = np.array([asked[0](step) for step in range(100)])
+    np.testing.assert_allclose(rates[:10], 1e-4 * np.arange(1, 11), rtol=1e-5)
+    assert np.all(np.diff(rates[9:]) < 0)
+    assert rates[-1] == pytest.approx(1e-4)
 
 
 def test_many_rates_and_seeds_compile_the_step_once(data: Path) -> None:

@@ -1,4 +1,4 @@
-"""Eigenbases: orthonormal, ordered, convergent, safe for every scale and rank; off-diagonality against its definition."""
+"""Eigenbases: orthonormal, ordered, convergent, safe for every scale and rank; off-diagonality by its definition."""
 
 from typing import Any
 

@@ -84,7 +84,7 @@ def numbers(row: Row) -> dict[str, float]:
 
 @each(row for row in ROWS if row.static_args)
 def test_injected_hyperparameters_are_the_ones_used(row: Row) -> None:
-    """Every number of the factory is traced (rates, betas, decay), and the rate is a schedule that `inject_hyperparams` evaluates."""
+    """Every number of the factory is traced (rates, betas, decay), and the rate is a schedule evaluated outside."""
     rate = optax.piecewise_constant_schedule(numbers(row)["learning_rate"], {3: 0.0})
     inject = functools.partial(optax.inject_hyperparams, static_args=fo.STATIC_ARGS[row.static_args])
     assert_stops_after_three(row, build(row, wrap=inject, learning_rate=rate))

@@ -1,4 +1,4 @@
-"""Newton-Schulz iterations in float64 NumPy: on the matrix, as published, and on its singular values, which is what they mean."""
+"""Newton-Schulz iterations in float64 NumPy: on the matrix, as published, and directly on its singular values."""
 
 import numpy as np
 
