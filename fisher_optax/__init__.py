@@ -19,6 +19,30 @@ from .warm_start import from_adam
 STATIC_ARGS = {f.__name__: _static_args(f) for f in (soap, scale_by_soap, muon, scale_by_muon)}
 
 __all__ = [
-    "STATIC_ARGS", "Health", "MatrixAxes", "Report", "Row", "add_cautious_decay", "add_decay_after_step", "applications", "check_state", "decompositions", "factors", "from_adam", "health",
-    "in_eigenbasis", "jordan", "label_params", "linalg", "muon", "polar_express", "precondition", "report", "scale_by_muon", "scale_by_normuon", "scale_by_soap", "soap", "you",
-]  # fmt: skip
+    "STATIC_ARGS",
+    "Health",
+    "MatrixAxes",
+    "Report",
+    "Row",
+    "add_cautious_decay",
+    "add_decay_after_step",
+    "applications",
+    "check_state",
+    "decompositions",
+    "factors",
+    "from_adam",
+    "health",
+    "in_eigenbasis",
+    "jordan",
+    "label_params",
+    "linalg",
+    "muon",
+    "polar_express",
+    "precondition",
+    "report",
+    "scale_by_muon",
+    "scale_by_normuon",
+    "scale_by_soap",
+    "soap",
+    "you",
+]

@@ -8,16 +8,25 @@ from typing import Any
 TRACED = ("learning_rate", "b1", "b2", "eps", "weight_decay", "shampoo_beta", "beta")
 
 
+def at(value: Any, count: Any) -> Any:
+    """The value of a number, or of a schedule at ``count``."""
+    return value(count) if callable(value) else value
+
+
 def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments of a factory that must not be traced."""
     return tuple(name for name in inspect.signature(factory).parameters if name not in TRACED)
 
 
 def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """A ValueError unless a plain number lies in ``[low, high)``; schedules and traced values pass, strings and the like are a TypeError."""
+    """A ValueError unless a plain number lies in ``[low, high)``; schedules and traced values pass, strings and the
+    like are a TypeError.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         if isinstance(value, str | bytes | list | tuple | dict | bool):
             raise TypeError(f"{name} must be a number, an array or a schedule; got {value!r}.")
         return
     if not low <= value < high:
-        raise ValueError(f"{name} must be at least {low}{'' if high == float('inf') else f' and below {high}'}; got {value!r}.")
+        raise ValueError(
+            f"{name} must be at least {low}{'' if high == float('inf') else f' and below {high}'}; got {value!r}."
+        )

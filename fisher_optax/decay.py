@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from .checks import at
+
 Mask = Any | Callable[[Any], Any] | None
 
 
@@ -17,7 +19,9 @@ class DecayState(NamedTuple):
     count: Int[Array, ""]
 
 
-def add_decay_after_step(learning_rate: Any, weight_decay: Any = 0.01, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
+def add_decay_after_step(
+    learning_rate: Any, weight_decay: Any = 0.01, mask: Mask = None
+) -> optax.GradientTransformationExtraArgs:
     """Decay the weights that the step has already moved: ``u ← u - lr wd (W + u)``. Comes last in a chain.
 
     A call whose update is exactly zero everywhere is a skipped one, and is left alone.
@@ -30,17 +34,18 @@ def add_decay_after_step(learning_rate: Any, weight_decay: Any = 0.01, mask: Mas
     Raises:
       ValueError: in `update`, without ``params``.
 
-    Source: the SOAP authors' code; decay before the rate, as Optax has it, misses their trajectories by 5e-4 of the distance moved.
+    Source: the SOAP authors' code; decay before the rate, as Optax has it, misses their trajectories by 5e-4 of the
+      distance moved.
 
     Example:
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_soap(), optax.scale_by_learning_rate(3e-3), fo.add_decay_after_step(3e-3, 0.01))
     """
 
-    def update(updates: Any, state: DecayState, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
         del extra
         _require_params(params, "add_decay_after_step")
-        rate, decay = (x(state.count) if callable(x) else x for x in (learning_rate, weight_decay))
+        rate, decay = at(learning_rate, state.count), at(weight_decay, state.count)
         moved = jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)] or [jnp.asarray(False)]).any()
 
         def one(u: Array, W: Array, decays: Any) -> Array:
@@ -53,7 +58,8 @@ def add_decay_after_step(learning_rate: Any, weight_decay: Any = 0.01, mask: Mas
 
 
 def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
-    """Decay only the weights that the step shrinks anyway: ``u ← u + wd W [u W > 0]``. Comes before the learning rate, like `optax.add_decayed_weights`.
+    """Decay only the weights that the step shrinks anyway: ``u ← u + wd W [u W > 0]``. Comes before the learning rate,
+    like `optax.add_decayed_weights`.
 
     Args:
       weight_decay: number or schedule.
@@ -69,10 +75,10 @@ def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.Gra
       >>> tx = optax.chain(fo.scale_by_muon(), fo.add_cautious_decay(0.1), optax.scale_by_learning_rate(1e-2))
     """
 
-    def update(updates: Any, state: DecayState, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
         del extra
         _require_params(params, "add_cautious_decay")
-        decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
+        decay = at(weight_decay, state.count)
 
         def one(u: Array, W: Array, decays: Any) -> Array:
             agrees = (jnp.sign(u) * jnp.sign(W) > 0) & jnp.asarray(decays)
@@ -92,7 +98,9 @@ def visible(mask: Mask) -> Callable[[Any], Any]:
         tree = mask(params) if callable(mask) else mask
         hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
         full = jax.tree.map(lambda m, p: jax.tree.map(lambda _: m, p), tree, params, is_leaf=hidden)
-        return full if callable(mask) else jax.tree.map(lambda p, m: p if hidden(p) else m, params, full, is_leaf=hidden)
+        return (
+            full if callable(mask) else jax.tree.map(lambda p, m: p if hidden(p) else m, params, full, is_leaf=hidden)
+        )
 
     return masked
 
@@ -104,4 +112,6 @@ def _init(params: Any) -> DecayState:
 
 def _require_params(params: Any, name: str) -> None:
     if params is None:
-        raise ValueError(f"{name} decays the parameters, but update was called without them: call update(grads, state, params).")
+        raise ValueError(
+            f"{name} decays the parameters, but update was called without them: call update(grads, state, params)."
+        )

@@ -13,12 +13,14 @@ Matrix = Float[Array, "d d"]
 
 
 def orthogonal_iteration(method: str = "qr") -> Decomposition:
-    """One step of orthogonal iteration a refresh: ``Q ← basis of A Q``, columns ordered by ``diag(Qᵀ A Q)``; the first basis is exact.
+    """One step of orthogonal iteration a refresh: ``Q ← basis of A Q``, columns ordered by ``diag(Qᵀ A Q)``; the first
+    basis is exact.
 
     A basis drifts slowly, so one step tracks it at a fraction of an eigendecomposition's cost.
 
     Args:
-      method: "qr" (Householder; the SOAP authors') or "cholesky" (shifted CholeskyQR2: matrix products and Cholesky factors alone, for hardware on which QR is slow).
+      method: "qr" (Householder; the SOAP authors') or "cholesky" (shifted CholeskyQR2: matrix products and Cholesky
+        factors alone, for hardware on which QR is slow).
 
     Raises:
       ValueError: for any other method.
@@ -40,7 +42,9 @@ def orthogonal_iteration(method: str = "qr") -> Decomposition:
 
 
 def eigh() -> Decomposition:
-    """A full eigendecomposition at every refresh: exact, about twice the cost of a QR step on a CPU and far more on an accelerator."""
+    """A full eigendecomposition at every refresh: exact, about twice the cost of a QR step on a CPU and far more on an
+    accelerator.
+    """
 
     def refresh(A: Matrix, Q: Matrix, tolerance: float | None) -> Refreshed:
         P = linalg.project(A, Q)

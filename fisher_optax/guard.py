@@ -26,10 +26,14 @@ class GuardState(NamedTuple):
     inner: Any
 
 
-def guarded(tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None) -> optax.GradientTransformationExtraArgs:
-    """Make ``tx`` skip a step whose gradient is not finite anywhere: the update is zero and no state changes but the counter.
+def guarded(
+    tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Make ``tx`` skip a step whose gradient is not finite anywhere: the update is zero and no state changes but the
+    counter.
 
-    A gradient whose sum of squares overflows counts as one, since every second moment and every Kronecker factor entry is bounded by that sum.
+    A gradient whose sum of squares overflows counts as one, since every second moment and every Kronecker factor entry
+    is bounded by that sum.
     ``squares(updates)`` says for each leaf whether squares are taken of it (default: of all).
     """
     tx = optax.with_extra_args_support(tx)
@@ -41,13 +45,17 @@ def guarded(tx: optax.GradientTransformation, squares: Callable[[Any], list[bool
 
         return on_mesh(start, params)
 
-    def update(updates: optax.Updates, state: GuardState, params: optax.Params | None = None, **extra: Any) -> tuple[Any, GuardState]:
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
+    ) -> tuple[Any, GuardState]:
         leaves = jax.tree.leaves(updates)
         squared = squares(updates) if squares else [True] * len(leaves)
 
         def step(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
             new, inner = tx.update(updates, state.inner, params, **extra)
-            return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state._replace(steps=state.steps + 1, inner=inner)
+            return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state._replace(
+                steps=state.steps + 1, inner=inner
+            )
 
         def skip(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
             return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
@@ -62,7 +70,9 @@ def guarded(tx: optax.GradientTransformation, squares: Callable[[Any], list[bool
 
 def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:
     """Whether every leaf is finite, and so is its sum of squares where ``squared``; taken in float32 at least."""
-    checks = [jnp.isfinite(_sum_of_squares(x)) if s else jnp.isfinite(x).all() for x, s in zip(leaves, squared, strict=True)]
+    checks = [
+        jnp.isfinite(_sum_of_squares(x)) if s else jnp.isfinite(x).all() for x, s in zip(leaves, squared, strict=True)
+    ]
     return jnp.stack(checks).all() if checks else jnp.asarray(True)
 
 

@@ -1,7 +1,9 @@
 """Leaves and stacks of matrices: merge the axes, cut the long sides, stack what has one shape, and back.
 
-A leaf becomes one array ``(m, n)`` or ``(N, m, n)``; with ``block_size`` a side of length d is cut into ``ceil(d / block_size)`` blocks whose lengths differ by at most one, so that
-nothing is ever padded and a leaf has at most four block shapes. All matrices of one shape, of all leaves, then form one stack.
+A leaf becomes one array ``(m, n)`` or ``(N, m, n)``; with ``block_size`` a side of length d is cut into ``ceil(d /
+block_size)`` blocks whose lengths differ by at most one, so that
+nothing is ever padded and a leaf has at most four block shapes. All matrices of one shape, of all leaves, then form
+one stack.
 """
 
 import math
@@ -45,17 +47,22 @@ def matrix_shapes(shape: tuple[int, ...], axes: MatrixAxes, block_size: int | No
     """The shapes of what `to_matrices` makes of a leaf of ``shape``."""
     *batch, m, n = canonical_shape(shape, axes)
     grid = [(r, c) for r in cuts(m, block_size) for c in cuts(n, block_size)]
-    return [(*batch, r.size, c.size) if r.count == c.count == 1 else (math.prod(batch) * r.count * c.count, r.size, c.size) for r, c in grid]
+    return [
+        (*batch, r.size, c.size) if r.count == c.count == 1 else (math.prod(batch) * r.count * c.count, r.size, c.size)
+        for r, c in grid
+    ]
 
 
 def to_matrices(x: Float[Array, "..."], axes: MatrixAxes, block_size: int | None = None) -> tuple[Array, ...]:
     """The matrices of a leaf, each ``(m, n)`` or ``(N, m, n)``."""
     x = jnp.transpose(x, axes.batch + axes.inputs + axes.outputs).reshape(canonical_shape(x.shape, axes))
-    *batch, m, n = x.shape
+    m, n = x.shape[-2:]
     return tuple(_block(x[..., r.span, c.span], r, c) for r in cuts(m, block_size) for c in cuts(n, block_size))
 
 
-def from_matrices(pieces: tuple[Array, ...], shape: tuple[int, ...], axes: MatrixAxes, block_size: int | None = None) -> Array:
+def from_matrices(
+    pieces: tuple[Array, ...], shape: tuple[int, ...], axes: MatrixAxes, block_size: int | None = None
+) -> Array:
     """The leaf again: the inverse of `to_matrices`."""
     *batch, m, n = canonical_shape(shape, axes)
     rows, columns = cuts(m, block_size), cuts(n, block_size)
@@ -86,7 +93,9 @@ def stack_key(shape: tuple[int, ...], dtype: Any) -> str:
     return f"{shape[-2]}x{shape[-1]}" + ("" if dtype == jnp.float32 else f" {jnp.dtype(dtype)}")
 
 
-def to_stacks(leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None) -> dict[str, Float[Array, "N m n"]]:
+def to_stacks(
+    leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
+) -> dict[str, Float[Array, "N m n"]]:
     """All matrices of the leaves, stacked by shape, in float32 at least."""
     members: dict[str, list[Array]] = {}
     for x, a in zip(leaves, axes, strict=True):
@@ -95,7 +104,9 @@ def to_stacks(leaves: list[Array], axes: list[MatrixAxes], block_size: int | Non
     return {key: jnp.concatenate(pieces) for key, pieces in members.items()}
 
 
-def from_stacks(stacks: dict[str, Array], like: list[Array], axes: list[MatrixAxes], block_size: int | None = None) -> list[Array]:
+def from_stacks(
+    stacks: dict[str, Array], like: list[Array], axes: list[MatrixAxes], block_size: int | None = None
+) -> list[Array]:
     """The leaves again, shaped like ``like``: the inverse of `to_stacks`."""
     taken = dict.fromkeys(stacks, 0)
     leaves = []

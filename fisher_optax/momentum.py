@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from .checks import at
+
 
 class MomentumState(NamedTuple):
     """State of `momentum`: the weighted mean of the gradients, whose weights sum to ``weight``."""
@@ -17,16 +19,19 @@ class MomentumState(NamedTuple):
 
 
 def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTransformation:
-    """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at any scale of the dtype."""
+    """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at
+    any scale of the dtype.
+    """
 
     def init(params: Any) -> MomentumState:
         mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype), params)
-        return MomentumState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32), mean)
+        weight = jnp.zeros([], jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
+        return MomentumState(jnp.zeros([], jnp.int32), weight, mean)
 
-    def update(updates: Any, state: MomentumState, params: Any = None) -> tuple[Any, MomentumState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MomentumState]:
         del params
-        β = beta(state.count) if callable(beta) else beta
-        s = jnp.asarray(β * state.weight + 1, jnp.float32)
+        β = at(beta, state.count)
+        s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
 
         def blend(m: Array, g: Array, s: Array) -> Array:
             w = (1 / s).astype(g.dtype)

@@ -4,7 +4,8 @@ At call t, for each matrix G of the gradient tree:
 
     U    ← application(G)   in bases made of earlier gradients: a gradient never chooses its own basis
     L, R ← factors(G)
-    Q    ← decomposition(L, R)   where the refresh policy says so; moments held in the old basis are carried into the new one
+    Q    ← decomposition(L, R)   where the refresh policy says so; moments held in the old basis are carried into the
+    new one
 """
 
 import dataclasses
@@ -41,10 +42,13 @@ def precondition(
     """Precondition matrix gradients with any combination of factors, decomposition and application.
 
     Args:
-      factors: how Kronecker factors follow the gradients, e.g. ``fo.factors.outer_product(0.95)``; None for an application that needs none.
+      factors: how Kronecker factors follow the gradients, e.g. ``fo.factors.outer_product(0.95)``; None for an
+        application that needs none.
       decomposition: what turns factors into bases, e.g. ``fo.decompositions.orthogonal_iteration()``; None likewise.
-      application: what is done with them, e.g. ``fo.in_eigenbasis(optax.scale_by_lion())`` or ``fo.applications.orthogonal()``.
-      axes: which axes of each leaf are inputs, outputs and batch. None: rules by Flax path and shape, see `fo.report`; else a tree of `fo.MatrixAxes`
+      application: what is done with them, e.g. ``fo.in_eigenbasis(optax.scale_by_lion())`` or
+        ``fo.applications.orthogonal()``.
+      axes: which axes of each leaf are inputs, outputs and batch. None: rules by Flax path and shape, see `fo.report`;
+        else a tree of `fo.MatrixAxes`
         (None at a leaf: fallback), or a function of params that makes one.
       fallback: a direction for the leaves that are no matrices, default ``optax.scale_by_adam()``.
       kinds: what the method takes of "matrix", "head" and "embedding" (see `fo.label_params`).
@@ -60,7 +64,9 @@ def precondition(
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
     fallback = optax.scale_by_adam() if fallback is None else fallback
-    return guarded(seam(factors, decomposition, application, **options).directions(application.name, fallback, axes, kinds))
+    return guarded(
+        seam(factors, decomposition, application, **options).directions(application.name, fallback, axes, kinds)
+    )
 
 
 def seam(
@@ -83,7 +89,10 @@ def seam(
 ) -> "Seam":
     """A checked `Seam`."""
     check_cell(factors, decomposition, application)
-    for name, value, known in (("first_step", first_step, ("skip", "adam")), ("factor_storage", factor_storage, ("full", "packed"))):
+    for name, value, known in (
+        ("first_step", first_step, ("skip", "adam")),
+        ("factor_storage", factor_storage, ("full", "packed")),
+    ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
     storage = Storage(factor_dtype, factor_storage == "packed", sides, max_precond_dim, block_size).check()
@@ -95,7 +104,10 @@ def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, 
     """A TypeError unless the three fit together."""
     returned = NoneType if decomposition is None else decomposition.returns
     if returned not in application.accepts:
-        wanted = " or ".join("no decomposition" if t is NoneType else f"a decomposition that returns {t.__name__}" for t in application.accepts)
+        wanted = " or ".join(
+            "no decomposition" if t is NoneType else f"a decomposition that returns {t.__name__}"
+            for t in application.accepts
+        )
         given = "none" if decomposition is None else f"{decomposition.name!r}, which returns {returned.__name__}"
         raise TypeError(f"application {application.name!r} needs {wanted}; the decomposition given is {given}.")
     if (factors is None) != (decomposition is None):
@@ -132,9 +144,13 @@ class Seam:
     max_stack: int
     mesh_axis: str | None
 
-    def directions(self, method: str, fallback: optax.GradientTransformation, axes: Any, kinds: tuple[str, ...]) -> optax.GradientTransformationExtraArgs:
+    def directions(
+        self, method: str, fallback: optax.GradientTransformation, axes: Any, kinds: tuple[str, ...]
+    ) -> optax.GradientTransformationExtraArgs:
         """The seam on matrices and ``fallback`` on the rest, without learning rate and decay."""
-        return by_axes(method, self.on_matrices, self.with_first(fallback), axes=axes, kinds=kinds, describe=self.describe)
+        return by_axes(
+            method, self.on_matrices, self.with_first(fallback), axes=axes, kinds=kinds, describe=self.describe
+        )
 
     def with_first(self, fallback: optax.GradientTransformation) -> optax.GradientTransformation:
         """``fallback``, which waits with the matrices where these make no step at the first call."""
@@ -142,7 +158,9 @@ class Seam:
 
     def on_matrices(self, axes: list[MatrixAxes]) -> optax.GradientTransformationExtraArgs:
         """The bare transformation of a tree whose leaves are all matrices, with these axes."""
-        return optax.GradientTransformationExtraArgs(lambda params: self._init(axes, params), lambda *args, **extra: self._update(axes, *args, **extra))
+        return optax.GradientTransformationExtraArgs(
+            lambda params: self._init(axes, params), lambda *args, **extra: self._update(axes, *args, **extra)
+        )
 
     def describe(self, leaf: LeafAxes) -> dict[str, Any]:
         """What a report says of a leaf: its matrices, and the flops of renewing their bases."""
@@ -155,12 +173,17 @@ class Seam:
         """``A Q`` (2 d³) and a Householder QR with its Q (8/3 d³) a side, 4 mn (m + n) for carrying a momentum."""
         if self.decomposition is None:
             return 0
-        return sum(14 * d**3 // 3 + 4 * m * n * d for d, wanted in zip((m, n), self.storage.wanted(m, n), strict=True) if wanted)
+        return sum(
+            14 * d**3 // 3 + 4 * m * n * d
+            for d, wanted in zip((m, n), self.storage.wanted(m, n), strict=True)
+            if wanted
+        )
 
     def _init(self, axes: list[MatrixAxes], params: Any) -> PreconditionState:
         leaves, treedef = jax.tree.flatten(params)
+        count = jnp.zeros([], jnp.int32)
         if not leaves:  # optax.tree.map_params asks with a placeholder where the parameters would be
-            return PreconditionState(*[jnp.zeros([], jnp.int32)] * 2, treedef.unflatten([]))
+            return PreconditionState(count, count, treedef.unflatten([]))
         counts: dict[str, int] = {}
         layouts: dict[str, set[Layout | None]] = {}
         for x, a in zip(leaves, axes, strict=True):
@@ -169,8 +192,10 @@ class Seam:
                 key = stack_key(s, jnp.promote_types(x.dtype, jnp.float32))
                 counts[key] = counts.get(key, 0) + math.prod(s[:-2])
                 layouts.setdefault(key, set()).add(matrix_layout(x, a, len(shapes) == 1))
-        states = {key: jax.tree.map(lambda x, n=n: jnp.broadcast_to(x, (n, *x.shape)), self._start(key)) for key, n in counts.items()}
-        count = jnp.zeros([], jnp.int32)
+        states = {
+            key: jax.tree.map(lambda x, n=n: jnp.broadcast_to(x, (n, *x.shape)), self._start(key))
+            for key, n in counts.items()
+        }
         return PreconditionState(count, count, {key: self._place(state, layouts[key]) for key, state in states.items()})
 
     def _start(self, key: str) -> MatrixState:
@@ -181,7 +206,11 @@ class Seam:
         if self.factors is None or self.decomposition is None:
             return MatrixState((), (), self.application.init(zeros))
         full = self.factors.init(m, n, *self.storage.wanted(m, n), zeros.dtype)
-        return MatrixState(self.storage.store(full), self.storage.identity(full, self.decomposition.returns), self.application.init(zeros))
+        return MatrixState(
+            self.storage.store(full),
+            self.storage.identity(full, self.decomposition.returns),
+            self.application.init(zeros),
+        )
 
     def _place(self, state: MatrixState, layouts: set[Layout | None]) -> MatrixState:
         """A stack laid out over devices like the leaves it comes from, if these agree."""
@@ -194,11 +223,21 @@ class Seam:
             return jax.device_put(x, layout.of(kind, 0 if packed else x.ndim))
 
         def sides(pair: Any) -> Any:
-            return type(pair)(*(None if A is None else put(A, kind) for A, kind in zip(pair, ("left", "right"), strict=True))) if pair else pair
+            return (
+                type(pair)(
+                    *(None if A is None else put(A, kind) for A, kind in zip(pair, ("left", "right"), strict=True))
+                )
+                if pair
+                else pair
+            )
 
-        return MatrixState(sides(state.factors), sides(state.basis), jax.tree.map(lambda x: put(x, "matrix"), state.application))
+        return MatrixState(
+            sides(state.factors), sides(state.basis), jax.tree.map(lambda x: put(x, "matrix"), state.application)
+        )
 
-    def _update(self, axes: list[MatrixAxes], updates: Any, state: PreconditionState, params: Any = None, **extra: Any) -> tuple[Any, PreconditionState]:
+    def _update(
+        self, axes: list[MatrixAxes], updates: Any, state: PreconditionState, params: Any = None, **extra: Any
+    ) -> tuple[Any, PreconditionState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
@@ -224,7 +263,9 @@ class Seam:
         out = from_stacks(directions, leaves, axes, self.storage.block_size)
         return treedef.unflatten(out), PreconditionState(state.count + 1, kept, matrices)
 
-    def _one(self, G: Array, state: MatrixState, action: Array, extra: dict[str, Any]) -> tuple[Array, MatrixState, Array]:
+    def _one(
+        self, G: Array, state: MatrixState, action: Array, extra: dict[str, Any]
+    ) -> tuple[Array, MatrixState, Array]:
         """A step of one matrix."""
         U, inner = self.application.update(G, state.application, state.basis, **extra)
         if self.factors is None or self.decomposition is None:
@@ -233,8 +274,17 @@ class Seam:
             first = action == START
             U = jnp.where(first, 0, U)
             inner = jax.tree.map(lambda new, old: jnp.where(first, old, new), inner, state.application)
-        shape = (*G.shape, G.dtype)
-        factors = self.storage.store(self.factors.update(G, self.storage.load(state.factors, *shape), state.basis))
+        m, n = G.shape
+        factors = self.storage.store(
+            self.factors.update(G, self.storage.load(state.factors, m, n, G.dtype), state.basis)
+        )
         moments = self.application.moments(inner)
-        basis, moments, failed = renew(self.policy, self.decomposition, lambda: self.storage.load(factors, *shape), state.basis, moments, action)
+        basis, moments, failed = renew(
+            self.policy,
+            self.decomposition,
+            lambda: self.storage.load(factors, m, n, G.dtype),
+            state.basis,
+            moments,
+            action,
+        )
         return U, MatrixState(factors, basis, self.application.with_moments(inner, moments)), failed

@@ -23,17 +23,24 @@ class Policy(NamedTuple):
 
     def check(self) -> "Policy":
         """Itself, or a ValueError that names what is wrong."""
-        for name, value, known in (("refresh", self.refresh, ("every", "adaptive", "staggered")), ("transport", self.transport, ("permute", "squared"))):
+        for name, value, known in (
+            ("refresh", self.refresh, ("every", "adaptive", "staggered")),
+            ("transport", self.transport, ("permute", "squared")),
+        ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
         if isinstance(self.frequency, bool) or not isinstance(self.frequency, int) or self.frequency < 1:
-            raise ValueError(f"precondition_frequency must be a positive integer number of steps; got {self.frequency!r}.")
+            raise ValueError(
+                f"precondition_frequency must be a positive integer number of steps; got {self.frequency!r}."
+            )
         return self
 
     def phases(self, costs: dict[str, float], counts: dict[str, int]) -> dict[str, list[int]]:
-        """For each stack the step of the period at which each of its matrices is due: 0, or, staggered, whatever evens the load out.
+        """For each stack the step of the period at which each of its matrices is due: 0, or, staggered, whatever evens
+        the load out.
 
-        ``costs`` is for one matrix of a stack, ``counts`` how many it holds. The costliest are dealt out first, each to the phase with the least so far.
+        ``costs`` is for one matrix of a stack, ``counts`` how many it holds. The costliest are dealt out first, each
+        to the phase with the least so far.
         """
         if self.refresh != "staggered":
             return {key: [0] * count for key, count in counts.items()}
@@ -52,14 +59,25 @@ class Policy(NamedTuple):
 
 
 def renew(
-    policy: Policy, decomposition: Decomposition, factors: Callable[[], Kronecker], basis: Any, moments: Moments, action: Int[Array, ""]
+    policy: Policy,
+    decomposition: Decomposition,
+    factors: Callable[[], Kronecker],
+    basis: Any,
+    moments: Moments,
+    action: Int[Array, ""],
 ) -> tuple[Any, Moments, Int[Array, ""]]:
-    """The basis, the moments in it, and how many sides failed, after ``action``; ``factors()`` are looked at only where there is something to do."""
+    """The basis, the moments in it, and how many sides failed, after ``action``; ``factors()`` are looked at only
+    where there is something to do.
+    """
 
     sides = [side for side, Q in enumerate(basis) if Q is not None]
 
     def decomposed(decompose: Callable[[Array, Array], Refreshed]) -> Callable[[], list[Refreshed]]:
-        return lambda: [_stored(decompose(factors()[i], _like(basis[i], factors()[i])), basis[i]) for i in sides]
+        def side(A: Any, Q: Array) -> Refreshed:
+            done = decompose(A, Q.astype(A.dtype))
+            return done._replace(value=done.value.astype(Q.dtype))
+
+        return lambda: [side(factors()[i], basis[i]) for i in sides]
 
     def kept() -> list[Refreshed]:
         return [Refreshed(basis[i], jnp.arange(len(basis[i])), jnp.zeros([], bool)) for i in sides]
@@ -80,14 +98,6 @@ def renew(
     return new, branch(action != KEEP, carried, lambda: moments), failed
 
 
-def _like(Q: Array, A: Array) -> Array:
-    return Q.astype(A.dtype)
-
-
-def _stored(done: Refreshed, old: Array) -> Refreshed:
-    return done._replace(value=done.value.astype(old.dtype))
-
-
 def _rotate(m: Float[Array, "m n"], old: Any, new: Any) -> Array:
     """``Q_newᵀ Q_old m``, and the same on the right: exact, out of the old basis and into the new one."""
     x = m.astype(jnp.promote_types(m.dtype, jnp.float32))
@@ -98,7 +108,9 @@ def _rotate(m: Float[Array, "m n"], old: Any, new: Any) -> Array:
 
 
 def _rotate_squares(v: Float[Array, "m n"], old: Any, new: Any) -> Array:
-    """``(C∘C) v (C∘C)ᵀ`` with ``C = Q_newᵀ Q_old``: exact if the entries of the gradient in the old basis are uncorrelated."""
+    """``(C∘C) v (C∘C)ᵀ`` with ``C = Q_newᵀ Q_old``: exact if the entries of the gradient in the old basis are
+    uncorrelated.
+    """
     x = v.astype(jnp.promote_types(v.dtype, jnp.float32))
     for side, (P, Q) in enumerate(zip(old, new, strict=True)):
         if P is not None:
@@ -108,7 +120,9 @@ def _rotate_squares(v: Float[Array, "m n"], old: Any, new: Any) -> Array:
 
 
 def _permute(v: Float[Array, "m n"], left: Array | None, right: Array | None) -> Array:
-    """The SOAP authors' transport: entries follow the columns of the basis as they are reordered, and ignore that these turn."""
+    """The SOAP authors' transport: entries follow the columns of the basis as they are reordered, and ignore that
+    these turn.
+    """
     v = v if left is None else v[left]
     return v if right is None else v[:, right]
 
@@ -116,4 +130,6 @@ def _permute(v: Float[Array, "m n"], left: Array | None, right: Array | None) ->
 def _apply(Q: Array, x: Array, side: int) -> Array:
     """``Q x`` on the left side (0), ``x Qᵀ`` on the right."""
     Q = Q.astype(x.dtype)
-    return jnp.matmul(Q, x, precision=Precision.HIGHEST) if side == 0 else jnp.matmul(x, Q.mT, precision=Precision.HIGHEST)
+    return (
+        jnp.matmul(Q, x, precision=Precision.HIGHEST) if side == 0 else jnp.matmul(x, Q.mT, precision=Precision.HIGHEST)
+    )

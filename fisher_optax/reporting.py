@@ -48,7 +48,8 @@ _rows: contextvars.ContextVar[list[Row] | None] = contextvars.ContextVar("rows",
 def report(tx: optax.GradientTransformation, params: Any) -> Report:
     """What ``tx`` does with each leaf of ``params``: method, matrices, state, cost of a refresh, and the reason.
 
-    Sees through `optax.chain`, `optax.masked`, `optax.partition` and the like: ``tx.init`` is traced, never run, and writes down what it does. A leaf that
+    Sees through `optax.chain`, `optax.masked`, `optax.partition` and the like: ``tx.init`` is traced, never run, and
+    writes down what it does. A leaf that
     passes two transformations of this package has two rows.
 
     Args:
@@ -56,11 +57,13 @@ def report(tx: optax.GradientTransformation, params: Any) -> Report:
       params: parameters, or their `jax.ShapeDtypeStruct`.
 
     Returns:
-      A `Report`: ``rows`` are the data, ``str`` the table. State is in bytes, refresh in flops for renewing all bases of the leaf once.
+      A `Report`: ``rows`` are the data, ``str`` the table. State is in bytes, refresh in flops for renewing all bases
+      of the leaf once.
 
     Example:
       >>> import jax, fisher_optax as fo
-      >>> params = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((64, 256), "float32"), "bias": jax.ShapeDtypeStruct((256,), "float32")}}
+      >>> params = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((64, 256), "float32"), "bias":
+      jax.ShapeDtypeStruct((256,), "float32")}}
       >>> [row.method for row in fo.report(fo.soap(3e-3), params).rows]
       ['fallback', 'soap']
     """
@@ -71,7 +74,10 @@ def report(tx: optax.GradientTransformation, params: Any) -> Report:
         seen = _rows.get() or []
     finally:
         _rows.reset(token)
-    unseen = [Row(leaf.path, leaf.shape, "-", leaf.kind, None, (), 0, 0, "not given to a method of this package") for leaf in resolve_axes(params)]
+    unseen = [
+        Row(leaf.path, leaf.shape, "-", leaf.kind, None, (), 0, 0, "not given to a method of this package")
+        for leaf in resolve_axes(params)
+    ]
     missing = [row for row in unseen if row.path not in {r.path for r in seen}]
     order = {row.path: i for i, row in enumerate(unseen)}
     return Report(tuple(sorted([*seen, *missing], key=lambda row: order.get(row.path, len(order)))))
@@ -123,16 +129,25 @@ def health(state: Any) -> Health:
     """
     guards = [node for node in jax.tree.leaves(state, is_leaf=_is_guard) if _is_guard(node)]
     if not guards:
-        raise ValueError(f"health: no state of fisher_optax in {type(state).__name__}; pass the optimizer state, e.g. train_state.opt_state.")
+        raise ValueError(
+            f"health: no state of fisher_optax in {type(state).__name__}; pass the optimizer state, e.g. "
+            "train_state.opt_state."
+        )
     versions = {int(g.version) for g in guards}
     if versions != {STATE_VERSION}:
-        raise ValueError(f"health: state of version {sorted(versions)}, this release reads {STATE_VERSION}; restore it with the release that saved it.")
-    kept = sum(int(node.kept) for g in guards for node in jax.tree.leaves(g.inner, is_leaf=_has_kept) if _has_kept(node))
+        raise ValueError(
+            f"health: state of version {sorted(versions)}, this release reads {STATE_VERSION}; restore it with the "
+            "release that saved it."
+        )
+    kept = sum(
+        int(node.kept) for g in guards for node in jax.tree.leaves(g.inner, is_leaf=_has_kept) if _has_kept(node)
+    )
     return Health(STATE_VERSION, max(int(g.steps) for g in guards), sum(int(g.skipped) for g in guards), kept)
 
 
 def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> None:
-    """Check that a restored ``state`` is one that ``tx`` can continue on ``params``: version, structure, shapes and dtypes.
+    """Check that a restored ``state`` is one that ``tx`` can continue on ``params``: version, structure, shapes and
+    dtypes.
 
     Raises:
       ValueError: naming the first thing that does not fit.
@@ -146,13 +161,17 @@ def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> No
     wanted = jax.eval_shape(tx.init, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
     if jax.tree.structure(state) != jax.tree.structure(wanted):
         raise ValueError(
-            "check_state: the state was made by another optimizer, other options or other parameters: its structure is\n"
+            "check_state: the state was made by another optimizer, other options or other parameters: its structure "
+            "is\n"
             f"  {jax.tree.structure(state)}\nand this optimizer's is\n  {jax.tree.structure(wanted)}"
         )
     for (path, have), want in zip(jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(wanted), strict=True):
         if (have.shape, have.dtype) != (want.shape, want.dtype):
             name = jax.tree_util.keystr(path)
-            raise ValueError(f"check_state: {name} is {have.dtype}{list(have.shape)}, this optimizer needs {want.dtype}{list(want.shape)}; use the options the state was saved with.")
+            raise ValueError(
+                f"check_state: {name} is {have.dtype}{list(have.shape)}, this optimizer needs "
+                f"{want.dtype}{list(want.shape)}; use the options the state was saved with."
+            )
 
 
 def _is_guard(node: Any) -> bool:
@@ -164,13 +183,29 @@ def _has_kept(node: Any) -> bool:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    blocks = ", ".join(f"{math.prod(s[:-2])} of {s[-2]}x{s[-1]}" if len(s) > 2 else f"{s[-2]}x{s[-1]}" for s in row.matrices)
-    return (row.path, "x".join(map(str, row.shape)) or "scalar", row.method, blocks, _in_units(row.state_bytes, "B"), _in_units(row.refresh_flops, "F"), row.reason)
+    blocks = ", ".join((f"{math.prod(batch)} of " if batch else "") + f"{m}x{n}" for *batch, m, n in row.matrices)
+    return (
+        row.path,
+        "x".join(map(str, row.shape)) or "scalar",
+        row.method,
+        blocks,
+        _in_units(row.state_bytes, "B"),
+        _in_units(row.refresh_flops, "F"),
+        row.reason,
+    )
 
 
 def _totals(rows: tuple[Row, ...]) -> tuple[str, ...]:
     size = sum(math.prod(row.shape) for row in {row.path: row for row in rows}.values())
-    return ("total", f"{size:,}", "", "", _in_units(sum(r.state_bytes for r in rows), "B"), _in_units(sum(r.refresh_flops for r in rows), "F"), "")
+    return (
+        "total",
+        f"{size:,}",
+        "",
+        "",
+        _in_units(sum(r.state_bytes for r in rows), "B"),
+        _in_units(sum(r.refresh_flops for r in rows), "F"),
+        "",
+    )
 
 
 def _in_units(x: float, unit: str) -> str:

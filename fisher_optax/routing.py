@@ -25,7 +25,8 @@ def by_axes(
 ) -> optax.GradientTransformationExtraArgs:
     """``build(axes of the matrix leaves, in order)`` for leaves of the given kinds, ``fallback`` for the others.
 
-    Axes come from the whole tree at every call, so both sides see `optax.MaskedNode` where a leaf is not theirs, as under `optax.partition`.
+    Axes come from the whole tree at every call, so both sides see `optax.MaskedNode` where a leaf is not theirs, as
+    under `optax.partition`.
     """
     require_transformation("fallback", fallback)
 
@@ -39,7 +40,11 @@ def by_axes(
         leaves, _, tx = routes(params)
         if reporting.is_recording():
             for i, leaf in enumerate(leaves):
-                row = describe(leaf) | {"method": method, "axes": leaf.axes} if is_matrix(leaf, kinds) else {"method": FALLBACK, "axes": None}
+                row = (
+                    describe(leaf) | {"method": method, "axes": leaf.axes}
+                    if is_matrix(leaf, kinds)
+                    else {"method": FALLBACK, "axes": None}
+                )
                 single = build([leaf.axes]) if leaf.axes is not None and leaf.kind in kinds else in_float32(fallback)
                 reporting.record(leaf, state_bytes=_state_bytes(single, params, i), **row)
         return tx.init(params)
@@ -61,21 +66,29 @@ def is_matrix(leaf: LeafAxes, kinds: tuple[str, ...]) -> bool:
 def _state_bytes(tx: optax.GradientTransformation, params: Any, index: int) -> int:
     """Bytes of the arrays, scalars apart, that ``tx`` keeps for one leaf of ``params``."""
     leaves, treedef = jax.tree.flatten(params)
-    alone = treedef.unflatten([jax.ShapeDtypeStruct(x.shape, x.dtype) if i == index else optax.MaskedNode() for i, x in enumerate(leaves)])
+    alone = treedef.unflatten(
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) if i == index else optax.MaskedNode() for i, x in enumerate(leaves)]
+    )
     with reporting.paused():
         state = jax.eval_shape(tx.init, alone)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``tx`` on half-precision leaves cast to float32: a second moment overflows in float16 and stands still in bfloat16."""
+    """``tx`` on half-precision leaves cast to float32: a second moment overflows in float16 and stands still in
+    bfloat16.
+    """
     tx = optax.with_extra_args_support(tx)
 
     def cast(tree: Any) -> Any:
         def one(x: Any) -> Any:
             if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32):
                 return x
-            return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(jnp.float32)
+            return (
+                jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+                if isinstance(x, jax.ShapeDtypeStruct)
+                else x.astype(jnp.float32)
+            )
 
         return jax.tree.map(one, tree)
 
@@ -99,10 +112,12 @@ def skip_first_call(tx: optax.GradientTransformation) -> optax.GradientTransform
     def init(params: Any) -> SkipFirstState:
         return SkipFirstState(jnp.zeros([], bool), tx.init(params))
 
-    def update(updates: Any, state: SkipFirstState, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         new, inner = tx.update(updates, state.inner, params, **extra)
         new = jax.tree.map(lambda u: jnp.where(state.called, u, 0), new)
-        return new, SkipFirstState(jnp.ones([], bool), jax.tree.map(lambda a, b: jnp.where(state.called, a, b), inner, state.inner))
+        return new, SkipFirstState(
+            jnp.ones([], bool), jax.tree.map(lambda a, b: jnp.where(state.called, a, b), inner, state.inner)
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -110,4 +125,6 @@ def skip_first_call(tx: optax.GradientTransformation) -> optax.GradientTransform
 def require_transformation(name: str, tx: Any) -> None:
     """A TypeError unless ``tx`` is an Optax transformation."""
     if not isinstance(tx, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
-        raise TypeError(f"{name} must be an optax.GradientTransformation, e.g. optax.adamw(1e-3); got {type(tx).__name__}.")
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, e.g. optax.adamw(1e-3); got {type(tx).__name__}."
+        )

@@ -6,14 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .axes import MatrixAxes
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """The named sharding of an array, tracer or ShapeDtypeStruct; None where it has none, or only the compiler will know it."""
-    tracer = isinstance(x, jax.core.Tracer)
+    """The named sharding of an array, tracer or ShapeDtypeStruct; None where it has none, or only the compiler will
+    know it.
+    """
+    tracer = isinstance(x, Tracer)
     sharding = jax.typeof(x).sharding if tracer else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty or (tracer and not is_explicit(sharding)):
         return None
@@ -33,7 +36,9 @@ class Layout(NamedTuple):
     columns: Any
 
     def of(self, kind: str, ndim: int) -> NamedSharding:
-        """For a stacked ``ndim``-array of kind "matrix", "left" or "right"; a factor's rows are laid out like the side they belong to, its columns are whole."""
+        """For a stacked ``ndim``-array of kind "matrix", "left" or "right"; a factor's rows are laid out like the side
+        they belong to, its columns are whole.
+        """
         sides = {"matrix": (self.rows, self.columns), "left": (self.rows, None), "right": (self.columns, None)}[kind]
         return NamedSharding(self.mesh, PartitionSpec(None, *sides) if ndim == 3 else PartitionSpec())
 
@@ -41,7 +46,8 @@ class Layout(NamedTuple):
 def matrix_layout(x: Any, axes: MatrixAxes, whole: bool) -> Layout | None:
     """The layout that leaf ``x`` implies for its matrices, None where nothing is known.
 
-    A side that was cut into blocks (``whole=False``), or that merges axes of which another than the first is sharded, is not sharded.
+    A side that was cut into blocks (``whole=False``), or that merges axes of which another than the first is sharded,
+    is not sharded.
     """
     sharding = sharding_of(x)
     if sharding is None:
@@ -55,24 +61,33 @@ def matrix_layout(x: Any, axes: MatrixAxes, whole: bool) -> Layout | None:
 
 
 def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
-    """``update(updates, state, params)`` with Explicit mesh axes handed to the compiler, and results laid out as what they replace."""
+    """``update(updates, state, params)`` with Explicit mesh axes handed to the compiler, and results laid out as what
+    they replace.
+    """
     mesh = explicit_mesh((updates, state))
     if mesh is None:
         return update(updates, state, params)
     whole = NamedSharding(mesh.abstract_mesh, PartitionSpec())
-    out = jax.tree.map(lambda x: whole if jax.typeof(x).sharding.mesh.empty else jax.typeof(x).sharding, (updates, state))
+    out = jax.tree.map(
+        lambda x: whole if jax.typeof(x).sharding.mesh.empty else jax.typeof(x).sharding, (updates, state)
+    )
     with _entered(mesh):
-        return jax.sharding.auto_axes(update, out_sharding=out)(updates, state, params)
+        automatic: Any = jax.sharding.auto_axes(update, out_sharding=out)
+        return automatic(updates, state, params)
 
 
 def on_mesh(init: Callable[[Any], Any], params: Any) -> Any:
-    """``init(params)`` with everything, counters too, on the Explicit mesh of the parameters, so that types are the same before and after an update."""
+    """``init(params)`` with everything, counters too, on the Explicit mesh of the parameters, so that types are the
+    same before and after an update.
+    """
     mesh = explicit_mesh(params)
     if mesh is None:
         return init(params)
     whole = NamedSharding(mesh, PartitionSpec())
     with _entered(mesh):
-        return jax.tree.map(lambda x: jax.device_put(x, whole) if jax.typeof(x).sharding.mesh.empty else x, init(params))
+        return jax.tree.map(
+            lambda x: jax.device_put(x, whole) if jax.typeof(x).sharding.mesh.empty else x, init(params)
+        )
 
 
 def explicit_mesh(tree: Any) -> Any:
@@ -89,14 +104,18 @@ def _entered(mesh: Any) -> Any:
 
 
 def spread(f: Callable[..., Any], mesh_axis: str, *stacks: Any) -> Any:
-    """``f(*stacks)`` with the leading axis of all arrays shared out over a mesh axis: every device does its part, and all get the whole.
+    """``f(*stacks)`` with the leading axis of all arrays shared out over a mesh axis: every device does its part, and
+    all get the whole.
 
     Raises:
       ValueError: where no mesh with that axis is in scope.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh_axis not in mesh.axis_names:
-        raise ValueError(f"mesh_axis={mesh_axis!r} is not an axis of the mesh in scope ({mesh.axis_names}); call inside `with jax.set_mesh(mesh):`.")
+        raise ValueError(
+            f"mesh_axis={mesh_axis!r} is not an axis of the mesh in scope ({mesh.axis_names}); call inside `with "
+            "jax.set_mesh(mesh):`."
+        )
     count, share = len(jax.tree.leaves(stacks)[0]), PartitionSpec(mesh_axis)
     padded = jax.tree.map(lambda x: jnp.pad(x, ((0, -count % mesh.shape[mesh_axis]), *[(0, 0)] * (x.ndim - 1))), stacks)
     done = jax.shard_map(f, in_specs=share, out_specs=share, check_vma=False)(*padded)

@@ -5,27 +5,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 # One(G, state, action) -> (U, state, failures), for one matrix.
 One = Callable[[Array, Any, Array], tuple[Array, Any, Array]]
 
-# Measured on the char-GPT trees: on a CPU products of single matrices keep all cores busy, and batched ones are a fifth slower; accelerators want batches.
+# Measured on the char-GPT trees: on a CPU products of single matrices keep all cores busy, and batched ones are a
+# fifth slower; accelerators want batches.
 BATCHED = {"cpu": False}
 
 
 def over_stack(
-    one: One, G: Float[Array, "N m n"], state: Any, action: Int[Array, " N"], *, uniform: bool, max_stack: int, batched: bool | None = None
+    one: One,
+    G: Float[Array, "N m n"],
+    state: Any,
+    action: Int[Array, " N"],
+    *,
+    uniform: bool,
+    max_stack: int,
+    batched: bool | None = None,
 ) -> tuple[Float[Array, "N m n"], Any, Int[Array, " N"]]:
     """``one`` of every matrix of the stack.
 
-    A batch is only for an ``action`` that is the same for all (``uniform``): a branch taken by some of a batch is computed by all. At most ``max_stack`` go in one batch.
+    A batch is only for an ``action`` that is the same for all (``uniform``): a branch taken by some of a batch is
+    computed by all. At most ``max_stack`` go in one batch.
     """
-    if not isinstance(G, jax.core.Tracer):
+    if not isinstance(G, Tracer):
         return _eagerly(one, G, state, action)
     batched = BATCHED.get(jax.default_backend(), True) if batched is None else batched
     if uniform and batched:
-        return jax.lax.map(lambda xs: one(*xs, action[0]), (G, state), batch_size=min(max_stack, len(G)))
+        return jax.lax.map(lambda xs: one(xs[0], xs[1], action[0]), (G, state), batch_size=min(max_stack, len(G)))
     return _in_place(one, G, state, action)
 
 
@@ -38,12 +48,13 @@ def _in_place(one: One, G: Array, state: Any, action: Array) -> tuple[Array, Any
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)  # noqa: E731
         return jax.tree.map(put, kept, {name: getattr(new, name) for name in kept}), (U, new.application, failed)
 
-    # The rest is copied from one stack to another: XLA fuses reading and writing it, and would copy a stack that is both, once for each of its members.
+    # The rest is copied from one stack to another: XLA fuses reading and writing it, and would copy a stack that is
+    # both, once for each of its members.
     kept = {name: getattr(state, name) for name in ("factors", "basis")}
     kept, (U, application, failed) = jax.lax.scan(body, kept, (jnp.arange(len(G)), G, state.application, action))
     return U, state._replace(**kept, application=application), failed
 
 
 def _eagerly(one: One, G: Array, state: Any, action: Array) -> tuple[Array, Any, Array]:
-    done = [one(G[i], jax.tree.map(lambda x: x[i], state), action[i]) for i in range(len(G))]  # noqa: B023
+    done: Any = [one(G[i], jax.tree.map(lambda x: x[i], state), action[i]) for i in range(len(G))]  # noqa: B023
     return jax.tree.map(lambda *xs: jnp.stack(xs), *done)

@@ -38,7 +38,9 @@ class Storage(NamedTuple):
 
     def load(self, factors: Kronecker, m: int, n: int, dtype: Any) -> Kronecker:
         """The kept factors of an ``m x n`` matrix, full and in ``dtype``."""
-        return Kronecker(*(None if A is None else self._unpack(A, d).astype(dtype) for A, d in zip(factors, (m, n), strict=True)))
+        return Kronecker(
+            *(None if A is None else self._unpack(A, d).astype(dtype) for A, d in zip(factors, (m, n), strict=True))
+        )
 
     def identity(self, factors: Kronecker, returns: type) -> Any:
         """The basis before there is any: the identity on each side that has a (full) factor."""

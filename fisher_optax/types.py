@@ -1,6 +1,8 @@
-"""What travels between the parts: Kronecker factors, what a decomposition makes of them, and the three contracts of the seam.
+"""What travels between the parts: Kronecker factors, what a decomposition makes of them, and the three contracts of
+the seam.
 
-All three act on one matrix gradient ``G: (m, n)``, ``m`` inputs by ``n`` outputs. Everything about its left (input) and right (output) side comes in pairs; a side that is not
+All three act on one matrix gradient ``G: (m, n)``, ``m`` inputs by ``n`` outputs. Everything about its left (input)
+and right (output) side comes in pairs; a side that is not
 preconditioned is ``None``. In a state, matrices of one shape are stacked along a leading axis.
 """
 
@@ -42,7 +44,8 @@ class Refreshed(NamedTuple):
 class FactorRule(NamedTuple):
     """How a pair of Kronecker factors follows the gradients.
 
-    ``init(m, n, left, right, dtype)`` makes the start for an ``m x n`` matrix; ``left`` and ``right`` say which sides are wanted. ``update(G, factors, basis)`` sees both
+    ``init(m, n, left, right, dtype)`` makes the start for an ``m x n`` matrix; ``left`` and ``right`` say which sides
+    are wanted. ``update(G, factors, basis)`` sees both
     factors and the current basis, since some rules read the other side.
     """
 
@@ -54,7 +57,8 @@ class FactorRule(NamedTuple):
 class Decomposition(NamedTuple):
     """What turns a factor ``A: (d, d)`` into a basis or a root, keeping the old one where the new one is not finite.
 
-    ``start(A, old)`` is exact and used once; ``refresh(A, old, tolerance)`` may be iterative, and keeps ``old`` where that is off by no more than ``tolerance`` (None: never).
+    ``start(A, old)`` is exact and used once; ``refresh(A, old, tolerance)`` may be iterative, and keeps ``old`` where
+    that is off by no more than ``tolerance`` (None: never).
     """
 
     name: str

@@ -20,25 +20,29 @@ from .types import Kronecker
 def from_adam(tx: optax.GradientTransformation, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     """A state of ``tx`` that starts from what Adam knows, instead of from nothing.
 
-    SOAP: moments as they are, in the identity basis, in which SOAP is Adam; ``L = diag(Σ_j v_ij)`` and ``R = diag(Σ_i v_ij)``, the diagonals that ``G Gᵀ`` and ``Gᵀ G`` had.
-    The first call then finds the first basis and carries the moments into it. Muon: Adam's first moment as momentum. Fallbacks that hold Adam: its state.
+    SOAP: moments as they are, in the identity basis, in which SOAP is Adam; ``L = diag(Σ_j v_ij)`` and ``R = diag(Σ_i
+      v_ij)``, the diagonals that ``G Gᵀ`` and ``Gᵀ G`` had.
+    The first call then finds the first basis and carries the moments into it. Muon: Adam's first moment as momentum.
+    Fallbacks that hold Adam: its state.
     Counters of schedules start at 0.
 
     Args:
       tx: the transformation to start, e.g. ``fo.soap(3e-3)``.
-      adam_state: the state of `optax.adam`, `optax.adamw` or any chain with one `optax.scale_by_adam` over all of ``params``.
+      adam_state: the state of `optax.adam`, `optax.adamw` or any chain with one `optax.scale_by_adam` over all of
+        ``params``.
       params: the parameters.
       b1: Adam's decay of the first moment, for the weight of a momentum.
 
     Raises:
-      ValueError: where ``adam_state`` holds no or several Adam states, their moments do not fit ``params``, or ``tx`` has no use for them.
+      ValueError: where ``adam_state`` holds no or several Adam states, their moments do not fit ``params``, or ``tx``
+        has no use for them.
 
     Example:
       >>> import jax.numpy as jnp, optax, fisher_optax as fo
       >>> params = {"w": jnp.ones((4, 4))}
       >>> state = fo.from_adam(fo.soap(3e-3), optax.adamw(1e-3).init(params), params)
     """
-    adam = _find_adam(adam_state, params)
+    adam: Any = _find_adam(adam_state, params)
     rows = {row.path: row for row in report(tx, params).rows if row.axes is not None}
     leaves = [rows.get(leaf.path) for leaf in resolve_axes(params)]
     treedef = jax.tree.structure(params)
@@ -46,11 +50,17 @@ def from_adam(tx: optax.GradientTransformation, adam_state: Any, params: Any, *,
 
     def leafwise(moments: Any, into: Any) -> Any:
         pairs = zip(jax.tree.leaves(moments), treedef.flatten_up_to(into), strict=True)
-        return treedef.unflatten([old if isinstance(old, optax.MaskedNode) else x.astype(old.dtype) for x, old in pairs])
+        return treedef.unflatten(
+            [old if isinstance(old, optax.MaskedNode) else x.astype(old.dtype) for x, old in pairs]
+        )
 
     def stacked(moments: Any) -> dict[str, Array]:
         mine = [(x, row) for x, row in zip(jax.tree.leaves(moments), leaves, strict=True) if row is not None]
-        return to_stacks([x for x, _ in mine], [row.axes for _, row in mine if row.axes is not None], mine[0][1].block_size if mine else None)
+        return to_stacks(
+            [x for x, _ in mine],
+            [row.axes for _, row in mine if row.axes is not None],
+            mine[0][1].block_size if mine else None,
+        )
 
     def fill(node: Any) -> Any:
         if isinstance(node, optax.ScaleByAdamState):
@@ -63,9 +73,14 @@ def from_adam(tx: optax.GradientTransformation, adam_state: Any, params: Any, *,
         used.extend(key for key, new in known.items() if new is not None)
         return node._replace(matrices={key: node.matrices[key] if new is None else new for key, new in known.items()})
 
-    state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState | PreconditionState))
+    state = jax.tree.map(
+        fill, tx.init(params), is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState | PreconditionState)
+    )
     if not used:
-        raise ValueError("from_adam: this transformation keeps nothing that Adam's moments fit; it is for fo.soap, fo.muon and chains with them.")
+        raise ValueError(
+            "from_adam: this transformation keeps nothing that Adam's moments fit; it is for fo.soap, fo.muon and "
+            "chains with them."
+        )
     return state
 
 
@@ -79,17 +94,31 @@ def _start(old: MatrixState, count: Array, mu: Array, nu: Array, b1: float) -> M
     if isinstance(inner, MomentumState):
         weights = 1 - b1**count
         mean = (mu / jnp.maximum(weights, 1e-30)).astype(inner.mean.dtype)
-        return old._replace(application=inner._replace(weight=jnp.broadcast_to(weights / (1 - b1), inner.weight.shape).astype(inner.weight.dtype), mean=mean))
+        return old._replace(
+            application=inner._replace(
+                weight=jnp.broadcast_to(weights / (1 - b1), inner.weight.shape).astype(inner.weight.dtype), mean=mean
+            )
+        )
     return None
 
 
 def _find_adam(state: Any, params: Any) -> optax.ScaleByAdamState:
-    adams = [node for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState)) if isinstance(node, optax.ScaleByAdamState)]
+    adams = [
+        node
+        for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState))
+        if isinstance(node, optax.ScaleByAdamState)
+    ]
     if len(adams) != 1:
-        raise ValueError(f"from_adam: adam_state must hold one optax.ScaleByAdamState, found {len(adams)} in {type(state).__name__}; pass the state of optax.adamw over all parameters.")
+        raise ValueError(
+            f"from_adam: adam_state must hold one optax.ScaleByAdamState, found {len(adams)} in "
+            f"{type(state).__name__}; pass the state of optax.adamw over all parameters."
+        )
     shapes, wanted = ([x.shape for x in jax.tree.leaves(tree)] for tree in (adams[0].mu, params))
     if shapes != wanted:
-        raise ValueError(f"from_adam: Adam's moments have shapes {shapes}, the parameters {wanted}; pass the state that belongs to these parameters.")
+        raise ValueError(
+            f"from_adam: Adam's moments have shapes {shapes}, the parameters {wanted}; pass the state that belongs "
+            "to these parameters."
+        )
     return adams[0]
 
 

@@ -21,9 +21,9 @@ MAY_IMPORT = {
     "axes": set(),
     "branching": set(),
     "checks": set(),
-    "decay": set(),
+    "decay": {"checks"},
     "linalg": set(),
-    "momentum": set(),
+    "momentum": {"checks"},
     "stacks": set(),
     "types": set(),
     "matrices": {"axes"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     # What a preconditioner is put together from: these never import each other.
     "factors": {"linalg", "types"},
     "decompositions": {"branching", "linalg", "types"},
-    "applications": {"linalg", "sharding", "types"},
+    "applications": {"checks", "linalg", "types"},
     # The seam knows their contracts in `types`, not them.
     "precondition": {"axes", "guard", "matrices", "refresh", "routing", "sharding", "stacks", "storage", "types"},
     "warm_start": {"applications", "axes", "linalg", "matrices", "momentum", "precondition", "reporting", "types"},

@@ -1,6 +1,7 @@
 """Run any Optax transformation in the eigenbasis of the factors: ``U = Q_L f(Q_Lᵀ G Q_R) Q_Rᵀ``.
 
-The inner state stays in the basis. When the basis turns, moments must turn with it, or they speak of directions that are gone: fields named in ``linear``
+The inner state stays in the basis. When the basis turns, moments must turn with it, or they speak of directions that
+are gone: fields named in ``linear``
 are rotated like a gradient, fields named in ``quadratic`` are carried like its square.
 """
 
@@ -13,18 +14,23 @@ import optax
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
+from ..checks import at
 from ..types import Application, Eigenbasis, Moments
 
 Matrix = Float[Array, "m n"]
 
 
 def in_eigenbasis(
-    inner: optax.GradientTransformation, *, linear: tuple[str, ...] = ("mu", "trace"), quadratic: tuple[str, ...] = ("nu",)
+    inner: optax.GradientTransformation,
+    *,
+    linear: tuple[str, ...] = ("mu", "trace"),
+    quadratic: tuple[str, ...] = ("nu",),
 ) -> Application:
     """Apply ``inner`` to the rotated gradient and rotate its result back.
 
     Args:
-      inner: any transformation, e.g. `adam`, ``optax.scale_by_lion()``, ``optax.trace(0.9)``; it sees one matrix at a time, and no ``params``.
+      inner: any transformation, e.g. `adam`, ``optax.scale_by_lion()``, ``optax.trace(0.9)``; it sees one matrix at a
+        time, and no ``params``.
       linear: names of the fields of its state that hold averages of gradients (default: Optax's names).
       quadratic: names of the fields that hold averages of squared gradients.
 
@@ -33,10 +39,10 @@ def in_eigenbasis(
       >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
-    inner = optax.with_extra_args_support(inner)
+    transform: Any = optax.with_extra_args_support(inner)
 
     def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:
-        direction, state = inner.update(into(G, basis), state, None, **extra)
+        direction, state = transform.update(into(G, basis), state, None, **extra)
         return out_of(direction, basis), state
 
     def moments(state: Any) -> Moments:
@@ -71,7 +77,11 @@ class AdamState(NamedTuple):
 
 
 def adam(
-    b1: float | Callable[[Any], Any] = 0.95, b2: float | Callable[[Any], Any] = 0.95, eps: float = 1e-8, bias_correction: bool = True, mu_dtype: Any = None
+    b1: float | Callable[[Any], Any] = 0.95,
+    b2: float | Callable[[Any], Any] = 0.95,
+    eps: float = 1e-8,
+    bias_correction: bool = True,
+    mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
     """Adam as the SOAP authors run it: ``eps`` is added before the bias is corrected.
 
@@ -88,10 +98,10 @@ def adam(
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=mu_dtype), params)
         return AdamState(jnp.zeros([], jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
         del params
         t = state.count + 1
-        β1, β2 = (b(state.count) if callable(b) else b for b in (b1, b2))
+        β1, β2 = at(b1, state.count), at(b2, state.count)
         mu = jax.tree.map(lambda g, m: β1 * m.astype(g.dtype) + (1 - β1) * g, updates, state.mu)
         nu = jax.tree.map(lambda g, v: β2 * v + (1 - β2) * jnp.square(g), updates, state.nu)
         scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
@@ -120,7 +130,12 @@ def _fields(state: Any, names: tuple[str, ...]) -> Iterator[Any]:
 def _replace(state: Any, names: tuple[str, ...], values: Iterator[Any]) -> Any:
     """The state with those fields replaced by the next of ``values``."""
     if _is_state(state):
-        return type(state)(*(next(values) if name in names else _replace(getattr(state, name), names, values) for name in state._fields))
+        return type(state)(
+            *(
+                next(values) if name in names else _replace(getattr(state, name), names, values)
+                for name in state._fields
+            )
+        )
     if isinstance(state, tuple | list):
         return type(state)(_replace(part, names, values) for part in state)
     return state

@@ -13,7 +13,7 @@ from ..types import Application, Moments
 
 
 def orthogonal(
-    polynomial: Sequence[tuple[float, float, float]] | None = None,
+    polynomial: Sequence[Sequence[float]] | None = None,
     scale: str | float = 1.0,
     *,
     inner: optax.GradientTransformation | None = None,
@@ -24,8 +24,10 @@ def orthogonal(
 
     Args:
       polynomial: coefficients (a, b, c) of each step, default `fo.polar_express()`.
-      scale: "match_rms_adamw" ``0.2 sqrt(max(m, n))``, "shape" ``sqrt(max(1, n/m))``, "unit_rms" ``sqrt(n/m)``, or a number.
-      inner: f, what happens to the gradient before, e.g. ``optax.trace(0.95)``; it sees one matrix at a time. Default: nothing.
+      scale: "match_rms_adamw" ``0.2 sqrt(max(m, n))``, "shape" ``sqrt(max(1, n/m))``, "unit_rms" ``sqrt(n/m)``, or a
+        number.
+      inner: f, what happens to the gradient before, e.g. ``optax.trace(0.95)``; it sees one matrix at a time. Default:
+        nothing.
       method: "direct", "gram", or "auto": whichever takes fewer flops for the shape.
       dtype: what the products of the iteration are rounded to, default float32 at least.
 
@@ -37,7 +39,7 @@ def orthogonal(
       >>> polar = fo.precondition(None, None, fo.applications.orthogonal(scale="shape"), fallback=optax.identity())
     """
     coefficients = linalg.polar_express() if polynomial is None else linalg.as_polynomial(polynomial)
-    first = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+    first: Any = optax.with_extra_args_support(optax.identity() if inner is None else inner)
     shape_scale(scale, 1, 1)
     if method not in ("auto", "direct", "gram"):
         raise ValueError(f"method must be 'auto', 'direct' or 'gram'; got {method!r}.")
@@ -48,14 +50,20 @@ def orthogonal(
         return shape_scale(scale, *G.shape) * linalg.orthogonalize(u, coefficients, method=method, dtype=dtype), state
 
     nothing = Moments((), ())
-    return Application("orthogonal", (NoneType,), first.init, update, lambda state: nothing, lambda state, moments: state)
+    return Application(
+        "orthogonal", (NoneType,), first.init, update, lambda state: nothing, lambda state, moments: state
+    )
 
 
 def shape_scale(scale: str | float, m: int, n: int) -> Any:
     """The factor in front of the polar factor of an ``m x n`` (in x out) matrix."""
     if not isinstance(scale, str):
         return scale
-    scales = {"match_rms_adamw": 0.2 * math.sqrt(max(m, n)), "shape": math.sqrt(max(1.0, n / m)), "unit_rms": math.sqrt(n / m)}
+    scales = {
+        "match_rms_adamw": 0.2 * math.sqrt(max(m, n)),
+        "shape": math.sqrt(max(1.0, n / m)),
+        "unit_rms": math.sqrt(n / m),
+    }
     if scale not in scales:
         raise ValueError(f"scale must be a number or one of {', '.join(map(repr, scales))}; got {scale!r}.")
     return scales[scale]

@@ -2,8 +2,10 @@
 
     L ← β L + (1 - β) G Gᵀ        R ← β R + (1 - β) Gᵀ G
 
-No bias correction: a scale does not change an eigenbasis. The gradient is the mini-batch mean, so this is neither the true nor the empirical Fisher.
-Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3, lines 14-15; Gupta et al. 2018 (arXiv 1802.09568), Algorithm 1.
+No bias correction: a scale does not change an eigenbasis. The gradient is the mini-batch mean, so this is neither the
+  true nor the empirical Fisher.
+Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3, lines 14-15; Gupta et al. 2018 (arXiv 1802.09568), Algorithm
+  1.
 """
 
 from typing import Any

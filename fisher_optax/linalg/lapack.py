@@ -11,8 +11,10 @@ from jaxtyping import Array
 def one_by_one(f: Callable[..., Array]) -> Callable[..., Array]:
     """``f`` of matrices, batched over leading axes; on a CPU as a loop over single matrices, under `jax.vmap` too.
 
-    jaxlib (0.10 to 0.12) runs a batched factorisation in blocks on XLA's thread pool and waits for them on a thread of that pool. Two such calls in one program can each hold
-    a thread the other waits for, and then the program hangs for ever. A single matrix is factorised where it is called, with whatever threads the BLAS has.
+    jaxlib (0.10 to 0.12) runs a batched factorisation in blocks on XLA's thread pool and waits for them on a thread of
+    that pool. Two such calls in one program can each hold
+    a thread the other waits for, and then the program hangs for ever. A single matrix is factorised where it is
+    called, with whatever threads the BLAS has.
 
     >>> import jax.numpy as jnp
     >>> one_by_one(jnp.linalg.cholesky)(4 * jnp.ones((2, 1, 1))).ravel()
@@ -26,7 +28,9 @@ def one_by_one(f: Callable[..., Array]) -> Callable[..., Array]:
         batch = arrays[0].shape[:-2]
         if math.prod(batch) == 1:
             return _reshaped(single(*(x.reshape(x.shape[-2:]) for x in arrays)), batch)
-        return _reshaped(jax.lax.map(lambda xs: single(*xs), tuple(x.reshape(-1, *x.shape[-2:]) for x in arrays)), batch, 1)
+        return _reshaped(
+            jax.lax.map(lambda xs: single(*xs), tuple(x.reshape(-1, *x.shape[-2:]) for x in arrays)), batch, 1
+        )
 
     return call
 

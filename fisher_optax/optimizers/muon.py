@@ -3,7 +3,8 @@
     m ← β m + G;   u = β m + G if nesterov else m
     W ← W - lr (scale(m, n) · polar(u) + wd W)
 
-The polar factor comes from a Newton-Schulz iteration. Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), Moonlight's scale from Liu et al. 2025 (arXiv 2502.16982),
+The polar factor comes from a Newton-Schulz iteration. Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon),
+Moonlight's scale from Liu et al. 2025 (arXiv 2502.16982),
 the default polynomials from Amsel et al. 2025 (arXiv 2505.16932), Gram iterations from Zhang et al. 2026.
 """
 
@@ -41,11 +42,13 @@ def scale_by_muon(
     fallback: optax.GradientTransformation | None = None,
     axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of `muon`, without learning rate and decay; ``fallback`` is a direction too, default ``optax.scale_by_adam()``.
+    """The direction of `muon`, without learning rate and decay; ``fallback`` is a direction too, default
+    ``optax.scale_by_adam()``.
 
     Example (NorMuon with cautious decay, as a plain chain):
       >>> import optax, fisher_optax as fo
-      >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1), optax.scale_by_learning_rate(1e-2))
+      >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1),
+      optax.scale_by_learning_rate(1e-2))
     """
     polar = _seam(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
     fallback = optax.scale_by_adam() if fallback is None else fallback
@@ -76,10 +79,12 @@ def muon(
       beta: momentum, number or schedule.
       nesterov: look one step ahead.
       weight_decay: decoupled, per unit of learning rate; number or schedule.
-      scale: "match_rms_adamw" ``0.2 sqrt(max(m, n))`` (Moonlight: an update as large as AdamW's), "shape" ``sqrt(max(1, out/in))`` (Jordan), "unit_rms" ``sqrt(out/in)``, or a number.
+      scale: "match_rms_adamw" ``0.2 sqrt(max(m, n))`` (Moonlight: an update as large as AdamW's), "shape"
+        ``sqrt(max(1, out/in))`` (Jordan), "unit_rms" ``sqrt(out/in)``, or a number.
       polynomial: `fo.polar_express` ``(steps=5)`` by default, `fo.jordan`, `fo.you`, or any sequence of (a, b, c).
       mask: which parameters decay, as in `optax.adamw`.
-      fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with this rate, decay and mask.
+      fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with
+        this rate, decay and mask.
       axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params.
       momentum_dtype: storage of the momentum, default float32 at least.
       method: "direct", "gram", or "auto": whichever takes fewer flops for the shape.
@@ -104,12 +109,22 @@ def muon(
         decay = optax.add_decayed_weights(weight_decay, visible(mask))
         return optax.chain(polar.on_matrices(leaf_axes), decay, optax.scale_by_learning_rate(learning_rate))
 
-    fallback = optax.adamw(learning_rate, weight_decay=weight_decay, mask=visible(mask)) if fallback is None else fallback
+    fallback = (
+        optax.adamw(learning_rate, weight_decay=weight_decay, mask=visible(mask)) if fallback is None else fallback
+    )
     return guarded(by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe), _squares(axes))
 
 
 def _seam(
-    beta: Any, nesterov: bool, scale: Any, polynomial: Any, momentum_dtype: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None
+    beta: Any,
+    nesterov: bool,
+    scale: Any,
+    polynomial: Any,
+    momentum_dtype: Any,
+    method: str,
+    dtype: Any,
+    max_stack: int,
+    mesh_axis: str | None,
 ) -> Seam:
     in_range("beta", beta, 0, 1)
     polar = orthogonal(polynomial, scale, inner=momentum(beta, nesterov, momentum_dtype), method=method, dtype=dtype)
@@ -152,10 +167,13 @@ def scale_by_normuon(b2: Any = 0.95, eps: float = 1e-8, *, axes: Any = None) -> 
         def init(params: Any) -> NorMuonState:
             leaves, treedef = jax.tree.flatten(params)
             shapes = [matrix_shapes(x.shape, a)[0] for x, a in zip(leaves, leaf_axes, strict=True)]
-            nu = [jnp.zeros((*s[:-2], 1, s[-1]), jnp.promote_types(x.dtype, jnp.float32)) for s, x in zip(shapes, leaves, strict=True)]
+            nu = [
+                jnp.zeros((*s[:-2], 1, s[-1]), jnp.promote_types(x.dtype, jnp.float32))
+                for s, x in zip(shapes, leaves, strict=True)
+            ]
             return NorMuonState(treedef.unflatten(nu))
 
-        def update(updates: Any, state: NorMuonState, params: Any = None) -> tuple[Any, NorMuonState]:
+        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, NorMuonState]:
             del params
             leaves, treedef = jax.tree.flatten(updates)
             out, nu = [], []
@@ -164,7 +182,11 @@ def scale_by_normuon(b2: Any = 0.95, eps: float = 1e-8, *, axes: Any = None) -> 
                 nu.append((b2 * v + (1 - b2) * jnp.mean(jnp.square(O), -2, keepdims=True)).astype(v.dtype))
                 scaled = O / (jnp.sqrt(nu[-1]) + eps)
                 size, new_size = (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) for y in (O, scaled))
-                out.append(from_matrices((jnp.where(new_size > 0, scaled * size / jnp.where(new_size > 0, new_size, 1), 0),), x.shape, a))
+                out.append(
+                    from_matrices(
+                        (jnp.where(new_size > 0, scaled * size / jnp.where(new_size > 0, new_size, 1), 0),), x.shape, a
+                    )
+                )
             return treedef.unflatten(out), NorMuonState(treedef.unflatten(nu))
 
         return optax.GradientTransformation(init, update)

@@ -5,7 +5,8 @@
     L ← βs L + (1-βs) G Gᵀ;   R ← βs R + (1-βs) Gᵀ G
     every k steps   Q_L ← qr(L Q_L),   Q_R ← qr(R Q_R)
 
-Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3, and the authors' code, whose order of operations this follows. Moments are kept in the basis and turned only when it
+Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3, and the authors' code, whose order of operations this
+  follows. Moments are kept in the basis and turned only when it
 turns, which is the same mathematics at 6mn(m+n) instead of 10mn(m+n) flops a step.
 """
 
@@ -23,7 +24,11 @@ from ..precondition import Seam, seam
 from ..routing import by_axes
 
 KINDS = ("matrix", "head")
-DECOMPOSITIONS = {"qr": lambda: orthogonal_iteration("qr"), "cholesky": lambda: orthogonal_iteration("cholesky"), "eigh": eigh}
+DECOMPOSITIONS = {
+    "qr": lambda: orthogonal_iteration("qr"),
+    "cholesky": lambda: orthogonal_iteration("cholesky"),
+    "eigh": eigh,
+}
 
 
 def scale_by_soap(
@@ -40,14 +45,19 @@ def scale_by_soap(
     axes: Any = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of `soap`, without learning rate and decay; ``fallback`` is a direction too, default ``optax.scale_by_adam(b1, b2, eps)``.
+    """The direction of `soap`, without learning rate and decay; ``fallback`` is a direction too, default
+    ``optax.scale_by_adam(b1, b2, eps)``.
 
     Example (SOAP, then orthogonalised, after Nesterov momentum, as a plain chain):
       >>> import optax, fisher_optax as fo
-      >>> polar = fo.precondition(None, None, fo.applications.orthogonal(scale="match_rms_adamw"), fallback=optax.identity())
-      >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar, optax.scale_by_learning_rate(3e-3))
+      >>> polar = fo.precondition(None, None, fo.applications.orthogonal(scale="match_rms_adamw"),
+      fallback=optax.identity())
+      >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar,
+      optax.scale_by_learning_rate(3e-3))
     """
-    method = _seam(b1, b2, eps, shampoo_beta, bias_correction, normalize_updates, decomposition, momentum_dtype, options)
+    method = _seam(
+        b1, b2, eps, shampoo_beta, bias_correction, normalize_updates, decomposition, momentum_dtype, options
+    )
     fallback = _scheduled(optax.scale_by_adam, b1, b2, eps=eps) if fallback is None else fallback
     return guarded(method.directions("soap", fallback, axes, KINDS))
 
@@ -87,17 +97,22 @@ def soap(
       eps: added to ``sqrt(v)`` before the bias correction, in units of the gradient.
       weight_decay: decoupled, after the step, per unit of learning rate; number or schedule.
       shampoo_beta: βs, decay of the factors; None: ``b2``.
-      precondition_frequency: steps between refreshes of a basis. 10 costs little loss; 1 removes the spikes seen at large batches.
+      precondition_frequency: steps between refreshes of a basis. 10 costs little loss; 1 removes the spikes seen at
+        large batches.
       max_precond_dim: a longer side is left unrotated; with 0 both are, and SOAP is Adam.
       bias_correction: Adam's, of the moments; the factors have none, since a scale does not turn a basis.
-      first_step: "skip" (the authors'): the first call only sets factors and basis; "adam": it steps at once in the identity basis.
+      first_step: "skip" (the authors'): the first call only sets factors and basis; "adam": it steps at once in the
+        identity basis.
       mask: which parameters decay, as in `optax.adamw`.
-      fallback: a complete optimizer for what is no matrix and for embeddings, default ``optax.adamw`` with the same arguments.
+      fallback: a complete optimizer for what is no matrix and for embeddings, default ``optax.adamw`` with the same
+        arguments.
       axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params.
-      refresh: "every" (all bases every k steps), "adaptive" (of those, the ones with off-diagonality above ``adaptive_tolerance``, Eschenhagen et al. 2025),
+      refresh: "every" (all bases every k steps), "adaptive" (of those, the ones with off-diagonality above
+        ``adaptive_tolerance``, Eschenhagen et al. 2025),
         "staggered" (each step its share, so that no step is slow).
       adaptive_tolerance: τ in ``|B - diag B| > τ |B|``, ``B = Qᵀ L Q``.
-      transport: of v when a basis turns: "permute" (the authors': follow the columns' new order) or "squared" (``(C∘C) v (C∘C)ᵀ``, ``C = Q_newᵀ Q_old``).
+      transport: of v when a basis turns: "permute" (the authors': follow the columns' new order) or "squared" (``(C∘C)
+        v (C∘C)ᵀ``, ``C = Q_newᵀ Q_old``).
       decomposition: "qr", "cholesky" (CholeskyQR2) or "eigh": how a basis is refreshed.
       normalize_updates: scale every matrix's direction to root mean square 1.
       block_size: cut longer sides into blocks of at most this, each with its own factors.
@@ -117,23 +132,48 @@ def soap(
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
     options = dict(
-        precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim, first_step=first_step, refresh=refresh, adaptive_tolerance=adaptive_tolerance,
-        transport=transport, block_size=block_size, sides=sides, factor_dtype=factor_dtype, factor_storage=factor_storage, mesh_axis=mesh_axis,
-    )  # fmt: skip
+        precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+        first_step=first_step,
+        refresh=refresh,
+        adaptive_tolerance=adaptive_tolerance,
+        transport=transport,
+        block_size=block_size,
+        sides=sides,
+        factor_dtype=factor_dtype,
+        factor_storage=factor_storage,
+        mesh_axis=mesh_axis,
+    )
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
-    method = _seam(b1, b2, eps, shampoo_beta, bias_correction, normalize_updates, decomposition, momentum_dtype, options)
+    method = _seam(
+        b1, b2, eps, shampoo_beta, bias_correction, normalize_updates, decomposition, momentum_dtype, options
+    )
 
     def build(axes: list[Any]) -> optax.GradientTransformation:
         decay = add_decay_after_step(learning_rate, weight_decay, mask)
         return optax.chain(method.on_matrices(axes), optax.scale_by_learning_rate(learning_rate), decay)
 
     if fallback is None:
-        fallback = _scheduled(optax.adamw, b1, b2, learning_rate=learning_rate, eps=eps, weight_decay=weight_decay, mask=visible(mask))
-    return guarded(by_axes("soap", build, method.with_first(fallback), axes=axes, kinds=KINDS, describe=method.describe))
+        fallback = _scheduled(
+            optax.adamw, b1, b2, learning_rate=learning_rate, eps=eps, weight_decay=weight_decay, mask=visible(mask)
+        )
+    return guarded(
+        by_axes("soap", build, method.with_first(fallback), axes=axes, kinds=KINDS, describe=method.describe)
+    )
 
 
-def _seam(b1: Any, b2: Any, eps: Any, shampoo_beta: Any, bias_correction: bool, normalize_updates: bool, decomposition: str, momentum_dtype: Any, options: dict[str, Any]) -> Seam:
+def _seam(
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    shampoo_beta: Any,
+    bias_correction: bool,
+    normalize_updates: bool,
+    decomposition: str,
+    momentum_dtype: Any,
+    options: dict[str, Any],
+) -> Seam:
     in_range("b1", b1, 0, 1)
     in_range("b2", b2, 0, 1)
     in_range("eps", eps, 0)
@@ -142,11 +182,18 @@ def _seam(b1: Any, b2: Any, eps: Any, shampoo_beta: Any, bias_correction: bool, 
         raise ValueError(f"decomposition must be one of {', '.join(map(repr, DECOMPOSITIONS))}; got {decomposition!r}.")
     application = in_eigenbasis(adam(b1, b2, eps, bias_correction, momentum_dtype))
     application = normalized(application) if normalize_updates else application
-    return seam(outer_product(b2 if shampoo_beta is None else shampoo_beta), DECOMPOSITIONS[decomposition](), application, **options)
+    return seam(
+        outer_product(b2 if shampoo_beta is None else shampoo_beta),
+        DECOMPOSITIONS[decomposition](),
+        application,
+        **options,
+    )
 
 
 def _scheduled(adam: Any, b1: Any, b2: Any, **arguments: Any) -> optax.GradientTransformation:
     """Optax's Adam, whose betas must be injected where they are schedules."""
     if not (callable(b1) or callable(b2)):
         return adam(b1=b1, b2=b2, **arguments)
-    return optax.inject_hyperparams(adam, static_args=[name for name in arguments if name != "eps"])(b1=b1, b2=b2, **arguments)
+    return optax.inject_hyperparams(adam, static_args=[name for name in arguments if name != "eps"])(
+        b1=b1, b2=b2, **arguments
+    )
