@@ -19,6 +19,9 @@ import fisher_optax as fo
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
+SINGLE_PRECISION, HALF_PRECISION = 2e-5, 2e-2
+
+
 class Row(NamedTuple):
     """One optimizer under test: ``make(**options)``, followed by a rate where it is a bare direction."""
 
@@ -33,7 +36,7 @@ class Row(NamedTuple):
     takes_axes: bool = True
     any_scale: bool = False  # a matrix's direction is the same for gradients of any size its dtype can hold
     one_guard: bool = True  # a bad step is skipped by one guard, not by each stage of a chain
-    tolerance: float = 2e-5  # of the update's norm, between two float32 ways to compute it
+    tolerance: float = SINGLE_PRECISION  # of the update's norm, between two ways to compute it
     descent: tuple[float, int] = (0.1, 1000)  # first rate (falling linearly to 0) and steps of the convergence tests
 
 
@@ -58,39 +61,52 @@ def soap_then_orthogonal() -> optax.GradientTransformationExtraArgs:
     return optax.chain(fo.scale_by_soap(precondition_frequency=2), orthogonalise)
 
 
-def normuon() -> optax.GradientTransformationExtraArgs:
-    return optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1))
+def normuon(weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(weight_decay))
 
 
-def soap_row(name: str, **options: Any) -> Row:
+def soap_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
     options = {"learning_rate": 0.01, "precondition_frequency": 2, "weight_decay": 0.1} | options
     scheduled, undecayed = ("learning_rate", "weight_decay", "b1"), {"weight_decay": 0.0}
-    return Row(name, fo.soap, options, static_args="soap", scheduled=scheduled, undecayed=undecayed)
+    return Row(
+        name, fo.soap, options, static_args="soap", scheduled=scheduled, undecayed=undecayed, tolerance=tolerance
+    )
 
 
-def muon_row(name: str, **options: Any) -> Row:
+def muon_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
     options = {"learning_rate": 0.02, "weight_decay": 0.1} | options
     scheduled, undecayed = ("learning_rate", "weight_decay", "beta"), {"weight_decay": 0.0}
-    return Row(name, fo.muon, options, static_args="muon", scheduled=scheduled, undecayed=undecayed, any_scale=True)
+    return Row(
+        name,
+        fo.muon,
+        options,
+        static_args="muon",
+        scheduled=scheduled,
+        undecayed=undecayed,
+        any_scale=True,
+        tolerance=tolerance,
+    )
 
 
 ROWS = (
     soap_row("soap"),
-    soap_row("soap-adaptive", refresh="adaptive", adaptive_tolerance=0.01),
-    soap_row("soap-staggered", refresh="staggered"),
-    soap_row("soap-adam-first", first_step="adam"),
-    soap_row("soap-blocks", block_size=4),
-    soap_row("soap-packed", factor_storage="packed"),
-    soap_row("soap-bf16", factor_dtype=jnp.bfloat16, momentum_dtype=jnp.bfloat16)._replace(tolerance=2e-2),
-    soap_row("soap-one-sided", sides="shorter"),
-    soap_row("soap-squared", transport="squared"),
-    soap_row("soap-cholesky", decomposition="cholesky"),
-    soap_row("soap-eigh", decomposition="eigh", normalize_updates=True),
+    soap_row("soap-adaptive-packed", refresh="adaptive", adaptive_tolerance=0.01, factor_storage="packed"),
+    soap_row(
+        "soap-staggered-bf16",
+        refresh="staggered",
+        factor_dtype=jnp.bfloat16,
+        momentum_dtype=jnp.bfloat16,
+        tolerance=HALF_PRECISION,
+    ),
+    soap_row("soap-adam-first-squared", first_step="adam", transport="squared"),
+    soap_row("soap-blocks-cholesky", block_size=4, decomposition="cholesky"),
+    soap_row("soap-one-sided-eigh-normalized", sides="shorter", decomposition="eigh", normalize_updates=True),
     muon_row("muon"),
     muon_row("muon-jordan", polynomial=fo.jordan(5), scale="shape", nesterov=False),
-    muon_row("muon-you", polynomial=fo.you(), scale="unit_rms"),
+    muon_row(
+        "muon-you-bf16", polynomial=fo.you(), scale="unit_rms", momentum_dtype=jnp.bfloat16, tolerance=HALF_PRECISION
+    ),
     muon_row("muon-own-cubic", polynomial=((1.5, -0.5, 0.0),) * 12, scale=0.2),
-    muon_row("muon-bf16", momentum_dtype=jnp.bfloat16)._replace(tolerance=2e-2),
     Row(
         "scale_by_soap",
         fo.scale_by_soap,
@@ -108,7 +124,15 @@ ROWS = (
         any_scale=True,
     ),
     Row("lion-in-basis", lion_in_soaps_basis, rate_after=0.01, takes_axes=False),
-    Row("normuon", normuon, rate_after=0.02, takes_axes=False, one_guard=False),
+    Row(
+        "normuon",
+        normuon,
+        rate_after=0.02,
+        undecayed={"weight_decay": 0.0},
+        takes_axes=False,
+        any_scale=True,
+        one_guard=False,
+    ),
     # Adam's first direction is a matrix of signs: often singular, so that its polar factor magnifies rounding.
     Row(
         "soap-then-orthogonal", soap_then_orthogonal, rate_after=0.02, takes_axes=False, one_guard=False, tolerance=1e-3

@@ -172,12 +172,10 @@ def test_orthogonalisation_works_over_the_whole_range(row: Row, exponent: int) -
 def odd_params() -> dict[str, Any]:
     return {
         "complex": jnp.asarray([[1 + 2j, 3j], [1.0, -1j]], jnp.complex64),
-        "deep": {"wide": jnp.ones((2, 5)), "tall": jnp.ones((5, 2)), "none": None},
+        "deep": {"wide": {"kernel": jnp.ones((1, 3))}, "tall": {"kernel": jnp.ones((3, 1))}, "none": None},
         "empty": jnp.zeros((0, 3)),
         "empty_vector": jnp.zeros((0,)),
         "one": {"kernel": jnp.ones((1, 1))},
-        "one_in": {"kernel": jnp.ones((1, 4))},
-        "one_out": {"kernel": jnp.ones((4, 1))},
         "scalar": jnp.ones(()),
         "single": jnp.ones((1,)),
     }
