@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.optimizers_table import Row, assert_same_bits, assert_updates_close, build, each, run, updater
+from tests.optimizers_table import Row, assert_finite, assert_same_bits, assert_updates_close, build, each, run, updater
 
 # One kernel (8, 8) in every layout a 2-D mesh allows, a stacked one sharded over its layers, and vectors.
 LAYOUTS = {
@@ -21,6 +21,7 @@ LAYOUTS = {
     "rows_over_all": {"kernel": P(("data", "model"), None), "bias": P(None)},
 }
 STEPS = 4
+ROUNDING = 1e-4  # of the update's norm: eight devices add in another order, and small entries of the basis magnify that
 
 
 def values(seed: int) -> dict[str, Any]:
@@ -67,8 +68,8 @@ def test_eight_devices_equal_one(row: Row, mesh: jax.sharding.Mesh) -> None:
     state = tx.init(params)
     jitted = run(update, state, params, grads)
     eager = run(updater(tx, **row.update_kwargs), state, params, grads[:2])
-    assert_updates_close(jitted, alone, row.tolerance)
-    assert_updates_close(eager, alone, row.tolerance)
+    for points in (jitted, eager):
+        assert_updates_close(points, alone, max(row.tolerance, ROUNDING))
     for point in jitted + eager:
         assert typeof(point.state) == typeof(state)
         assert typeof(point.params) == typeof(params)
@@ -87,10 +88,18 @@ def test_state_of_sharded_shapes_is_the_state_of_sharded_arrays(row: Row, mesh: 
 
 @each()
 def test_state_is_spread_like_its_parameter(row: Row) -> None:
-    """No device holds all of the state of a matrix that is sharded over all devices."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    params = {"kernel": jax.device_put(values(1)["rows"]["kernel"], NamedSharding(mesh, P("data", None)))}
-    state = build(row).init(params)
-    for path, x in jax.tree.leaves_with_path(state):
+    """Where both sides of a matrix are sharded, no device holds all of anything of its size."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    params = {"kernel": jax.device_put(values(1)["both"]["kernel"], NamedSharding(mesh, P("data", "model")))}
+    for path, x in jax.tree.leaves_with_path(build(row).init(params)):
         if x.shape[-2:] == (8, 8):
             assert not x.sharding.is_fully_replicated, jax.tree_util.keystr(path)
+
+
+@each()
+def test_a_side_over_more_devices_than_a_block_has_rows(row: Row) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx, kernel = build(row), values(1)["rows"]["kernel"]
+    params = {"kernel": jax.device_put(kernel, NamedSharding(mesh, P("data", None)))}
+    points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, [params, params])
+    assert_finite(points)
