@@ -43,7 +43,6 @@ RATES = {
 TARGETS = {"soap": 0.55, "muon": 0.65}  # the share of AdamW's steps that the project promises
 SMALL_RATE = 6e-3  # the smaller states are compared with the full one at one rate
 SMALLER = {
-    "soap, full state": {},
     "soap, packed factors": {"factor_storage": "packed"},
     "soap, bfloat16 factors and bases": {"factor_dtype": jnp.bfloat16},
     "soap, shorter side only": {"sides": "shorter"},

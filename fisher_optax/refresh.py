@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
-from .branching import branch, switch
+from .branching import branch
 from .types import Decomposition, Kronecker, Moments, Refreshed
 
 KEEP, REFRESH, START = 0, 1, 2
@@ -71,6 +71,7 @@ def renew(
     """
 
     sides = [side for side, Q in enumerate(basis) if Q is not None]
+    tolerance = policy.tolerance if policy.refresh == "adaptive" else None
 
     def decomposed(decompose: Callable[[Array, Array], Refreshed]) -> Callable[[], list[Refreshed]]:
         def side(A: Any, Q: Array) -> Refreshed:
@@ -79,23 +80,20 @@ def renew(
 
         return lambda: [side(factors()[i], basis[i]) for i in sides]
 
-    def kept() -> list[Refreshed]:
-        return [Refreshed(basis[i], jnp.arange(len(basis[i])), jnp.zeros([], bool)) for i in sides]
-
-    tolerance = policy.tolerance if policy.refresh == "adaptive" else None
-    branches = kept, decomposed(lambda A, Q: decomposition.refresh(A, Q, tolerance)), decomposed(decomposition.start)
-    done = dict(zip(sides, switch(action, branches), strict=True))
-    new = type(basis)(*(done[i].value if i in done else None for i in range(2)))
-
-    def carried() -> Moments:
-        linear = tuple(_rotate(m, basis, new) for m in moments.linear)
-        if policy.transport == "squared":
-            return Moments(linear, tuple(_rotate_squares(v, basis, new) for v in moments.quadratic))
+    def turn() -> Any:
+        again = decomposed(lambda A, Q: decomposition.refresh(A, Q, tolerance))
+        done = dict(zip(sides, branch(action == START, decomposed(decomposition.start), again), strict=True))
+        new = type(basis)(*(done[i].value if i in done else None for i in range(2)))
         orders = [done[i].order if i in done else None for i in range(2)]
-        return Moments(linear, tuple(_permute(v, *orders) for v in moments.quadratic))
+        linear = tuple(_rotate(m, basis, new) for m in moments.linear)
+        squared = policy.transport == "squared"
+        quadratic = tuple(
+            _rotate_squares(v, basis, new) if squared else _permute(v, *orders) for v in moments.quadratic
+        )
+        failed = sum((r.failed.astype(jnp.int32) for r in done.values()), jnp.zeros([], jnp.int32))
+        return new, Moments(linear, quadratic), failed
 
-    failed = sum((r.failed.astype(jnp.int32) for r in done.values()), jnp.zeros([], jnp.int32))
-    return new, branch(action != KEEP, carried, lambda: moments), failed
+    return branch(action != KEEP, turn, lambda: (basis, moments, jnp.zeros([], jnp.int32)))
 
 
 def _rotate(m: Float[Array, "m n"], old: Any, new: Any) -> Array:

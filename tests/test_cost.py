@@ -1,0 +1,56 @@
+"""What a step costs, counted from the program: no clock, so it holds on every machine."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+
+import fisher_optax as fo
+from benchmarks.flops import FlopCount, count_matmul_flops
+
+SHAPES = ((48, 144), (48, 48), (48, 192), (192, 48))
+PARAMS = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for i, shape in enumerate(SHAPES * 2)}
+
+
+def counted(tx: Any) -> FlopCount:
+    return count_matmul_flops(tx.update, PARAMS, jax.eval_shape(tx.init, PARAMS), PARAMS)
+
+
+def total(flops: Callable[[int, int], int]) -> int:
+    return 2 * sum(flops(m, n) for m, n in SHAPES)
+
+
+@pytest.mark.parametrize("refresh", ["every", "staggered"])
+def test_soap_off_a_refresh_is_six_products(refresh: str) -> None:
+    """Rotate in, rotate out, two outer products: 6mn(m + n), where the authors' code rotates the momentum as well."""
+    wanted = total(lambda m, n: 6 * m * n * (m + n))
+    assert counted(fo.soap(3e-3, refresh=refresh)).most_without_factorisations == wanted
+
+
+def test_a_refresh_shares_its_product_and_carries_the_momentum() -> None:
+    """2d³ a side for A Q, which the eigenvalue estimates share with the QR, and 4mn(m + n) for the momentum."""
+    wanted = total(lambda m, n: 6 * m * n * (m + n) + 2 * (m**3 + n**3) + 4 * m * n * (m + n))
+    assert counted(fo.soap(3e-3)).most == wanted
+
+
+@pytest.mark.parametrize("options", [{}, {"polynomial": fo.jordan(5)}, {"method": "direct"}])
+def test_muon_takes_the_cheaper_iteration_of_each_shape(options: dict[str, Any]) -> None:
+    def flops(m: int, n: int) -> int:
+        short, long = sorted((m, n))
+        direct = 20 * short**2 * long + 10 * short**3
+        gram = 4 * short**2 * long + 34 * short**3
+        return direct if options.get("method") == "direct" else min(direct, gram)
+
+    assert counted(fo.muon(1e-2, **options)).most == total(flops)
+
+
+def test_the_program_does_not_grow_with_the_number_of_layers() -> None:
+    """Layers of one shape share one loop; what a layer adds is moving it in and out of its stack."""
+
+    def lines(layers: int) -> int:
+        params = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct((16, 16), "float32")} for i in range(layers)}
+        tx = fo.soap(3e-3)
+        return len(jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).as_text().splitlines())
+
+    assert lines(40) - lines(20) < 20 * 40
