@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 from .axes import LeafAxes, MatrixAxes, resolve_axes
 from .guard import STATE_VERSION, GuardState
@@ -45,7 +44,7 @@ class Report(NamedTuple):
 _rows: contextvars.ContextVar[list[Row] | None] = contextvars.ContextVar("rows", default=None)
 
 
-def report(tx: optax.GradientTransformation, params: Any) -> Report:
+def report(tx: Any, params: Any) -> Report:
     """What ``tx`` does with each leaf of ``params``: method, matrices, state, cost of a refresh, and the reason.
 
     Sees through `optax.chain`, `optax.masked`, `optax.partition` and the like: ``tx.init`` is traced, never run, and
@@ -145,7 +144,7 @@ def health(state: Any) -> Health:
     return Health(STATE_VERSION, max(int(g.steps) for g in guards), sum(int(g.skipped) for g in guards), kept)
 
 
-def check_state(tx: optax.GradientTransformation, state: Any, params: Any) -> None:
+def check_state(tx: Any, state: Any, params: Any) -> None:
     """Check that a restored ``state`` is one that ``tx`` can continue on ``params``: version, structure, shapes and
     dtypes.
 

@@ -17,7 +17,7 @@ from .reporting import report
 from .types import Kronecker
 
 
-def from_adam(tx: optax.GradientTransformation, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
+def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     """A state of ``tx`` that starts from what Adam knows, instead of from nothing.
 
     SOAP: moments as they are, in the identity basis, in which SOAP is Adam; ``L = diag(Σ_j v_ij)`` and ``R = diag(Σ_i

@@ -5,7 +5,7 @@ are gone: fields named in ``linear``
 are rotated like a gradient, fields named in ``quadratic`` are carried like its square.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -77,9 +77,9 @@ class AdamState(NamedTuple):
 
 
 def adam(
-    b1: float | Callable[[Any], Any] = 0.95,
-    b2: float | Callable[[Any], Any] = 0.95,
-    eps: float = 1e-8,
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    eps: Any = 1e-8,
     bias_correction: bool = True,
     mu_dtype: Any = None,
 ) -> optax.GradientTransformation:
