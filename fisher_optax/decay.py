@@ -48,7 +48,7 @@ def add_decay_after_step(
         rate, decay = at(learning_rate, state.count), at(weight_decay, state.count)
         moved = jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)] or [jnp.asarray(False)]).any()
 
-        def one(u: Array, W: Array, decays: Any) -> Array:
+        def one(u: Any, W: Any, decays: Any) -> Array:
             shrink = jnp.asarray(rate * decay, u.dtype) * (W + u)
             return jnp.where(moved & jnp.asarray(decays), u - shrink, u).astype(u.dtype)
 
@@ -80,7 +80,7 @@ def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.Gra
         _require_params(params, "add_cautious_decay")
         decay = at(weight_decay, state.count)
 
-        def one(u: Array, W: Array, decays: Any) -> Array:
+        def one(u: Any, W: Any, decays: Any) -> Array:
             agrees = (jnp.sign(u) * jnp.sign(W) > 0) & jnp.asarray(decays)
             return jnp.where(agrees, u + jnp.asarray(decay, u.dtype) * W, u).astype(u.dtype)
 

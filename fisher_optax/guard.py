@@ -48,6 +48,7 @@ def guarded(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[Any, GuardState]:
+        updates, state, params = jax.tree.map(jnp.asarray, (updates, state, params))
         leaves = jax.tree.leaves(updates)
         squared = squares(updates) if squares else [True] * len(leaves)
 

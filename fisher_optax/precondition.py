@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from .axes import LeafAxes, MatrixAxes
 from .guard import guarded
-from .matrices import from_stacks, matrix_shapes, stack_key, to_stacks
+from .matrices import canonical_shape, from_stacks, matrix_shapes, stack_key, to_stacks
 from .refresh import START, Policy, renew
 from .routing import by_axes, skip_first_call
 from .sharding import Layout, matrix_layout, spread
@@ -191,7 +191,7 @@ class Seam:
             for s in shapes:
                 key = stack_key(s, jnp.promote_types(x.dtype, jnp.float32))
                 counts[key] = counts.get(key, 0) + math.prod(s[:-2])
-                layouts.setdefault(key, set()).add(matrix_layout(x, a, len(shapes) == 1))
+                layouts.setdefault(key, set()).add(matrix_layout(x, a, shapes == [canonical_shape(x.shape, a)]))
         states = {
             key: jax.tree.map(lambda x, n=n: jnp.broadcast_to(x, (n, *x.shape)), self._start(key))
             for key, n in counts.items()

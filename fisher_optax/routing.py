@@ -105,8 +105,8 @@ class SkipFirstState(NamedTuple):
     inner: Any
 
 
-def skip_first_call(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``tx``, but the first call updates nothing and leaves its state alone."""
+def skip_first_call(tx: optax.GradientTransformation, hold: bool = True) -> optax.GradientTransformationExtraArgs:
+    """``tx``, but the first call updates nothing and, with ``hold``, leaves its state alone (a schedule goes on)."""
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> SkipFirstState:
@@ -115,9 +115,8 @@ def skip_first_call(tx: optax.GradientTransformation) -> optax.GradientTransform
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         new, inner = tx.update(updates, state.inner, params, **extra)
         new = jax.tree.map(lambda u: jnp.where(state.called, u, 0), new)
-        return new, SkipFirstState(
-            jnp.ones([], bool), jax.tree.map(lambda a, b: jnp.where(state.called, a, b), inner, state.inner)
-        )
+        held = jax.tree.map(lambda a, b: jnp.where(state.called, a, b), inner, state.inner) if hold else inner
+        return new, SkipFirstState(jnp.ones([], bool), held)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -109,6 +109,27 @@ def test_the_direction_is_orthogonal_and_forgets_the_scale() -> None:
     np.testing.assert_allclose(first, polar(G, coefficients(fo.polar_express(steps=8))), rtol=1e-10)
 
 
+@pytest.mark.usefixtures("x64")
+def test_mask_and_fallback() -> None:
+    """A masked matrix does not decay; embeddings, heads and vectors are AdamW's by default, and anyone's if asked."""
+    rng = np.random.default_rng(2)
+    shapes = {"dense": {"kernel": (4, 6), "bias": (6,)}, "embed": {"embedding": (5, 4)}, "head": {"kernel": (4, 5)}}
+    params, grads = (
+        jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s)), shapes, is_leaf=lambda x: isinstance(x, tuple))
+        for _ in range(2)
+    )
+    mask = jax.tree.map(lambda _: False, params)
+    for fallback, wanted in ((None, optax.adamw(0.1, weight_decay=0.0)), (optax.sgd(0.3), optax.sgd(0.3))):
+        tx = fo.muon(0.1, weight_decay=0.5, mask=mask, fallback=fallback)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        expected, _ = wanted.update(grads, wanted.init(params), params)
+        for module, leaf in (("dense", "bias"), ("embed", "embedding"), ("head", "kernel")):
+            np.testing.assert_allclose(updates[module][leaf], expected[module][leaf], rtol=1e-12)
+        model = Muon(params["dense"]["kernel"], 0.1, polynomial=coefficients(fo.polar_express(steps=5)))
+        moved = model.step(np.asarray(grads["dense"]["kernel"])) - params["dense"]["kernel"]
+        np.testing.assert_allclose(updates["dense"]["kernel"], moved, rtol=1e-9)
+
+
 @pytest.mark.parametrize(("option", "value"), [("scale", "big"), ("method", "svd"), ("polynomial", [(1.0, 2.0)])])
 def test_wrong_options_are_refused_by_name(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=option):

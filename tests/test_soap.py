@@ -60,17 +60,20 @@ def gradients(shape: tuple[int, ...], steps: int = 12, seed: int = 0) -> np.ndar
     return np.stack([(1 + 0.3 * t) * rng.normal(size=shape) + fixed for t in range(steps)])
 
 
-def trajectory(tx: optax.GradientTransformationExtraArgs, W: np.ndarray, grads: np.ndarray) -> np.ndarray:
+def tree_run(tx: optax.GradientTransformationExtraArgs, params: Any, grads: list[Any]) -> list[Any]:
     """Parameters after each call, under jit."""
-
-    def step(carry: Any, G: jax.Array) -> Any:
-        params, state = carry
-        updates, state = tx.update({"kernel": G}, state, params)
+    state, update, path = tx.init(params), jax.jit(tx.update), []
+    for g in grads:
+        updates, state = update(g, state, params)
         params = optax.apply_updates(params, updates)
-        return (params, state), params["kernel"]
+        path.append(params)
+    return path
 
-    params = {"kernel": jnp.asarray(W)}
-    return np.asarray(jax.jit(lambda c, g: jax.lax.scan(step, c, g))((params, tx.init(params)), jnp.asarray(grads))[1])
+
+def trajectory(tx: optax.GradientTransformationExtraArgs, W: np.ndarray, grads: np.ndarray) -> np.ndarray:
+    """A single kernel after each call."""
+    path = tree_run(tx, {"kernel": jnp.asarray(W)}, [{"kernel": jnp.asarray(G)} for G in grads])
+    return np.stack([params["kernel"] for params in path])
 
 
 def soap(**options: Any) -> optax.GradientTransformationExtraArgs:
@@ -147,14 +150,22 @@ def test_adaptive_refresh_between_always_and_never(every: int) -> None:
         assert_same_run(trajectory(tx, W, grads), reference(W, grads, precondition_frequency=frequency), W)
 
 
+def third_step_runs(W: np.ndarray, grads: np.ndarray) -> list[np.ndarray]:
+    """The references refreshed every third step, by phase."""
+    return [reference(W, grads, precondition_frequency=3, phase=phase) for phase in range(3)]
+
+
+def nearest(run: np.ndarray, references: list[np.ndarray]) -> int:
+    return int(np.argmin([np.abs(run - wanted).max() for wanted in references]))
+
+
 @pytest.mark.usefixtures("x64")
 def test_staggered_refresh_of_one_matrix_is_periodic() -> None:
     """Every third step, at some phase."""
     W, grads = start((5, 5)), gradients((5, 5))
     actual = trajectory(soap(refresh="staggered", precondition_frequency=3), W, grads)
-    references = [reference(W, grads, precondition_frequency=3, phase=phase) for phase in range(3)]
-    nearest = min(references, key=lambda wanted: np.abs(actual - wanted).max())
-    assert_same_run(actual, nearest, W)
+    references = third_step_runs(W, grads)
+    assert_same_run(actual, references[nearest(actual, references)], W)
 
 
 @pytest.mark.usefixtures("x64")
@@ -162,19 +173,34 @@ def test_staggered_refresh_spreads_equal_matrices_over_the_steps() -> None:
     """Of three equal matrices each is refreshed every third step, each in another."""
     tx = soap(refresh="staggered", precondition_frequency=3)
     W, grads = start((5, 5)), gradients((5, 5))
-    params = {name: {"kernel": jnp.asarray(W)} for name in "abc"}
-    state, runs = tx.init(params), []
-    update = jax.jit(tx.update)
-    for G in grads:
-        updates, state = update({name: {"kernel": jnp.asarray(G)} for name in "abc"}, state, params)
-        params = optax.apply_updates(params, updates)
-        runs.append(np.stack([params[name]["kernel"] for name in "abc"]))
-    references = [reference(W, grads, precondition_frequency=3, phase=phase) for phase in range(3)]
-    phases = []
-    for actual in np.swapaxes(runs, 0, 1):
-        phases.append(int(np.argmin([np.abs(actual - wanted).max() for wanted in references])))
-        assert_same_run(actual, references[phases[-1]], W)
+    params, *steps = ({name: {"kernel": jnp.asarray(x)} for name in "abc"} for x in (W, *grads))
+    path = tree_run(tx, params, steps)
+    references = third_step_runs(W, grads)
+    runs = [np.stack([params[name]["kernel"] for params in path]) for name in "abc"]
+    phases = [nearest(run, references) for run in runs]
+    for run, phase in zip(runs, phases, strict=True):
+        assert_same_run(run, references[phase], W)
     assert sorted(phases) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("x64")
+def test_decay_mask_reaches_matrices_and_fallback() -> None:
+    """Decayed and undecayed leaves, the biases on AdamW with the same rate, decay and mask, one call later."""
+    options = {"learning_rate": 0.05, "weight_decay": 0.5, "precondition_frequency": 2}
+    shapes = {"kernel": (5, 5), "bias": (5,)}
+    W, G = ({k: f(shape) for k, shape in shapes.items()} for f in (start, gradients))
+    params = jax.tree.map(jnp.asarray, {"decayed": W, "free": W})
+    leaves, treedef = jax.tree.flatten({"decayed": G, "free": G})
+    grads = [treedef.unflatten(step) for step in zip(*(jnp.asarray(g[:6]) for g in leaves), strict=True)]
+    mask = {"decayed": {"kernel": True, "bias": True}, "free": {"kernel": False, "bias": False}}
+    path = tree_run(soap(mask=mask, **options), params, grads)
+    for name, decay in (("decayed", 0.5), ("free", 0.0)):
+        wanted = reference(W["kernel"], G["kernel"][:6], **options | {"weight_decay": decay})
+        assert_same_run(np.stack([p[name]["kernel"] for p in path]), wanted, W["kernel"])
+        adamw = optax.adamw(0.05, 0.95, 0.95, 1e-8, weight_decay=decay)
+        biases = tree_run(adamw, params[name]["bias"], [g[name]["bias"] for g in grads[1:]])
+        np.testing.assert_allclose([p[name]["bias"] for p in path[1:]], biases, rtol=1e-12)
+        np.testing.assert_array_equal(path[0][name]["bias"], W["bias"])
 
 
 # A leaf, its axes (None: by the rules for its shape), and the matrix it is.

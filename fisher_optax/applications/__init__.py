@@ -2,5 +2,4 @@
 
 from .eigenbasis import adam as adam
 from .eigenbasis import in_eigenbasis as in_eigenbasis
-from .eigenbasis import normalized as normalized
 from .orthogonal import orthogonal as orthogonal

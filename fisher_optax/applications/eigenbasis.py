@@ -82,6 +82,7 @@ def adam(
     eps: Any = 1e-8,
     bias_correction: bool = True,
     mu_dtype: Any = None,
+    normalize: bool = False,
 ) -> optax.GradientTransformation:
     """Adam as the SOAP authors run it: ``eps`` is added before the bias is corrected.
 
@@ -92,6 +93,7 @@ def adam(
       eps: in units of the gradient; small, since it is compared with an average that still carries its bias.
       bias_correction: whether the factor in front is applied.
       mu_dtype: storage of m; the gradient's by default.
+      normalize: scale ``m / (sqrt(v) + eps)`` to root mean square 1 before the correction; zero stays zero.
     """
 
     def init(params: Any) -> AdamState:
@@ -105,12 +107,43 @@ def adam(
         mu = jax.tree.map(lambda g, m: β1 * m.astype(g.dtype) + (1 - β1) * g, updates, state.mu)
         nu = jax.tree.map(lambda g, v: β2 * v + (1 - β2) * jnp.square(g), updates, state.nu)
         scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
-        u = jax.tree.map(lambda m, v: (scale * m / (jnp.sqrt(v) + eps)).astype(v.dtype), mu, nu)
+        u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        if normalize:
+            u = jax.tree.map(lambda x: x / (jnp.sqrt(jnp.mean(jnp.square(x))) + 1e-30), u)
+        u = jax.tree.map(lambda x, v: (scale * x).astype(v.dtype), u, nu)
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
         nu = jax.tree.map(lambda v, old: v.astype(old.dtype), nu, state.nu)
         return u, AdamState(t, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def _fields(state: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    """The fields of nested NamedTuple states that bear one of the names, in order."""
+    if _is_state(state):
+        for name in state._fields:
+            yield from [getattr(state, name)] if name in names else _fields(getattr(state, name), names)
+    elif isinstance(state, tuple | list):
+        for part in state:
+            yield from _fields(part, names)
+
+
+def _replace(state: Any, names: tuple[str, ...], values: Iterator[Any]) -> Any:
+    """The state with those fields replaced by the next of ``values``."""
+    if _is_state(state):
+        return type(state)(
+            *(
+                next(values) if name in names else _replace(getattr(state, name), names, values)
+                for name in state._fields
+            )
+        )
+    if isinstance(state, tuple | list):
+        return type(state)(_replace(part, names, values) for part in state)
+    return state
 
 
 def _is_state(node: Any) -> bool:

@@ -14,14 +14,14 @@ from typing import Any
 
 import optax
 
-from ..applications import adam, in_eigenbasis, normalized
+from ..applications import adam, in_eigenbasis
 from ..checks import in_range
 from ..decay import Mask, add_decay_after_step, visible
 from ..decompositions import eigh, orthogonal_iteration
 from ..factors import outer_product
 from ..guard import guarded
 from ..precondition import Seam, seam
-from ..routing import by_axes
+from ..routing import by_axes, skip_first_call
 
 KINDS = ("matrix", "head")
 DECOMPOSITIONS = {
@@ -37,13 +37,23 @@ def scale_by_soap(
     eps: Any = 1e-8,
     *,
     shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
     bias_correction: bool = True,
-    normalize_updates: bool = False,
-    decomposition: str = "qr",
-    momentum_dtype: Any = None,
+    first_step: str = "skip",
     fallback: optax.GradientTransformation | None = None,
     axes: Any = None,
-    **options: Any,
+    refresh: str = "every",
+    adaptive_tolerance: float = 0.01,
+    transport: str = "permute",
+    decomposition: str = "qr",
+    normalize_updates: bool = False,
+    block_size: int | None = None,
+    sides: str = "both",
+    factor_dtype: Any = None,
+    factor_storage: str = "full",
+    momentum_dtype: Any = None,
+    mesh_axis: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `soap`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2, eps)``.
@@ -55,10 +65,23 @@ def scale_by_soap(
       >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar,
       optax.scale_by_learning_rate(3e-3))
     """
+    options = dict(
+        precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+        first_step=first_step,
+        refresh=refresh,
+        adaptive_tolerance=adaptive_tolerance,
+        transport=transport,
+        block_size=block_size,
+        sides=sides,
+        factor_dtype=factor_dtype,
+        factor_storage=factor_storage,
+        mesh_axis=mesh_axis,
+    )
     method = _seam(
         b1, b2, eps, shampoo_beta, bias_correction, normalize_updates, decomposition, momentum_dtype, options
     )
-    fallback = _scheduled(optax.scale_by_adam, b1, b2, eps=eps) if fallback is None else fallback
+    fallback = _adam(b1, b2, eps) if fallback is None else fallback
     return guarded(method.directions("soap", fallback, axes, KINDS))
 
 
@@ -155,12 +178,15 @@ def soap(
         return optax.chain(method.on_matrices(axes), optax.scale_by_learning_rate(learning_rate), decay)
 
     if fallback is None:
-        fallback = _scheduled(
-            optax.adamw, b1, b2, learning_rate=learning_rate, eps=eps, weight_decay=weight_decay, mask=visible(mask)
+        # AdamW, whose Adam waits with the matrices while its schedules count calls, as theirs do.
+        rest = optax.chain(
+            optax.add_decayed_weights(weight_decay, visible(mask)), optax.scale_by_learning_rate(learning_rate)
         )
-    return guarded(
-        by_axes("soap", build, method.with_first(fallback), axes=axes, kinds=KINDS, describe=method.describe)
-    )
+        rest = skip_first_call(rest, hold=False) if first_step == "skip" else rest
+        fallback = optax.chain(method.with_first(_adam(b1, b2, eps)), rest)
+    else:
+        fallback = method.with_first(fallback)
+    return guarded(by_axes("soap", build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
 def _seam(
@@ -180,8 +206,7 @@ def _seam(
     in_range("shampoo_beta", 0.0 if shampoo_beta is None else shampoo_beta, 0, 1)
     if decomposition not in DECOMPOSITIONS:
         raise ValueError(f"decomposition must be one of {', '.join(map(repr, DECOMPOSITIONS))}; got {decomposition!r}.")
-    application = in_eigenbasis(adam(b1, b2, eps, bias_correction, momentum_dtype))
-    application = normalized(application) if normalize_updates else application
+    application = in_eigenbasis(adam(b1, b2, eps, bias_correction, momentum_dtype, normalize_updates))
     return seam(
         outer_product(b2 if shampoo_beta is None else shampoo_beta),
         DECOMPOSITIONS[decomposition](),
@@ -190,10 +215,8 @@ def _seam(
     )
 
 
-def _scheduled(adam: Any, b1: Any, b2: Any, **arguments: Any) -> optax.GradientTransformation:
+def _adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
     """Optax's Adam, whose betas must be injected where they are schedules."""
-    if not (callable(b1) or callable(b2)):
-        return adam(b1=b1, b2=b2, **arguments)
-    return optax.inject_hyperparams(adam, static_args=[name for name in arguments if name != "eps"])(
-        b1=b1, b2=b2, **arguments
-    )
+    if callable(b1) or callable(b2):
+        return optax.inject_hyperparams(optax.scale_by_adam)(b1, b2, eps)
+    return optax.scale_by_adam(b1, b2, eps)
