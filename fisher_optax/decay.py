@@ -42,15 +42,26 @@ def add_decay_after_step(
       >>> tx = optax.chain(fo.scale_by_soap(), optax.scale_by_learning_rate(3e-3), fo.add_decay_after_step(3e-3, 0.01))
     """
 
+    def moved(updates: Any) -> Array:
+        return jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)] or [jnp.asarray(False)]).any()
+
+    return decay_after_step(learning_rate, weight_decay, mask, moved)
+
+
+def decay_after_step(
+    learning_rate: Any, weight_decay: Any, mask: Mask, moved: Callable[[Any], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """`add_decay_after_step`, where ``moved(updates)`` says whether there was a step."""
+
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
         del extra
         _require_params(params, "add_decay_after_step")
-        rate, decay = at(learning_rate, state.count), at(weight_decay, state.count)
-        moved = jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)] or [jnp.asarray(False)]).any()
+        shrink = at(learning_rate, state.count) * at(weight_decay, state.count)
+        happened = moved(updates)
 
         def one(u: Any, W: Any, decays: Any) -> Array:
-            shrink = jnp.asarray(rate * decay, u.dtype) * (W + u)
-            return jnp.where(moved & jnp.asarray(decays), u - shrink, u).astype(u.dtype)
+            decayed = u - jnp.asarray(shrink, u.dtype) * (W + u)
+            return jnp.where(happened & jnp.asarray(decays), decayed, u).astype(u.dtype)
 
         return jax.tree.map(one, updates, params, visible(mask)(params)), DecayState(state.count + 1)
 

@@ -3,6 +3,7 @@
 Every transformation of this package is wrapped once, at the outside, by `guarded`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -71,10 +72,9 @@ def guarded(
 
 def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:
     """Whether every leaf is finite, and so is its sum of squares where ``squared``; taken in float32 at least."""
-    checks = [
-        jnp.isfinite(_sum_of_squares(x)) if s else jnp.isfinite(x).all() for x, s in zip(leaves, squared, strict=True)
-    ]
-    return jnp.stack(checks).all() if checks else jnp.asarray(True)
+    # 0 x is NaN where x is not finite, and a sum, unlike a maximum, never loses a NaN; `all` takes twice the time.
+    checks = [jnp.isfinite(_sum_of_squares(x) if s else jnp.sum(0 * x)) for x, s in zip(leaves, squared, strict=True)]
+    return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
 
 
 def _sum_of_squares(x: Array) -> Array:

@@ -7,8 +7,10 @@ one stack.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -105,16 +107,24 @@ def to_stacks(
 
 
 def from_stacks(
-    stacks: dict[str, Array], like: list[Array], axes: list[MatrixAxes], block_size: int | None = None
+    stacks: dict[str, Array],
+    like: list[Array],
+    axes: list[MatrixAxes],
+    block_size: int | None = None,
+    places: Sequence[Any] | None = None,
 ) -> list[Array]:
-    """The leaves again, shaped like ``like``: the inverse of `to_stacks`."""
+    """The leaves again, shaped like ``like``: the inverse of `to_stacks`.
+
+    ``places`` holds the numbers of the places in a stack, where the compiler is not to see them as constants.
+    """
+    places = range(max(map(len, stacks.values()), default=0)) if places is None else places
     taken = dict.fromkeys(stacks, 0)
     leaves = []
     for x, a in zip(like, axes, strict=True):
         pieces = []
         for shape in matrix_shapes(x.shape, a, block_size):
             key, count = stack_key(shape, jnp.promote_types(x.dtype, jnp.float32)), math.prod(shape[:-2])
-            pieces.append(stacks[key][taken[key] : taken[key] + count].reshape(shape))
+            pieces.append(jax.lax.dynamic_slice_in_dim(stacks[key], places[taken[key]], count).reshape(shape))
             taken[key] += count
         leaves.append(from_matrices(tuple(pieces), x.shape, a, block_size))
     return leaves

@@ -13,18 +13,18 @@ from .checks import at
 class MomentumState(NamedTuple):
     """State of `momentum`: the weighted mean of the gradients, whose weights sum to ``weight``."""
 
-    count: Int[Array, "*stack"]
-    weight: Float[Array, "*stack"]
+    count: Int[Array, ""]
+    weight: Float[Array, ""]
     mean: Any
 
 
 def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTransformation:
     """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at
-    any scale of the dtype.
+    any scale of the dtype. Sums and results are float32 at least, and so is m unless ``dtype`` says otherwise.
     """
 
     def init(params: Any) -> MomentumState:
-        mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype), params)
+        mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype or _at_least_float32(x)), params)
         weight = jnp.zeros([], jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
         return MomentumState(jnp.zeros([], jnp.int32), weight, mean)
 
@@ -34,8 +34,8 @@ def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTran
         s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
 
         def blend(m: Array, g: Array, s: Array) -> Array:
-            w = (1 / s).astype(g.dtype)
-            return (1 - w) * m.astype(g.dtype) + w * g
+            w = (1 / s).astype(_at_least_float32(g))
+            return (1 - w) * m.astype(w.dtype) + w * g.astype(w.dtype)
 
         mean = jax.tree.map(lambda g, m: blend(m, g, s), updates, state.mean)
         u = jax.tree.map(lambda g, m: blend(m, g, jnp.asarray(β * s + 1)), updates, mean) if nesterov else mean
@@ -43,3 +43,7 @@ def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTran
         return u, MomentumState(state.count + 1, s, mean)
 
     return optax.GradientTransformation(init, update)
+
+
+def _at_least_float32(x: Any) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, Int
 
 from .axes import LeafAxes, MatrixAxes
+from .branching import numbers
 from .guard import guarded
 from .matrices import canonical_shape, from_stacks, matrix_shapes, stack_key, to_stacks
 from .refresh import START, Policy, renew
@@ -260,7 +261,8 @@ class Seam:
             done = all_of(*operands) if self.mesh_axis is None else spread(all_of, self.mesh_axis, *operands)
             directions[key], matrices[key] = done[:2]
             kept = kept + jnp.sum(done[2], dtype=jnp.int32)
-        out = from_stacks(directions, leaves, axes, self.storage.block_size)
+        places = numbers(max(counts.values()), state.count)
+        out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
         return treedef.unflatten(out), PreconditionState(state.count + 1, kept, matrices)
 
     def _one(

@@ -121,8 +121,8 @@ def _permute(v: Float[Array, "m n"], left: Array | None, right: Array | None) ->
     """The SOAP authors' transport: entries follow the columns of the basis as they are reordered, and ignore that
     these turn.
     """
-    v = v if left is None else v[left]
-    return v if right is None else v[:, right]
+    v = v if left is None else v.at[left].get(mode="promise_in_bounds")
+    return v if right is None else v.at[:, right].get(mode="promise_in_bounds")
 
 
 def _apply(Q: Array, x: Array, side: int) -> Array:

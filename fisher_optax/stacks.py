@@ -40,19 +40,20 @@ def over_stack(
 
 
 def _in_place(one: One, G: Array, state: Any, action: Array) -> tuple[Array, Any, Array]:
-    """A loop that overwrites factors and bases, which are most of the state."""
+    """A loop that overwrites gradients with directions, and factors and bases, which are most of the state."""
 
     def body(kept: Any, member: Any) -> Any:
-        i, matrix, inner, act = member
-        U, new, failed = one(matrix, state._replace(**jax.tree.map(lambda x: x[i], kept), application=inner), act)
+        i, inner, act = member
+        matrix, factors, basis = jax.tree.map(lambda x: x[i], kept)
+        U, new, failed = one(matrix, state._replace(factors=factors, basis=basis, application=inner), act)
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)  # noqa: E731
-        return jax.tree.map(put, kept, {name: getattr(new, name) for name in kept}), (U, new.application, failed)
+        return jax.tree.map(put, kept, (U, new.factors, new.basis)), (new.application, failed)
 
     # The rest is copied from one stack to another: XLA fuses reading and writing it, and would copy a stack that is
     # both, once for each of its members.
-    kept = {name: getattr(state, name) for name in ("factors", "basis")}
-    kept, (U, application, failed) = jax.lax.scan(body, kept, (jnp.arange(len(G)), G, state.application, action))
-    return U, state._replace(**kept, application=application), failed
+    kept, rest = (G, state.factors, state.basis), (jnp.arange(len(G)), state.application, action)
+    (U, factors, basis), (application, failed) = jax.lax.scan(body, kept, rest)
+    return U, state._replace(factors=factors, basis=basis, application=application), failed
 
 
 def _eagerly(one: One, G: Array, state: Any, action: Array) -> tuple[Array, Any, Array]:

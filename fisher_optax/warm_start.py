@@ -66,16 +66,21 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
         if isinstance(node, optax.ScaleByAdamState):
             used.append(node)
             return node._replace(count=adam.count, mu=leafwise(adam.mu, node.mu), nu=leafwise(adam.nu, node.nu))
+        if isinstance(node, MomentumState):
+            used.append(node)
+            weights = 1 - b1**adam.count
+            mean = jax.tree.map(lambda m: m / jnp.maximum(weights, 1e-30), adam.mu)
+            weight = jnp.asarray(weights / (1 - b1), node.weight.dtype)
+            return node._replace(weight=weight, mean=leafwise(mean, node.mean))
         if not isinstance(node, PreconditionState) or not isinstance(node.matrices, dict):
             return node
         mu, nu = stacked(adam.mu), stacked(adam.nu)
-        known = {key: _start(old, adam.count, mu[key], nu[key], b1) for key, old in node.matrices.items()}
+        known = {key: _start(old, adam.count, mu[key], nu[key]) for key, old in node.matrices.items()}
         used.extend(key for key, new in known.items() if new is not None)
         return node._replace(matrices={key: node.matrices[key] if new is None else new for key, new in known.items()})
 
-    state = jax.tree.map(
-        fill, tx.init(params), is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState | PreconditionState)
-    )
+    known = optax.ScaleByAdamState | MomentumState | PreconditionState
+    state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, known))
     if not used:
         raise ValueError(
             "from_adam: this transformation keeps nothing that Adam's moments fit; it is for fo.soap, fo.muon and "
@@ -84,22 +89,14 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     return state
 
 
-def _start(old: MatrixState, count: Array, mu: Array, nu: Array, b1: float) -> MatrixState | None:
+def _start(old: MatrixState, count: Array, mu: Array, nu: Array) -> MatrixState | None:
     """A stack of matrices after ``count`` steps of Adam; None where nothing is held that Adam knows."""
     inner = old.application
-    if isinstance(inner, AdamState):
-        moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}
-        inner = inner._replace(count=jnp.broadcast_to(count, inner.count.shape).astype(inner.count.dtype), **moments)
-        return old._replace(application=inner, factors=jax.vmap(_diagonal)(nu, old.factors))
-    if isinstance(inner, MomentumState):
-        weights = 1 - b1**count
-        mean = (mu / jnp.maximum(weights, 1e-30)).astype(inner.mean.dtype)
-        return old._replace(
-            application=inner._replace(
-                weight=jnp.broadcast_to(weights / (1 - b1), inner.weight.shape).astype(inner.weight.dtype), mean=mean
-            )
-        )
-    return None
+    if not isinstance(inner, AdamState):
+        return None
+    moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}
+    inner = inner._replace(count=jnp.broadcast_to(count, inner.count.shape).astype(inner.count.dtype), **moments)
+    return old._replace(application=inner, factors=jax.vmap(_diagonal)(nu, old.factors))
 
 
 def _find_adam(state: Any, params: Any) -> optax.ScaleByAdamState:

@@ -38,7 +38,9 @@ MAY_IMPORT = {
     "decompositions": {"branching", "linalg", "types"},
     "applications": {"checks", "linalg", "types"},
     # The seam knows their contracts in `types`, not them.
-    "precondition": {"axes", "guard", "matrices", "refresh", "routing", "sharding", "stacks", "storage", "types"},
+    "precondition": {
+        *("axes", "branching", "guard", "matrices", "refresh", "routing", "sharding", "stacks", "storage", "types"),
+    },
     "warm_start": {"applications", "axes", "linalg", "matrices", "momentum", "precondition", "reporting", "types"},
     # A named optimizer is the seam called with parts; nothing but the package itself imports one.
     "optimizers": {

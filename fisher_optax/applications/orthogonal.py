@@ -1,11 +1,10 @@
-"""Muon's application: the polar factor of the (averaged) gradient."""
+"""Muon's application: the polar factor of the gradient."""
 
 import math
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any
 
-import optax
 from jaxtyping import Array, Float
 
 from .. import linalg
@@ -16,18 +15,15 @@ def orthogonal(
     polynomial: Sequence[Sequence[float]] | None = None,
     scale: str | float = 1.0,
     *,
-    inner: optax.GradientTransformation | None = None,
     method: str = "auto",
     dtype: Any = None,
 ) -> Application:
-    """``U = scale(m, n) · polar(f(G))``, the polar factor by a Newton-Schulz iteration.
+    """``U = scale(m, n) · polar(G)``, the polar factor by a Newton-Schulz iteration.
 
     Args:
       polynomial: coefficients (a, b, c) of each step, default `fo.polar_express()`.
       scale: "match_rms_adamw" ``0.2 sqrt(max(m, n))``, "shape" ``sqrt(max(1, n/m))``, "unit_rms" ``sqrt(n/m)``, or a
         number.
-      inner: f, what happens to the gradient before, e.g. ``optax.trace(0.95)``; it sees one matrix at a time. Default:
-        nothing.
       method: "direct", "gram", or "auto": whichever takes fewer flops for the shape.
       dtype: what the products of the iteration are rounded to, default float32 at least.
 
@@ -39,19 +35,17 @@ def orthogonal(
       >>> polar = fo.precondition(None, None, fo.applications.orthogonal(scale="shape"), fallback=optax.identity())
     """
     coefficients = linalg.polar_express() if polynomial is None else linalg.as_polynomial(polynomial)
-    first: Any = optax.with_extra_args_support(optax.identity() if inner is None else inner)
     shape_scale(scale, 1, 1)
     if method not in ("auto", "direct", "gram"):
         raise ValueError(f"method must be 'auto', 'direct' or 'gram'; got {method!r}.")
 
     def update(G: Float[Array, "m n"], state: Any, basis: Any, **extra: Any) -> tuple[Array, Any]:
-        del basis
-        u, state = first.update(G, state, None, **extra)
-        return shape_scale(scale, *G.shape) * linalg.orthogonalize(u, coefficients, method=method, dtype=dtype), state
+        del basis, extra
+        return shape_scale(scale, *G.shape) * linalg.orthogonalize(G, coefficients, method=method, dtype=dtype), state
 
     nothing = Moments((), ())
     return Application(
-        "orthogonal", (NoneType,), first.init, update, lambda state: nothing, lambda state, moments: state
+        "orthogonal", (NoneType,), lambda G: (), update, lambda state: nothing, lambda state, moments: state
     )
 
 

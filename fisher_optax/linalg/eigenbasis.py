@@ -30,7 +30,8 @@ def eigenbasis(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
     """
     A = unit_scale(_at_least_float32(A))
     A = A + 1e-30 * jnp.eye(A.shape[-1], dtype=A.dtype)
-    return one_by_one(lambda A: jnp.linalg.eigh(A).eigenvectors)(A)[..., ::-1]
+    # LAPACK's order is ascending.
+    return one_by_one(lambda A: jnp.linalg.eigh(A).eigenvectors)(-A)
 
 
 def project(
@@ -60,7 +61,7 @@ def descending(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> 
     >>> print(descending(jnp.eye(3), jnp.diag(jnp.array([1.0, 3.0, 2.0]))))
     [1 2 0]
     """
-    return jnp.argsort(_rayleigh(Q, P), axis=-1, descending=True)
+    return jnp.argsort(-_rayleigh(Q, P), axis=-1)
 
 
 def orthogonal_iteration(
@@ -105,9 +106,11 @@ def orthogonal_iteration(
     Q = Q.astype(P.dtype)
     order = descending(Q, P)[..., None, :]
     if method == "qr":
-        return one_by_one(lambda M: jnp.linalg.qr(M).Q)(jnp.take_along_axis(P, order, axis=-1))
+        return one_by_one(lambda M: jnp.linalg.qr(M).Q)(
+            jnp.take_along_axis(P, order, axis=-1, mode="promise_in_bounds")
+        )
     norm = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True)
-    M = jnp.take_along_axis(P + jnp.where(norm == 0, 1, SHIFT * norm) * Q, order, axis=-1)
+    M = jnp.take_along_axis(P + jnp.where(norm == 0, 1, SHIFT * norm) * Q, order, axis=-1, mode="promise_in_bounds")
     M = M / jnp.linalg.norm(M, axis=-2, keepdims=True)
     return _cholesky_qr(_cholesky_qr(M, precision), precision)
 
@@ -153,7 +156,7 @@ def keep_last_good(
     >>> print(chosen, failed)
     [[2. 3.]] True
     """
-    failed = ~jnp.all(jnp.isfinite(new), axis=(-2, -1))
+    failed = ~jnp.isfinite(jnp.sum(0 * new, axis=(-2, -1)))
     return jnp.where(failed[..., None, None], old, new), failed
 
 

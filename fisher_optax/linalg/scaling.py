@@ -8,6 +8,9 @@ from jaxtyping import Array, Float
 def unit_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     """Each matrix times the power of two that brings its largest entry into [2, 4): exact, for every scale.
 
+    Subnormal numbers are scaled as the smallest normal one would be: where there are no others, the largest entry
+    comes to lie in [2e-7, 2).
+
     Dividing by the largest entry is not: compilers multiply by its reciprocal, which underflows for entries near the
     top of the range, and processors read entries at the bottom (subnormal numbers) as zero. So the exponent is read
     from the bits, and a subnormal entry converted from its digits.
@@ -28,8 +31,9 @@ def unit_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
 
     bits = jax.lax.bitcast_convert_type(X, integer)
     magnitude = bits & jnp.iinfo(integer).max
-    # Magnitudes order as their bits do. Subnormal numbers have the exponent of the smallest normal one.
-    exponent = jnp.maximum(jnp.max(magnitude, axis=(-2, -1), keepdims=True, initial=0) >> digits, 1)
+    # A maximum may read subnormal numbers as zero and pass over a NaN, which stays one in its place.
+    largest = jnp.max(jnp.abs(X), axis=(-2, -1), keepdims=True, initial=0)
+    exponent = jnp.maximum(jax.lax.bitcast_convert_type(largest, integer) >> digits, 1)
     subnormal = jnp.where(bits < 0, -magnitude, magnitude).astype(X.dtype)
     return jnp.where(
         magnitude < 1 << digits,

@@ -23,7 +23,7 @@ from ..guard import guarded
 from ..matrices import from_matrices, matrix_shapes, to_matrices
 from ..momentum import momentum
 from ..precondition import Seam, seam
-from ..routing import by_axes, is_matrix
+from ..routing import Build, by_axes, is_matrix
 
 KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
 
@@ -50,9 +50,13 @@ def scale_by_muon(
       >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1),
       optax.scale_by_learning_rate(1e-2))
     """
-    polar = _seam(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
+    average, polar = _parts(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
     fallback = optax.scale_by_adam() if fallback is None else fallback
-    return guarded(polar.directions("muon", fallback, axes, KINDS), _squares(axes))
+
+    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
+        return optax.chain(average, polar.on_matrices(leaf_axes))
+
+    return _routed(build, fallback, axes, polar)
 
 
 def muon(
@@ -103,19 +107,22 @@ def muon(
     """
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
-    polar = _seam(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
+    average, polar = _parts(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
 
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        decay = optax.add_decayed_weights(weight_decay, visible(mask))
-        return optax.chain(polar.on_matrices(leaf_axes), decay, optax.scale_by_learning_rate(learning_rate))
+        # A decay that is zero for good would still read the parameters.
+        none = isinstance(weight_decay, int | float) and weight_decay == 0
+        decay = optax.identity() if none else optax.add_decayed_weights(weight_decay, visible(mask))
+        rate = optax.scale_by_learning_rate(learning_rate)
+        return optax.chain(average, polar.on_matrices(leaf_axes), decay, rate)
 
     fallback = (
         optax.adamw(learning_rate, weight_decay=weight_decay, mask=visible(mask)) if fallback is None else fallback
     )
-    return guarded(by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe), _squares(axes))
+    return _routed(build, fallback, axes, polar)
 
 
-def _seam(
+def _parts(
     beta: Any,
     nesterov: bool,
     scale: Any,
@@ -125,15 +132,18 @@ def _seam(
     dtype: Any,
     max_stack: int,
     mesh_axis: str | None,
-) -> Seam:
+) -> tuple[optax.GradientTransformation, Seam]:
     in_range("beta", beta, 0, 1)
-    polar = orthogonal(polynomial, scale, inner=momentum(beta, nesterov, momentum_dtype), method=method, dtype=dtype)
-    return seam(None, None, polar, max_stack=max_stack, mesh_axis=mesh_axis)
+    polar = orthogonal(polynomial, scale, method=method, dtype=dtype)
+    return momentum(beta, nesterov, momentum_dtype), seam(None, None, polar, max_stack=max_stack, mesh_axis=mesh_axis)
 
 
-def _squares(axes: Any) -> Any:
-    """An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares."""
-    return lambda updates: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(updates, axes)]
+def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, polar: Seam) -> Any:
+    # An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares.
+    return guarded(
+        by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe),
+        lambda updates: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(updates, axes)],
+    )
 
 
 class NorMuonState(NamedTuple):

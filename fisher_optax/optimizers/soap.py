@@ -16,7 +16,7 @@ import optax
 
 from ..applications import adam, in_eigenbasis
 from ..checks import in_range
-from ..decay import Mask, add_decay_after_step, visible
+from ..decay import Mask, decay_after_step, visible
 from ..decompositions import eigh, orthogonal_iteration
 from ..factors import outer_product
 from ..guard import guarded
@@ -174,7 +174,8 @@ def soap(
     )
 
     def build(axes: list[Any]) -> optax.GradientTransformation:
-        decay = add_decay_after_step(learning_rate, weight_decay, mask)
+        decay = decay_after_step(learning_rate, weight_decay, mask, lambda updates: True)
+        decay = skip_first_call(decay, hold=False) if first_step == "skip" else decay
         return optax.chain(method.on_matrices(axes), optax.scale_by_learning_rate(learning_rate), decay)
 
     if fallback is None:
