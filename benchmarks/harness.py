@@ -51,7 +51,8 @@ def environment() -> dict[str, Any]:
 def compile_program(fn: Callable[..., Any], *args: Any, donate: Sequence[int] = ()) -> Program:
     """Trace and compile ``fn(*args)``, each timed; arguments at ``donate`` give their memory to the results."""
     began = time.perf_counter()
-    lowered = jax.jit(fn, donate_argnums=tuple(donate)).lower(*args)
+    fresh = lambda *args: fn(*args)  # noqa: E731  JAX would remember what it made of `fn` itself
+    lowered = jax.jit(fresh, donate_argnums=tuple(donate)).lower(*args)
     traced = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()

@@ -1,7 +1,7 @@
 """The optimizers that the examples know by name, a row each."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import optax
@@ -35,12 +35,20 @@ def adamw(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformat
     return optax.adamw(rate, b2=0.99, weight_decay=settings.weight_decay, mask=decayed)
 
 
-def soap(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformation:
-    return fo.soap(rate, weight_decay=settings.weight_decay, precondition_frequency=settings.refresh, mask=decayed)
+def soap(rate: optax.Schedule, settings: Settings, **options: Any) -> optax.GradientTransformation:
+    # Embeddings, norms and biases are AdamW's, as above: SOAP's own betas of .95 suit its matrices, not them.
+    return fo.soap(
+        rate,
+        weight_decay=settings.weight_decay,
+        precondition_frequency=settings.refresh,
+        mask=decayed,
+        fallback=adamw(rate, settings),
+        **options,
+    )
 
 
 def muon(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformation:
-    return fo.muon(rate, weight_decay=settings.weight_decay, mask=decayed)
+    return fo.muon(rate, weight_decay=settings.weight_decay, mask=decayed, fallback=adamw(rate, settings))
 
 
 def optax_muon(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""What turns a Kronecker factor into an eigenbasis, always keeping the last good one."""
+"""What turns a Kronecker factor into an eigenbasis."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def orthogonal_iteration(method: str = "qr") -> Decomposition:
         P = linalg.project(A, Q)
 
         def iterate() -> Refreshed:
-            return _keep_last_good(linalg.orthogonal_iteration(A, Q, P=P, method=method), linalg.descending(Q, P), Q)
+            return Refreshed(linalg.orthogonal_iteration(A, Q, P=P, method=method), linalg.descending(Q, P))
 
         return iterate() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, iterate)
 
@@ -50,7 +50,7 @@ def eigh() -> Decomposition:
         P = linalg.project(A, Q)
 
         def solve() -> Refreshed:
-            return _keep_last_good(linalg.eigenbasis(A), linalg.descending(Q, P), Q)
+            return Refreshed(linalg.eigenbasis(A), linalg.descending(Q, P))
 
         return solve() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, solve)
 
@@ -59,16 +59,11 @@ def eigh() -> Decomposition:
 
 def _first(A: Matrix, Q: Matrix) -> Refreshed:
     # Before the first basis there are no columns whose order could be followed.
-    return _keep_last_good(linalg.eigenbasis(A), jnp.arange(len(A)), Q)
-
-
-def _keep_last_good(new: Matrix, order: Array, old: Matrix) -> Refreshed:
-    value, failed = linalg.keep_last_good(new, old)
-    return Refreshed(value, jnp.where(failed, jnp.arange(len(old)), order), failed)
+    return Refreshed(linalg.eigenbasis(A), jnp.arange(len(A)))
 
 
 def _unless_diagonal(A: Matrix, Q: Matrix, P: Matrix, tolerance: float, renewed: Callable[[], Refreshed]) -> Refreshed:
     """Keep Q where ``|B - diag B| <= tolerance |B|``, ``B = Qᵀ A Q`` (Eschenhagen et al. 2025, arXiv 2506.03595)."""
     # A factor that is not finite has no measure; renewing it keeps the old basis and counts the failure.
     kept = linalg.off_diagonality(A, Q, P=P) <= tolerance
-    return branch(kept, lambda: Refreshed(Q, jnp.arange(len(Q)), jnp.zeros([], bool)), renewed)
+    return branch(kept, lambda: Refreshed(Q, jnp.arange(len(Q))), renewed)

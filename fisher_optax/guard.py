@@ -71,10 +71,10 @@ def guarded(
 
 
 def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:
-    """Whether every leaf is finite, and so is its sum of squares where ``squared``; taken in float32 at least."""
+    """Whether every leaf is finite, and so is the sum of all squares of those ``squared``; in float32 at least."""
     # 0 x is NaN where x is not finite, and a sum, unlike a maximum, never loses a NaN; `all` takes twice the time.
-    checks = [jnp.isfinite(_sum_of_squares(x) if s else jnp.sum(0 * x)) for x, s in zip(leaves, squared, strict=True)]
-    return functools.reduce(jnp.logical_and, checks, jnp.asarray(True))
+    sums = [_sum_of_squares(x) if s else jnp.sum(0 * x) for x, s in zip(leaves, squared, strict=True)]
+    return jnp.isfinite(functools.reduce(jnp.add, sums, jnp.zeros([])))
 
 
 def _sum_of_squares(x: Array) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
+from . import linalg
 from .branching import branch
 from .types import Decomposition, Kronecker, Moments, Refreshed
 
@@ -74,24 +75,22 @@ def renew(
     tolerance = policy.tolerance if policy.refresh == "adaptive" else None
 
     def decomposed(decompose: Callable[[Array, Array], Refreshed]) -> Callable[[], list[Refreshed]]:
-        def side(A: Any, Q: Array) -> Refreshed:
-            done = decompose(A, Q.astype(A.dtype))
-            return done._replace(value=done.value.astype(Q.dtype))
-
-        return lambda: [side(factors()[i], basis[i]) for i in sides]
+        return lambda: [decompose(A, Q.astype(A.dtype)) for A, Q in ((factors()[i], basis[i]) for i in sides)]
 
     def turn() -> Any:
         again = decomposed(lambda A, Q: decomposition.refresh(A, Q, tolerance))
-        done = dict(zip(sides, branch(action == START, decomposed(decomposition.start), again), strict=True))
-        new = type(basis)(*(done[i].value if i in done else None for i in range(2)))
-        orders = [done[i].order if i in done else None for i in range(2)]
-        linear = tuple(_rotate(m, basis, new) for m in moments.linear)
+        new, orders, failed = list(basis), [None, None], jnp.zeros([], jnp.int32)
+        for i, done in zip(sides, branch(action == START, decomposed(decomposition.start), again), strict=True):
+            new[i], bad = linalg.keep_last_good(done.value.astype(basis[i].dtype), basis[i])
+            orders[i] = jnp.where(bad, jnp.arange(len(basis[i])), done.order)
+            failed = failed + bad.astype(jnp.int32)
+        turned = type(basis)(*new)
+        linear = tuple(_rotate(m, basis, turned) for m in moments.linear)
         squared = policy.transport == "squared"
         quadratic = tuple(
-            _rotate_squares(v, basis, new) if squared else _permute(v, *orders) for v in moments.quadratic
+            _rotate_squares(v, basis, turned) if squared else _permute(v, *orders) for v in moments.quadratic
         )
-        failed = sum((r.failed.astype(jnp.int32) for r in done.values()), jnp.zeros([], jnp.int32))
-        return new, Moments(linear, quadratic), failed
+        return turned, Moments(linear, quadratic), failed
 
     return branch(action != KEEP, turn, lambda: (basis, moments, jnp.zeros([], jnp.int32)))
 
@@ -121,8 +120,8 @@ def _permute(v: Float[Array, "m n"], left: Array | None, right: Array | None) ->
     """The SOAP authors' transport: entries follow the columns of the basis as they are reordered, and ignore that
     these turn.
     """
-    v = v if left is None else v.at[left].get(mode="promise_in_bounds")
-    return v if right is None else v.at[:, right].get(mode="promise_in_bounds")
+    rows = slice(None) if left is None else left if right is None else left[:, None]
+    return v.at[rows, slice(None) if right is None else right].get(mode="promise_in_bounds")
 
 
 def _apply(Q: Array, x: Array, side: int) -> Array:

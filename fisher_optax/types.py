@@ -9,7 +9,7 @@ preconditioned is ``None``. In a state, matrices of one shape are stacked along 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 class Kronecker(NamedTuple):
@@ -38,7 +38,6 @@ class Refreshed(NamedTuple):
 
     value: Float[Array, "d d"]
     order: Int[Array, " d"]  # column j of `value` continues column order[j] of the old basis
-    failed: Bool[Array, ""]  # the new value was not finite and the old one was kept
 
 
 class FactorRule(NamedTuple):
@@ -55,7 +54,7 @@ class FactorRule(NamedTuple):
 
 
 class Decomposition(NamedTuple):
-    """What turns a factor ``A: (d, d)`` into a basis or a root, keeping the old one where the new one is not finite.
+    """What turns a factor ``A: (d, d)`` into a basis or a root; one that is not finite is never used.
 
     ``start(A, old)`` is exact and used once; ``refresh(A, old, tolerance)`` may be iterative, and keeps ``old`` where
     that is off by no more than ``tolerance`` (None: never).

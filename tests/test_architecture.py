@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "sharding": {"axes"},
     "storage": {"linalg", "types"},
     "guard": {"branching", "sharding"},
-    "refresh": {"branching", "types"},
+    "refresh": {"branching", "linalg", "types"},
     "reporting": {"axes", "guard"},
     "routing": {"axes", "reporting"},
     # What a preconditioner is put together from: these never import each other.
