@@ -124,7 +124,9 @@ def from_stacks(
         pieces = []
         for shape in matrix_shapes(x.shape, a, block_size):
             key, count = stack_key(shape, jnp.promote_types(x.dtype, jnp.float32)), math.prod(shape[:-2])
-            pieces.append(jax.lax.dynamic_slice_in_dim(stacks[key], places[taken[key]], count).reshape(shape))
+            place = places[taken[key]]
+            mine = jax.lax.dynamic_slice_in_dim(stacks[key], place, count, allow_negative_indices=False)
+            pieces.append(mine.reshape(shape))
             taken[key] += count
         leaves.append(from_matrices(tuple(pieces), x.shape, a, block_size))
     return leaves

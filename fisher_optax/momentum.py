@@ -33,12 +33,13 @@ def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTran
         β = at(beta, state.count)
         s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
 
-        def blend(m: Array, g: Array, s: Array) -> Array:
-            w = (1 / s).astype(_at_least_float32(g))
+        def blend(m: Array, g: Array, w: Array) -> Array:
+            w = w.astype(_at_least_float32(g))
             return (1 - w) * m.astype(w.dtype) + w * g.astype(w.dtype)
 
-        mean = jax.tree.map(lambda g, m: blend(m, g, s), updates, state.mean)
-        u = jax.tree.map(lambda g, m: blend(m, g, jnp.asarray(β * s + 1)), updates, mean) if nesterov else mean
+        now, ahead = 1 / s, 1 / jnp.asarray(β * s + 1)
+        mean = jax.tree.map(lambda g, m: blend(m, g, now), updates, state.mean)
+        u = jax.tree.map(lambda g, m: blend(m, g, ahead), updates, mean) if nesterov else mean
         mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
         return u, MomentumState(state.count + 1, s, mean)
 

@@ -75,11 +75,14 @@ def renew(
     tolerance = policy.tolerance if policy.refresh == "adaptive" else None
 
     def decomposed(decompose: Callable[[Array, Array], Refreshed]) -> Callable[[], list[Refreshed]]:
-        return lambda: [decompose(A, Q.astype(A.dtype)) for A, Q in ((factors()[i], basis[i]) for i in sides)]
+        def side(A: Any, Q: Array) -> Refreshed:
+            return decompose(A, Q.astype(A.dtype))
+
+        return lambda: [side(factors()[i], basis[i]) for i in sides]
 
     def turn() -> Any:
         again = decomposed(lambda A, Q: decomposition.refresh(A, Q, tolerance))
-        new, orders, failed = list(basis), [None, None], jnp.zeros([], jnp.int32)
+        new, orders, failed = list(basis), list[Any]([None, None]), jnp.zeros([], jnp.int32)
         for i, done in zip(sides, branch(action == START, decomposed(decomposition.start), again), strict=True):
             new[i], bad = linalg.keep_last_good(done.value.astype(basis[i].dtype), basis[i])
             orders[i] = jnp.where(bad, jnp.arange(len(basis[i])), done.order)

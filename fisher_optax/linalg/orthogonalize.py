@@ -45,6 +45,8 @@ def orthogonalize(
         gram:    Z = b R + c R²;  Q ← a Q + Z Q;  R ← h R h            4 products of n x n matrices alone
                  where R = X Xᵀ and Q = I at first, h = a I + Z; at the end X ← Q X
 
+    Products of n x n matrices are symmetric, and computed in blocks where that is faster (`linalg.products`).
+
     Later factors go on the left of Q: all factors commute but for rounding, and this order keeps the rounding of one
     step from being amplified by the others, which makes it 10 to 100 times smaller.
 
