@@ -18,7 +18,7 @@ def branch(choice: Array, yes: Callable[..., Any], no: Callable[..., Any], *oper
 
 def numbers(n: int, count: Array) -> Sequence[Any]:
     """0 to n - 1, as results of the program and not as constants: slices that differ by such a number alone become one
-    kernel, where constants make a kernel each (9 ms of compiling on a CPU). ``count`` is any counter from 0 on.
+    kernel, where constants make a kernel each, to be compiled on its own. ``count`` is any counter from 0 on.
     """
     if not isinstance(count, Tracer):
         return range(n)

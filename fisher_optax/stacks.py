@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 # One(G, state, action) -> (U, state, failures), for one matrix.
 One = Callable[[Array, Any, Array], tuple[Array, Any, Array]]
 
-# Measured on the char-GPT trees: on a CPU products of single matrices keep all cores busy, and batched ones are a
-# fifth slower; accelerators want batches.
+# Measured on the char-GPT trees: on a CPU products of single matrices keep all cores busy, and batched ones
+# are slower, since stacks leave the caches; accelerators want batches.
 BATCHED = {"cpu": False}
 
 

@@ -79,8 +79,8 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
         used.extend(key for key, new in known.items() if new is not None)
         return node._replace(matrices={key: node.matrices[key] if new is None else new for key, new in known.items()})
 
-    known = optax.ScaleByAdamState | MomentumState | PreconditionState
-    state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, known))
+    held = optax.ScaleByAdamState | MomentumState | PreconditionState
+    state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, held))
     if not used:
         raise ValueError(
             "from_adam: this transformation keeps nothing that Adam's moments fit; it is for fo.soap, fo.muon and "

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# From which size on three quarters of the flops, in products of half the size, take less time. Measured on two cores:
-# 256 does not, at 384 Muon's whole step is a twentieth faster. Not measured elsewhere, so not done there.
+# From which size on three quarters of the flops, in products of half the size, take less time. Seen on two cores: at
+# 256 they do not, at 384 they do. Not measured elsewhere, so not done there.
 HALVED_FROM = {"cpu": 384}
 
 # A symmetric matrix: whole, or its blocks (A, B, C).

@@ -65,22 +65,7 @@ def scale_by_soap(
       >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar,
       optax.scale_by_learning_rate(3e-3))
     """
-    options = dict(
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
-        first_step=first_step,
-        refresh=refresh,
-        adaptive_tolerance=adaptive_tolerance,
-        transport=transport,
-        block_size=block_size,
-        sides=sides,
-        factor_dtype=factor_dtype,
-        factor_storage=factor_storage,
-        mesh_axis=mesh_axis,
-    )
-    method = _seam(
-        b1, b2, eps, shampoo_beta, bias_correction, normalize_updates, decomposition, momentum_dtype, options
-    )
+    method = _seam(**_common(locals()))
     fallback = _adam(b1, b2, eps) if fallback is None else fallback
     return guarded(method.directions("soap", fallback, axes, KINDS))
 
@@ -154,24 +139,9 @@ def soap(
       >>> tx = fo.soap(optax.cosine_decay_schedule(3e-3, 100), refresh="staggered")
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    options = dict(
-        precondition_frequency=precondition_frequency,
-        max_precond_dim=max_precond_dim,
-        first_step=first_step,
-        refresh=refresh,
-        adaptive_tolerance=adaptive_tolerance,
-        transport=transport,
-        block_size=block_size,
-        sides=sides,
-        factor_dtype=factor_dtype,
-        factor_storage=factor_storage,
-        mesh_axis=mesh_axis,
-    )
+    method = _seam(**_common(locals()))
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
-    method = _seam(
-        b1, b2, eps, shampoo_beta, bias_correction, normalize_updates, decomposition, momentum_dtype, options
-    )
 
     def build(axes: list[Any]) -> optax.GradientTransformation:
         decay = decay_after_step(learning_rate, weight_decay, mask, lambda updates: True)
@@ -190,6 +160,12 @@ def soap(
     return guarded(by_axes("soap", build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
+def _common(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `scale_by_soap` or `soap`, those that say what is done to a matrix."""
+    others = ("learning_rate", "weight_decay", "mask", "fallback", "axes")
+    return {name: value for name, value in arguments.items() if name not in others}
+
+
 def _seam(
     b1: Any,
     b2: Any,
@@ -199,7 +175,7 @@ def _seam(
     normalize_updates: bool,
     decomposition: str,
     momentum_dtype: Any,
-    options: dict[str, Any],
+    **options: Any,
 ) -> Seam:
     in_range("b1", b1, 0, 1)
     in_range("b2", b2, 0, 1)
