@@ -128,8 +128,10 @@ class Contender:
 
     def __init__(self, tx: optax.GradientTransformation, shapes: Any):
         def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            # Results in the order of the arguments: JAX hands donated buffers to results of their shape in that order,
+            # and parameters written where a momentum was would first be copied.
             updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
+            return state, optax.apply_updates(params, updates)
 
         self.params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         self.state = jax.tree.map(jnp.copy, tx.init(self.params))  # no buffer twice, or it could not be donated
@@ -144,7 +146,7 @@ class Contender:
         return program
 
     def __call__(self, grads: Any) -> Any:
-        self.params, self.state = self.program.run(grads, self.state, self.params)
+        self.state, self.params = self.program.run(grads, self.state, self.params)
         return self.params, self.state
 
     def size(self) -> dict[str, Any]:

@@ -55,9 +55,8 @@ def guarded(
 
         def step(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
             new, inner = tx.update(updates, state.inner, params, **extra)
-            return jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates), state._replace(
-                steps=state.steps + 1, inner=inner
-            )
+            new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
+            return new, state._replace(steps=state.steps + 1, inner=inner)
 
         def skip(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
             return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
@@ -72,11 +71,19 @@ def guarded(
 
 def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:
     """Whether every leaf is finite, and so is the sum of all squares of those ``squared``; in float32 at least."""
-    # 0 x is NaN where x is not finite, and a sum, unlike a maximum, never loses a NaN; `all` takes twice the time.
-    sums = [_sum_of_squares(x) if s else jnp.sum(0 * x) for x, s in zip(leaves, squared, strict=True)]
+    short, sums = [], []
+    for x, s in zip(leaves, squared, strict=True):
+        if s and x.ndim < 2:
+            short.append(_magnitudes(x).ravel())  # biases and scales, many and small: one sum for all
+        else:
+            # x - x is NaN where x is not finite, and a sum, unlike a maximum, never loses a NaN; `all` takes twice the
+            # time.
+            sums.append(jnp.sum(jnp.square(_magnitudes(x)) if s else x - x))
+    if short:
+        sums.append(jnp.sum(jnp.square(jnp.concatenate(short))))
     return jnp.isfinite(functools.reduce(jnp.add, sums, jnp.zeros([])))
 
 
-def _sum_of_squares(x: Array) -> Array:
-    x = jnp.abs(x)
-    return jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))))
+def _magnitudes(x: Array) -> Array:
+    x = jnp.abs(x) if jnp.iscomplexobj(x) else x
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -33,11 +33,12 @@ def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTran
         β = at(beta, state.count)
         s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
 
-        def blend(m: Array, g: Array, w: Array) -> Array:
-            w = w.astype(_at_least_float32(g))
-            return (1 - w) * m.astype(w.dtype) + w * g.astype(w.dtype)
+        def blend(m: Array, g: Array, old: Array) -> Array:
+            dtype = _at_least_float32(g)
+            m, g, old = m.astype(dtype), g.astype(dtype), old.astype(dtype)
+            return old * m + (g - old * g)
 
-        now, ahead = 1 / s, 1 / jnp.asarray(β * s + 1)
+        now, ahead = (w / (w + 1) for w in (β * state.weight, β * s))
         mean = jax.tree.map(lambda g, m: blend(m, g, now), updates, state.mean)
         u = jax.tree.map(lambda g, m: blend(m, g, ahead), updates, mean) if nesterov else mean
         mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)

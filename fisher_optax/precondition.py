@@ -260,7 +260,8 @@ class Seam:
             operands = (G, state.matrices[key], self.policy.action(first, step, jnp.asarray(phases[key], jnp.int32)))
             done = all_of(*operands) if self.mesh_axis is None else spread(all_of, self.mesh_axis, *operands)
             directions[key], matrices[key] = done[:2]
-            kept = kept + jnp.sum(done[2], dtype=jnp.int32)
+            if self.decomposition is not None:
+                kept = kept + jnp.sum(done[2], dtype=jnp.int32)
         places = numbers(max(counts.values()), state.count)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
         return treedef.unflatten(out), PreconditionState(state.count + 1, kept, matrices)

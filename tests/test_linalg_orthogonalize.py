@@ -210,7 +210,7 @@ def test_products_known_to_be_inexact_restart_more_often() -> None:
     def restarts(**options: Any) -> int:
         X = jax.ShapeDtypeStruct((4, 400), jnp.float32)
         flops = count_matmul_flops(lambda X: orthogonalize(X, method="gram", **options), X).products
-        return next(k for k in range(5) if flops == gram_flops(4, 400, 5, range(k)))
+        return next(k for k in range(5) if flops == gram_flops((4,), 400, 5, range(k)))
 
     assert restarts() == 0
     assert restarts(precision="highest") == 0
@@ -233,10 +233,10 @@ def test_flops_are_those_of_the_program(shape: tuple[int, ...]) -> None:
     def counted(**options: Any) -> float:
         return count_matmul_flops(lambda X: orthogonalize(X, **options), X).products / batch
 
-    assert counted(method="direct") == direct_flops(short, long, 5)
+    assert counted(method="direct") == direct_flops((short,), long, 5)
     for restarts in ((), (2,), (1, 3)):
-        assert counted(method="gram", restarts=restarts) == gram_flops(short, long, 5, restarts)
-    assert counted() == (gram_flops(short, long, 5) if long > 1.5 * short else direct_flops(short, long, 5))
+        assert counted(method="gram", restarts=restarts) == gram_flops((short,), long, 5, restarts)
+    assert counted() == (gram_flops((short,), long, 5) if long > 1.5 * short else direct_flops((short,), long, 5))
 
 
 @pytest.mark.parametrize("shape", [(6, 40), (40, 6), (3, 40, 6)])

@@ -15,8 +15,8 @@ from .products import (
     Symmetric,
     add_identity,
     combine,
-    is_halved,
-    product_flops,
+    row_sizes,
+    symmetric_flops,
     trace,
 )
 from .scaling import unit_frobenius, unit_scale
@@ -87,36 +87,37 @@ def orthogonalize(
             f"(the polynomial has {len(polynomial)} steps, counted from 0); got {restarts!r}."
         )
     short, long = sorted(X.shape[-2:])
-    halved = is_halved(short)
+    rows = row_sizes(short)
     if method == "auto":
         steps = len(polynomial)
-        fewer = gram_flops(short, long, steps, restarts, halved) < direct_flops(short, long, steps, halved)
+        fewer = gram_flops(rows, long, steps, restarts) < direct_flops(rows, long, steps)
         method = "gram" if fewer else "direct"
-    products = Products(X.shape[-2] > X.shape[-1], halved, dtype, precision)
+    products = Products(X.shape[-2] > X.shape[-1], rows, dtype, precision)
     Y = X.astype(_at_least_float32(X.dtype))
     Y = _gram(Y, polynomial, restarts, products) if method == "gram" else _direct(Y, polynomial, products)
     return Y.astype(X.dtype)
 
 
-def direct_flops(short: int, long: int, steps: int, halved: bool = False) -> int:
-    """Flops of the products of a direct iteration: ``(4 n² m + 2 n³) T`` for sides n <= m; a quarter of the n³ less
-    where symmetric products are ``halved``.
+def direct_flops(rows: tuple[int, ...], long: int, steps: int) -> int:
+    """Flops of the products of a direct iteration: ``(4 n² m + 2 n³) T`` for sides n <= m; less where symmetric
+    products are computed in several ``rows`` of blocks, which n is the sum of.
 
-    >>> direct_flops(1, 4, 5)
+    >>> direct_flops((1,), 4, 5)
     90
     """
-    return steps * (4 * short**2 * long + product_flops(short, halved))
+    return steps * (symmetric_flops(rows, long) + 2 * sum(rows) ** 2 * long + symmetric_flops(rows))
 
 
-def gram_flops(short: int, long: int, steps: int, restarts: Sequence[int] = (), halved: bool = False) -> int:
+def gram_flops(rows: tuple[int, ...], long: int, steps: int, restarts: Sequence[int] = ()) -> int:
     """Flops of the products of a Gram iteration: ``4 n² m K + (8 T - 6 K) n³``, K = one more than there are restarts;
-    a quarter of the n³ less where symmetric products are ``halved``.
+    less where symmetric products are computed in several ``rows`` of blocks, which n is the sum of.
 
-    >>> gram_flops(1, 4, 5), gram_flops(1, 4, 5, (2,))
+    >>> gram_flops((1,), 4, 5), gram_flops((1,), 4, 5, (2,))
     (50, 60)
     """
     runs = len(restarts) + 1
-    return runs * 4 * short**2 * long + (4 * steps - 3 * runs) * product_flops(short, halved)
+    big = symmetric_flops(rows, long) + 2 * sum(rows) ** 2 * long
+    return runs * big + (4 * steps - 3 * runs) * symmetric_flops(rows)
 
 
 @functools.lru_cache

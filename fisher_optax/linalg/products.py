@@ -1,40 +1,44 @@
 """The products of a Newton-Schulz iteration: of a wide or tall X, and of symmetric matrices that commute.
 
 Everything an iteration multiplies on the small side is a polynomial of one matrix ``X Xᵀ``, so every product is
-symmetric again, and of four blocks three are enough:
-
-    [A  B] [P  Q]   [A P + B Qᵀ   A Q + B R]
-    [Bᵀ C] [Qᵀ R] = [     ·       Bᵀ Q + C R]      6 block products of 8
+symmetric again. Cut into rows of blocks S_1 ... S_k, block i, j of ``S T`` is ``S_i T_jᵀ``, and those with i <= j are
+enough: ``(k + 1) / 2k`` of the flops.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-# From which size on three quarters of the flops, in products of half the size, take less time. Seen on two cores: at
-# 256 they do not, at 384 they do. Not measured elsewhere, so not done there.
-HALVED_FROM = {"cpu": 384}
+# Into how many rows of blocks, and from which size on. Seen on two cores: four take .77 of the time of one product at
+# 384 and .70 at 768, more gain little; at 256 products of so small blocks are too slow. Not measured elsewhere, so not
+# done there.
+BLOCKED_FROM = {"cpu": 384}
+BLOCKS = 4
 
-# A symmetric matrix: whole, or its blocks (A, B, C).
+# A symmetric matrix by its rows of blocks (one row: whole).
 Symmetric = tuple[Float[Array, "..."], ...]
 
 
-def is_halved(n: int) -> bool:
-    """Whether `Products` computes symmetric n x n matrices in blocks here."""
-    return n >= HALVED_FROM.get(jax.default_backend(), n + 1)
+def row_sizes(n: int) -> tuple[int, ...]:
+    """The heights of the rows of blocks in which `Products` computes symmetric n x n matrices here."""
+    if n < BLOCKED_FROM.get(jax.default_backend(), n + 1):
+        return (n,)
+    return tuple(len(rows) for rows in np.array_split(np.arange(n), BLOCKS) if len(rows))
 
 
-def product_flops(n: int, halved: bool = False) -> int:
-    """Flops of a product of symmetric n x n matrices.
+def symmetric_flops(rows: tuple[int, ...], m: int | None = None) -> int:
+    """Flops of a symmetric product of n x m by m x n, n the sum of ``rows`` and m = n by default.
 
-    >>> product_flops(2), product_flops(2, halved=True)
+    >>> symmetric_flops((2,)), symmetric_flops((1, 1))
     (16, 12)
     """
-    k, l = n // 2, n - n // 2
-    return 2 * (k**3 + 2 * k * k * l + 2 * k * l * l + l**3) if halved else 2 * n**3
+    n = sum(rows)
+    return (n * n + sum(r * r for r in rows)) * (n if m is None else m)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,35 +46,32 @@ class Products:
     """Products with a wide X as the papers write them; a tall X stands for its transpose, without forming it."""
 
     tall: bool
-    halved: bool
+    rows: tuple[int, ...]
     dtype: Any
     precision: Any
 
     def outer(self, X: Array) -> Symmetric:
         """``X Xᵀ``."""
-        axis = X.ndim - 2 if self.tall else X.ndim - 1
-        R = self._dot(X, X, axis, axis)
-        k = R.shape[-1] // 2
-        return (R[..., :k, :k], R[..., :k, k:], R[..., k:, k:]) if self.halved else (R,)
+        side, summed = (X.ndim - 1, X.ndim - 2) if self.tall else (X.ndim - 2, X.ndim - 1)
+        parts = jnp.split(X, np.cumsum(self.rows)[:-1], axis=side)
+        return self._from_upper(lambda i, j: self._dot(parts[i], parts[j], summed, summed))
 
     def product(self, S: Symmetric, T: Symmetric) -> Symmetric:
         """``S T`` of two that commute."""
-        if not self.halved:
-            return (self._matmul(S[0], T[0]),)
-        (A, B, C), (P, Q, R) = S, T
-        last = A.ndim - 1
-        return (
-            self._matmul(A, P) + self._dot(B, Q, last, last),
-            self._matmul(A, Q) + self._matmul(B, R),
-            self._dot(B, Q, last - 1, last - 1) + self._matmul(C, R),
-        )
+        last = S[0].ndim - 1
+        if len(S) == 1:
+            return (self._dot(S[0], T[0], last, last - 1),)
+        return self._from_upper(lambda i, j: self._dot(S[i], T[j], last, last))
+
+    def _from_upper(self, block: Callable[[int, int], Array]) -> Symmetric:
+        k = range(len(self.rows))
+        upper = {(i, j): block(i, j) for i in k for j in k[i:]}
+        return tuple(jnp.concatenate([upper[i, j] if j >= i else upper[j, i].mT for j in k], -1) for i in k)
 
     def apply(self, S: Symmetric, X: Array) -> Array:
         """``S X``."""
-        return self._matmul(X, whole(S)) if self.tall else self._matmul(whole(S), X)
-
-    def _matmul(self, A: Array, B: Array) -> Array:
-        return self._dot(A, B, A.ndim - 1, B.ndim - 2)
+        A, B = (X, whole(S)) if self.tall else (whole(S), X)
+        return self._dot(A, B, X.ndim - 1, X.ndim - 2)
 
     def _dot(self, A: Array, B: Array, i: int, j: int) -> Array:
         """The sum over axis i of A and j of B; operands rounded to ``dtype``, sums in float32 at least."""
@@ -87,10 +88,7 @@ class Products:
 
 def whole(S: Symmetric) -> Array:
     """All of it as one matrix."""
-    if len(S) == 1:
-        return S[0]
-    A, B, C = S
-    return jnp.concatenate([jnp.concatenate([A, B], -1), jnp.concatenate([B.mT, C], -1)], -2)
+    return jnp.concatenate(S, -2)
 
 
 def combine(a: Any, S: Symmetric, b: Any, T: Symmetric) -> Symmetric:
@@ -100,9 +98,14 @@ def combine(a: Any, S: Symmetric, b: Any, T: Symmetric) -> Symmetric:
 
 def add_identity(a: Any, S: Symmetric) -> Symmetric:
     """``a I + S``."""
-    return tuple(s + a * jnp.eye(s.shape[-1], dtype=s.dtype) if i != 1 else s for i, s in enumerate(S))
+    return tuple(s + a * jnp.eye(*s.shape[-2:], first, dtype=s.dtype) for s, first in zip(S, _firsts(S), strict=True))
 
 
 def trace(S: Symmetric) -> Float[Array, "*batch"]:
     """The sum of the diagonal."""
-    return sum((jnp.trace(s, axis1=-2, axis2=-1) for s in S[2::2]), jnp.trace(S[0], axis1=-2, axis2=-1))
+    return sum(jnp.trace(s, first, -2, -1) for s, first in zip(S, _firsts(S), strict=True))
+
+
+def _firsts(S: Symmetric) -> list[int]:
+    """The number of the first row of each row of blocks."""
+    return [0, *np.cumsum([s.shape[-2] for s in S[:-1]]).tolist()]
