@@ -117,6 +117,8 @@ CONTENDERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "fo_muon": lambda: fo.muon(RATE),
     "fo_soap": lambda: fo.soap(RATE, precondition_frequency=PERIOD),
     "fo_soap_staggered": lambda: fo.soap(RATE, precondition_frequency=PERIOD, refresh="staggered"),
+    "fo_dykaf": lambda: fo.dykaf(RATE, precondition_frequency=PERIOD),
+    "fo_shampoo_128": lambda: fo.shampoo(RATE, block_size=128, precondition_frequency=PERIOD),
     "soap_jax": soap_jax,
     "psgd_kron": psgd_kron,
     "distributed_shampoo": distributed_shampoo,

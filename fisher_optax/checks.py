@@ -1,8 +1,11 @@
 """Errors at construction rather than at step 1,000."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
+
+import optax
 
 # What `optax.inject_hyperparams` may trace; everything else shapes the program.
 TRACED = ("learning_rate", "b1", "b2", "eps", "weight_decay", "shampoo_beta", "beta")
@@ -13,9 +16,38 @@ def at(value: Any, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
+def scheduled(factory: Callable[..., Any], **options: Any) -> Any:
+    """An Optax transformation that takes numbers alone, with schedules injected where there are any."""
+    wrap = optax.inject_hyperparams if any(map(callable, options.values())) else lambda f: f
+    return wrap(factory)(**options)
+
+
 def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
     """The arguments of a factory that must not be traced."""
     return tuple(name for name in inspect.signature(factory).parameters if name not in TRACED)
+
+
+def takes(other: Callable[..., Any], **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a function of ``**options`` take the arguments of ``other`` too, with their defaults or the ones given here,
+    and show them in its signature.
+    """
+
+    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
+        theirs = inspect.signature(other).parameters.values()
+        own = [p for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        shared = [p.replace(default=defaults.get(p.name, p.default)) for p in theirs]
+        signature = inspect.signature(f).replace(parameters=[*shared, *own])
+
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return f(**bound.arguments)
+
+        vars(call)["__signature__"] = signature
+        return call
+
+    return wrap
 
 
 def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:

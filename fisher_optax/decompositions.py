@@ -1,13 +1,14 @@
-"""What turns a Kronecker factor into an eigenbasis."""
+"""What turns a Kronecker factor into an eigenbasis or a root."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from . import linalg
 from .branching import branch
-from .types import Decomposition, Eigenbasis, Refreshed
+from .types import Decomposition, Eigenbasis, Eigenpairs, InverseRoot, Refreshed
 
 Matrix = Float[Array, "d d"]
 
@@ -55,6 +56,36 @@ def eigh() -> Decomposition:
         return solve() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, solve)
 
     return Decomposition("eigh", Eigenbasis, _first, refresh)
+
+
+def inverse_root(exponent: float = -0.25, *, method: str = "eigh", ridge: Any = 1e-6) -> Decomposition:
+    """``(A + ridge |A| I)^exponent``, the same at every refresh.
+
+    Args:
+      exponent: from -1 to 0.
+      method: "eigh", or matrix products alone: "newton" (exponents -1/p), "polynomial" (-1/2, -1/4, ...).
+      ridge: relative to the largest eigenvalue, or a bound on it.
+
+    Raises:
+      ValueError: for an unknown method, or an exponent it does not have.
+
+    Source: Gupta et al. 2018 (arXiv 1802.09568); `fo.linalg.matrix_power` has the iterations'.
+    """
+    linalg.check_exponent(exponent, method)
+
+    def root(A: Matrix, old: Matrix) -> Refreshed:
+        return Refreshed(linalg.matrix_power(A, exponent, method=method, ridge=ridge), jnp.arange(len(old)))
+
+    return Decomposition(f"{method} root", InverseRoot, root, lambda A, old, tolerance: root(A, old))
+
+
+def with_eigenvalues(decomposition: Decomposition) -> Decomposition:
+    """The same, with the eigenvalues ``diag(Qᵀ A Q)`` of its basis: for factors that are followed through them.
+
+    >>> with_eigenvalues(eigh()).returns.__name__
+    'Eigenpairs'
+    """
+    return decomposition._replace(returns=Eigenpairs)
 
 
 def _first(A: Matrix, Q: Matrix) -> Refreshed:

@@ -24,10 +24,10 @@ from .guard import guarded
 from .matrices import canonical_shape, from_stacks, matrix_shapes, stack_key, to_stacks
 from .refresh import START, Policy, renew
 from .routing import by_axes, skip_first_call
-from .sharding import Layout, matrix_layout, spread
+from .sharding import Layout, matrix_layout, place, spread
 from .stacks import over_stack
 from .storage import Storage
-from .types import Application, Decomposition, FactorRule
+from .types import Application, Decomposition, Eigenpairs, FactorRule, Moments
 
 
 def precondition(
@@ -98,7 +98,8 @@ def seam(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
     storage = Storage(factor_dtype, factor_storage == "packed", sides, max_precond_dim, block_size).check()
     policy = Policy(refresh, precondition_frequency, adaptive_tolerance, transport).check()
-    return Seam(factors, decomposition, application, storage, policy, first_step == "skip", max_stack, mesh_axis)
+    skip_first = first_step == "skip" and not application.sees_itself
+    return Seam(factors, decomposition, application, storage, policy, skip_first, max_stack, mesh_axis)
 
 
 def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, application: Application) -> None:
@@ -114,6 +115,11 @@ def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, 
     if (factors is None) != (decomposition is None):
         given = f"factors={factors and factors.name!r}, decomposition={decomposition and decomposition.name!r}"
         raise TypeError(f"factors and decomposition go together: give both, or None for both; got {given}.")
+    if factors is not None and factors.track is not None and returned is not Eigenpairs:
+        raise TypeError(
+            f"factors {factors.name!r} need a decomposition that returns Eigenpairs: "
+            "wrap it in fo.decompositions.with_eigenvalues."
+        )
 
 
 class MatrixState(NamedTuple):
@@ -197,7 +203,7 @@ class Seam:
             key: jax.tree.map(lambda x, n=n: jnp.broadcast_to(x, (n, *x.shape)), self._start(key))
             for key, n in counts.items()
         }
-        return PreconditionState(count, count, {key: self._place(state, layouts[key]) for key, state in states.items()})
+        return PreconditionState(count, count, {key: place(state, layouts[key]) for key, state in states.items()})
 
     def _start(self, key: str) -> MatrixState:
         """The state of one matrix of a stack."""
@@ -211,29 +217,6 @@ class Seam:
             self.storage.store(full),
             self.storage.identity(full, self.decomposition.returns),
             self.application.init(zeros),
-        )
-
-    def _place(self, state: MatrixState, layouts: set[Layout | None]) -> MatrixState:
-        """A stack laid out over devices like the leaves it comes from, if these agree."""
-        layout = layouts.pop() if len(layouts) == 1 else None
-        if layout is None:
-            return state
-
-        def put(x: Any, kind: str) -> Any:
-            packed = kind != "matrix" and x.shape[-1] != x.shape[-2]
-            return jax.device_put(x, layout.of(kind, 0 if packed else x.ndim))
-
-        def sides(pair: Any) -> Any:
-            return (
-                type(pair)(
-                    *(None if A is None else put(A, kind) for A, kind in zip(pair, ("left", "right"), strict=True))
-                )
-                if pair
-                else pair
-            )
-
-        return MatrixState(
-            sides(state.factors), sides(state.basis), jax.tree.map(lambda x: put(x, "matrix"), state.application)
         )
 
     def _update(
@@ -270,24 +253,27 @@ class Seam:
         self, G: Array, state: MatrixState, action: Array, extra: dict[str, Any]
     ) -> tuple[Array, MatrixState, Array]:
         """A step of one matrix."""
-        U, inner = self.application.update(G, state.application, state.basis, **extra)
         if self.factors is None or self.decomposition is None:
+            U, inner = self.application.update(G, state.application, state.basis, **extra)
             return U, state._replace(application=inner), jnp.zeros([], jnp.int32)
+        rule, decomposition = self.factors, self.decomposition
+        m, n = G.shape
+        old = self.storage.load(state.factors, m, n, G.dtype)
+        factors = self.storage.store(rule.update(G, old, state.basis))
+        basis = state.basis if rule.track is None else rule.track(G, old, state.basis)
+
+        def renewed(moments: Moments) -> tuple[Any, Moments, Array]:
+            loaded = lambda: rule.read(self.storage.load(factors, m, n, G.dtype))  # noqa: E731
+            return renew(self.policy, decomposition, loaded, basis, moments, action)
+
+        if self.application.sees_itself:
+            basis, _, failed = renewed(Moments((), ()))
+            U, inner = self.application.update(G, state.application, basis, **extra)
+            return U, MatrixState(factors, basis, inner), failed
+        U, inner = self.application.update(G, state.application, basis, **extra)
         if self.skip_first:
             first = action == START
             U = jnp.where(first, 0, U)
             inner = jax.tree.map(lambda new, old: jnp.where(first, old, new), inner, state.application)
-        m, n = G.shape
-        factors = self.storage.store(
-            self.factors.update(G, self.storage.load(state.factors, m, n, G.dtype), state.basis)
-        )
-        moments = self.application.moments(inner)
-        basis, moments, failed = renew(
-            self.policy,
-            self.decomposition,
-            lambda: self.storage.load(factors, m, n, G.dtype),
-            state.basis,
-            moments,
-            action,
-        )
+        basis, moments, failed = renewed(self.application.moments(inner))
         return U, MatrixState(factors, basis, self.application.with_moments(inner, moments)), failed

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import linalg
 from .branching import branch
-from .types import Decomposition, Kronecker, Moments, Refreshed
+from .types import Decomposition, Eigenpairs, Kronecker, Moments, Refreshed
 
 KEEP, REFRESH, START = 0, 1, 2
 
@@ -71,7 +71,7 @@ def renew(
     where there is something to do.
     """
 
-    sides = [side for side, Q in enumerate(basis) if Q is not None]
+    sides = [side for side, Q in enumerate(basis[:2]) if Q is not None]
     tolerance = policy.tolerance if policy.refresh == "adaptive" else None
 
     def decomposed(decompose: Callable[[Array, Array], Refreshed]) -> Callable[[], list[Refreshed]]:
@@ -82,26 +82,56 @@ def renew(
 
     def turn() -> Any:
         again = decomposed(lambda A, Q: decomposition.refresh(A, Q, tolerance))
-        new, orders, failed = list(basis), list[Any]([None, None]), jnp.zeros([], jnp.int32)
+        new, orders, failed = list(basis[:2]), list[Any]([None, None]), jnp.zeros([], jnp.int32)
         for i, done in zip(sides, branch(action == START, decomposed(decomposition.start), again), strict=True):
             new[i], bad = linalg.keep_last_good(done.value.astype(basis[i].dtype), basis[i])
             orders[i] = jnp.where(bad, jnp.arange(len(basis[i])), done.order)
             failed = failed + bad.astype(jnp.int32)
-        turned = type(basis)(*new)
+        turned = _measured(basis, new, factors()) if isinstance(basis, Eigenpairs) else type(basis)(*new)
         linear = tuple(_rotate(m, basis, turned) for m in moments.linear)
         squared = policy.transport == "squared"
         quadratic = tuple(
             _rotate_squares(v, basis, turned) if squared else _permute(v, *orders) for v in moments.quadratic
         )
-        return turned, Moments(linear, quadratic), failed
+        left, right = (
+            tuple(_turn_vector(v, basis[i], new[i], orders[i], squared) for v in vectors)
+            for i, vectors in enumerate((moments.left, moments.right))
+        )
+        return turned, Moments(linear, quadratic, left, right), failed
 
     return branch(action != KEEP, turn, lambda: (basis, moments, jnp.zeros([], jnp.int32)))
+
+
+def _measured(old: Eigenpairs, new: list[Any], factors: Kronecker) -> Eigenpairs:
+    """The new vectors with the values ``diag(Qᵀ A Q)``; the old values where these are not finite."""
+
+    def values(A: Array | None, Q: Array | None, before: Array | None) -> Array | None:
+        if A is None or Q is None or before is None:
+            return None
+        new = jnp.sum(Q.astype(A.dtype) * linalg.project(A, Q), 0, keepdims=True).astype(before.dtype)
+        return linalg.keep_last_good(new, before[None])[0][0]
+
+    return Eigenpairs(
+        new[0],
+        new[1],
+        values(factors.left, new[0], old.left_values),
+        values(factors.right, new[1], old.right_values),
+    )
+
+
+def _turn_vector(v: Float[Array, " d"], old: Any, new: Any, order: Any, squared: bool) -> Array:
+    if old is None:
+        return v
+    if not squared:
+        return v.at[order].get(mode="promise_in_bounds")
+    C = jnp.matmul(new.mT.astype(v.dtype), old.astype(v.dtype), precision=Precision.HIGHEST)
+    return jnp.matmul(jnp.square(C), v, precision=Precision.HIGHEST)
 
 
 def _rotate(m: Float[Array, "m n"], old: Any, new: Any) -> Array:
     """``Q_newᵀ Q_old m``, and the same on the right: exact, out of the old basis and into the new one."""
     x = m.astype(jnp.promote_types(m.dtype, jnp.float32))
-    for side, (P, Q) in enumerate(zip(old, new, strict=True)):
+    for side, (P, Q) in enumerate(zip(old[:2], new[:2], strict=True)):
         if P is not None:
             x = _apply(Q.mT, _apply(P, x, side), side)
     return x.astype(m.dtype)
@@ -112,7 +142,7 @@ def _rotate_squares(v: Float[Array, "m n"], old: Any, new: Any) -> Array:
     uncorrelated.
     """
     x = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-    for side, (P, Q) in enumerate(zip(old, new, strict=True)):
+    for side, (P, Q) in enumerate(zip(old[:2], new[:2], strict=True)):
         if P is not None:
             C = jnp.matmul(Q.mT.astype(x.dtype), P.astype(x.dtype), precision=Precision.HIGHEST)
             x = _apply(jnp.square(C), x, side)

@@ -60,6 +60,30 @@ def matrix_layout(x: Any, axes: MatrixAxes, whole: bool) -> Layout | None:
     return Layout(sharding.mesh, merged(axes.inputs), merged(axes.outputs))
 
 
+def place(state: Any, layouts: set[Layout | None]) -> Any:
+    """The state of a stack, laid out over devices like the leaves it comes from, if these agree."""
+    layout = layouts.pop() if len(layouts) == 1 else None
+    if layout is None:
+        return state
+
+    def put(x: Any, kind: str) -> Any:
+        packed = kind != "matrix" and x.shape[-1] != x.shape[-2]
+        return jax.device_put(x, layout.of(kind, 0 if packed else x.ndim))
+
+    def sides(pair: Any) -> Any:
+        """A matrix of each side, and whatever else there is."""
+        if not pair:
+            return pair
+        left, right = (None if A is None else put(A, kind) for A, kind in zip(pair[:2], ("left", "right"), strict=True))
+        return type(pair)(left, right, *jax.tree.map(lambda x: put(x, "matrix"), tuple(pair[2:])))
+
+    return state._replace(
+        factors=sides(state.factors),
+        basis=sides(state.basis),
+        application=jax.tree.map(lambda x: put(x, "matrix"), state.application),
+    )
+
+
 def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
     """``update(updates, state, params)`` with Explicit mesh axes handed to the compiler, and results laid out as what
     they replace.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import linalg
-from .types import Kronecker
+from .types import Eigenpairs, Kronecker
 
 
 class Storage(NamedTuple):
@@ -38,13 +38,18 @@ class Storage(NamedTuple):
 
     def load(self, factors: Kronecker, m: int, n: int, dtype: Any) -> Kronecker:
         """The kept factors of an ``m x n`` matrix, full and in ``dtype``."""
-        return Kronecker(
-            *(None if A is None else self._unpack(A, d).astype(dtype) for A, d in zip(factors, (m, n), strict=True))
+        L, R = factors.left, factors.right
+        return factors._replace(
+            left=None if L is None else self._unpack(L, m).astype(dtype),
+            right=None if R is None else self._unpack(R, n).astype(dtype),
         )
 
     def identity(self, factors: Kronecker, returns: type) -> Any:
         """The basis before there is any: the identity on each side that has a (full) factor."""
-        return returns(*each_side(lambda A: jnp.eye(len(A), dtype=self.dtype or A.dtype), factors))
+        sides = (factors.left, factors.right)
+        eyes = [None if A is None else jnp.eye(len(A), dtype=self.dtype or A.dtype) for A in sides]
+        ones = [None if A is None else jnp.ones(len(A), A.dtype) for A in sides]
+        return returns(*eyes, *ones) if returns is Eigenpairs else returns(*eyes)
 
     def _pack(self, A: Array) -> Array:
         return linalg.pack(A) if self.packed else A
@@ -53,6 +58,7 @@ class Storage(NamedTuple):
         return linalg.unpack(A, d) if self.packed else A
 
 
-def each_side(f: Any, pair: Any) -> Any:
-    """``f`` of each side that there is."""
-    return type(pair)(*(None if A is None else f(A) for A in pair))
+def each_side(f: Any, factors: Kronecker) -> Kronecker:
+    """``f`` of each factor that there is."""
+    L, R = factors.left, factors.right
+    return factors._replace(left=None if L is None else f(L), right=None if R is None else f(R))

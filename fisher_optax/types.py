@@ -17,6 +17,7 @@ class Kronecker(NamedTuple):
 
     left: Float[Array, "*stack m m"] | None
     right: Float[Array, "*stack n n"] | None
+    seen: Any = ()  # what a rule counts: calls, or the sum of its weights
 
 
 class Eigenbasis(NamedTuple):
@@ -24,6 +25,15 @@ class Eigenbasis(NamedTuple):
 
     left: Float[Array, "*stack m m"] | None
     right: Float[Array, "*stack n n"] | None
+
+
+class Eigenpairs(NamedTuple):
+    """An `Eigenbasis` with the eigenvalues of its columns."""
+
+    left: Float[Array, "*stack m m"] | None
+    right: Float[Array, "*stack n n"] | None
+    left_values: Float[Array, "*stack m"] | None
+    right_values: Float[Array, "*stack n"] | None
 
 
 class InverseRoot(NamedTuple):
@@ -44,13 +54,16 @@ class FactorRule(NamedTuple):
     """How a pair of Kronecker factors follows the gradients.
 
     ``init(m, n, left, right, dtype)`` makes the start for an ``m x n`` matrix; ``left`` and ``right`` say which sides
-    are wanted. ``update(G, factors, basis)`` sees both
-    factors and the current basis, since some rules read the other side.
+    are wanted. ``update(G, factors, basis)`` sees both factors and the current basis, since some rules read the other
+    side. ``track(G, factors, basis)`` follows the eigenvalues of `Eigenpairs` between two decompositions; a rule that
+    has it needs them. ``read(factors)`` is what is decomposed.
     """
 
     name: str
     init: Callable[[int, int, bool, bool, Any], Kronecker]
     update: Callable[[Array, Kronecker, Any], Kronecker]
+    track: Callable[[Array, Kronecker, Any], Any] | None = None
+    read: Callable[[Kronecker], Kronecker] = lambda factors: factors
 
 
 class Decomposition(NamedTuple):
@@ -71,6 +84,8 @@ class Moments(NamedTuple):
 
     linear: tuple[Array, ...]  # transform like the gradient
     quadratic: tuple[Array, ...]  # transform like its square
+    left: tuple[Array, ...] = ()  # ... like the sums of its square over columns,
+    right: tuple[Array, ...] = ()  # ... or over rows
 
 
 class Application(NamedTuple):
@@ -85,3 +100,4 @@ class Application(NamedTuple):
     update: Callable[..., tuple[Array, Any]]  # (G, state, basis, **extra) -> (direction, state)
     moments: Callable[[Any], Moments]
     with_moments: Callable[[Any, Moments], Any]
+    sees_itself: bool = False  # whether a gradient acts on itself, through factors that hold it already

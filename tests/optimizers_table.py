@@ -4,7 +4,7 @@ A law never asks which optimizer it has: what differs between two optimizers is 
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ class Row(NamedTuple):
     undecayed: Mapping[str, Any] = NOTHING  # options that turn weight decay off
     takes_axes: bool = True
     any_scale: bool = False  # a matrix's direction is the same for gradients of any size its dtype can hold
+    scale_free: bool = True  # large gradients move parameters as small ones do
     one_guard: bool = True  # a bad step is skipped by one guard, not by each stage of a chain
     tolerance: float = SINGLE_PRECISION  # of the update's norm, between two ways to compute it
     descent: tuple[float, int] = (0.1, 1000)  # first rate (falling linearly to 0) and steps of the convergence tests
@@ -88,6 +89,19 @@ def muon_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> 
     )
 
 
+def like_soap(make: Callable[..., Any], name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
+    """A row of an optimizer that takes SOAP's arguments."""
+    return soap_row(name, tolerance, **options)._replace(make=make, static_args=make.__name__)
+
+
+def shampoo_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
+    options = {"learning_rate": 0.01, "weight_decay": 0.1, "precondition_frequency": 2} | options
+    scheduled, undecayed = ("learning_rate", "weight_decay", "b1"), {"weight_decay": 0.0}
+    return Row(
+        name, fo.shampoo, options, static_args="shampoo", scheduled=scheduled, undecayed=undecayed, tolerance=tolerance
+    )
+
+
 ROWS = (
     soap_row("soap"),
     soap_row("soap-adaptive-packed", refresh="adaptive", adaptive_tolerance=0.01, factor_storage="packed"),
@@ -107,6 +121,26 @@ ROWS = (
         "muon-you-bf16", polynomial=fo.you(), scale="unit_rms", momentum_dtype=jnp.bfloat16, tolerance=HALF_PRECISION
     ),
     muon_row("muon-own-cubic", polynomial=((1.5, -0.5, 0.0),) * 12, scale=0.2),
+    shampoo_row("shampoo"),
+    shampoo_row("shampoo-newton-blocks-packed", root="newton", block_size=4, factor_storage="packed"),
+    shampoo_row(
+        "shampoo-half-polynomial-sgd", exponent=-0.5, root="polynomial", grafting="sgd", accumulate="sum"
+    )._replace(scale_free=False),
+    shampoo_row(
+        "shampoo-traced-staggered",
+        exponent=-0.5,
+        grafting=None,
+        trace_scaling=True,
+        refresh="staggered",
+        start_preconditioning_step=0,
+    ),
+    # From the dominant triple, factors have rank one after the first call, and a basis that depends on rounding.
+    like_soap(fo.dykaf, "dykaf", init="identity"),
+    like_soap(fo.dykaf, "dykaf-parallel-rank1", variant="parallel", init="identity", rank1_second_moment=True),
+    like_soap(fo.dykaf, "dykaf-one-sided-adaptive", sides="shorter", refresh="adaptive", transport="squared"),
+    # Their factors start at the identity, however large the gradients are.
+    like_soap(fo.kl_soap, "kl_soap")._replace(scale_free=False),
+    like_soap(fo.kl_shampoo, "kl_shampoo")._replace(scale_free=False),
     Row(
         "scale_by_soap",
         fo.scale_by_soap,
@@ -248,37 +282,3 @@ def run(update: Callable[..., Any], state: Any, params: Any, gradients: list[Any
         params = optax.apply_updates(params, updates)
         points.append(Point(updates, state, params))
     return points
-
-
-def assert_close(actual: Any, wanted: Any, tolerance: float) -> None:
-    """Every leaf within ``tolerance`` of the wanted leaf's norm."""
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True):
-        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-        error, norm = np.linalg.norm(x - y), np.linalg.norm(y)
-        assert error <= tolerance * norm, f"{jax.tree_util.keystr(path)}: off by {error} of {norm}"
-
-
-def assert_updates_close(points: list[Point], wanted: Sequence[Point], tolerance: float) -> None:
-    """The updates of ``points`` are those of the first steps of ``wanted``."""
-    for point, reference in zip(points, wanted[: len(points)], strict=True):
-        assert_close(point.updates, reference.updates, tolerance)
-
-
-def assert_same_bits(actual: Any, wanted: Any) -> None:
-    """Every leaf equal, with equal dtype; a NaN equals nothing."""
-    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
-    for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True):
-        assert x.dtype == y.dtype, jax.tree_util.keystr(path)
-        assert np.array_equal(x, y), jax.tree_util.keystr(path)
-
-
-def assert_finite(tree: Any) -> None:
-    for path, x in jax.tree.leaves_with_path(tree):
-        assert bool(jnp.isfinite(x).all()), jax.tree_util.keystr(path)
-
-
-def types(tree: Any) -> Any:
-    """Shape, dtype and weakness of every leaf, by path."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): (x.shape, x.dtype, getattr(x, "weak_type", False)) for path, x in leaves}

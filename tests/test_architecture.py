@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "reporting": {"axes", "guard"},
     "routing": {"axes", "reporting"},
     # What a preconditioner is put together from: these never import each other.
-    "factors": {"linalg", "types"},
+    "factors": {"branching", "checks", "linalg", "types"},
+    "grafting": {"axes", "guard", "routing"},
     "decompositions": {"branching", "linalg", "types"},
     "applications": {"checks", "linalg", "types"},
     # The seam knows their contracts in `types`, not them.
@@ -44,7 +45,8 @@ MAY_IMPORT = {
     "warm_start": {"applications", "axes", "linalg", "matrices", "momentum", "precondition", "reporting", "types"},
     # A named optimizer is the seam called with parts; nothing but the package itself imports one.
     "optimizers": {
-        *("applications", "axes", "checks", "decay", "decompositions", "factors", "guard", "linalg", "matrices"),
+        *("applications", "axes", "checks", "decay", "decompositions", "factors", "grafting", "guard", "linalg"),
+        "matrices",
         *("momentum", "precondition", "routing", "types"),
     },
     "capture": {"axes", "types"},

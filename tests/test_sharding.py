@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.optimizers_table import Row, assert_finite, assert_same_bits, assert_updates_close, build, each, run, updater
+from tests.comparisons import assert_finite, assert_same_bits, assert_updates_close
+from tests.optimizers_table import Row, build, each, run, updater
 
 # A kernel (8, 8) and a bias in every layout of a 2-D mesh.
 LAYOUTS = {

@@ -2,4 +2,7 @@
 
 from .eigenbasis import adam as adam
 from .eigenbasis import in_eigenbasis as in_eigenbasis
+from .eigenvalues import inverse_root_of_eigenvalues as inverse_root_of_eigenvalues
 from .orthogonal import orthogonal as orthogonal
+from .power import power as power
+from .rank1 import rank1_adam as rank1_adam

@@ -15,7 +15,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
 from ..checks import at
-from ..types import Application, Eigenbasis, Moments
+from ..types import Application, Eigenbasis, Eigenpairs, Moments
 
 Matrix = Float[Array, "m n"]
 
@@ -25,6 +25,8 @@ def in_eigenbasis(
     *,
     linear: tuple[str, ...] = ("mu", "trace"),
     quadratic: tuple[str, ...] = ("nu",),
+    left: tuple[str, ...] = ("nu_left",),
+    right: tuple[str, ...] = ("nu_right",),
 ) -> Application:
     """Apply ``inner`` to the rotated gradient and rotate its result back.
 
@@ -33,6 +35,7 @@ def in_eigenbasis(
         time, and no ``params``.
       linear: names of the fields of its state that hold averages of gradients (default: Optax's names).
       quadratic: names of the fields that hold averages of squared gradients.
+      left, right: names of the fields that hold a vector along a side, averaged over the squares of the other.
 
     Example:
       >>> import optax, fisher_optax as fo
@@ -46,24 +49,26 @@ def in_eigenbasis(
         return out_of(direction, basis), state
 
     def moments(state: Any) -> Moments:
-        return Moments(tuple(_fields(state, linear)), tuple(_fields(state, quadratic)))
+        return Moments(*(tuple(_fields(state, names)) for names in (linear, quadratic, left, right)))
 
     def with_moments(state: Any, moments: Moments) -> Any:
-        return _replace(_replace(state, linear, iter(moments.linear)), quadratic, iter(moments.quadratic))
+        for names, values in zip((linear, quadratic, left, right), moments, strict=True):
+            state = _replace(state, names, iter(values))
+        return state
 
-    return Application("in eigenbasis", (Eigenbasis,), inner.init, update, moments, with_moments)
+    return Application("in eigenbasis", (Eigenbasis, Eigenpairs), inner.init, update, moments, with_moments)
 
 
-def into(G: Matrix, basis: Eigenbasis) -> Matrix:
+def into(G: Matrix, basis: Eigenbasis | Eigenpairs) -> Matrix:
     """``Q_Lᵀ G Q_R``."""
-    Q_L, Q_R = basis
+    Q_L, Q_R = basis.left, basis.right
     G = G if Q_L is None else jnp.matmul(Q_L.astype(G.dtype).mT, G, precision=Precision.HIGHEST)
     return G if Q_R is None else jnp.matmul(G, Q_R.astype(G.dtype), precision=Precision.HIGHEST)
 
 
-def out_of(X: Matrix, basis: Eigenbasis) -> Matrix:
+def out_of(X: Matrix, basis: Eigenbasis | Eigenpairs) -> Matrix:
     """``Q_L X Q_Rᵀ``."""
-    Q_L, Q_R = basis
+    Q_L, Q_R = basis.left, basis.right
     X = X if Q_L is None else jnp.matmul(Q_L.astype(X.dtype), X, precision=Precision.HIGHEST)
     return X if Q_R is None else jnp.matmul(X, Q_R.astype(X.dtype).mT, precision=Precision.HIGHEST)
 

@@ -1,11 +1,10 @@
-"""Shampoo's and SOAP's factors: moving averages of ``G Gᵀ`` and ``Gᵀ G``.
+"""Shampoo's and SOAP's factors: sums or averages of ``G Gᵀ`` and ``Gᵀ G``.
 
     L ← β L + (1 - β) G Gᵀ        R ← β R + (1 - β) Gᵀ G
 
-No bias correction: a scale does not change an eigenbasis. The gradient is the mini-batch mean, so this is neither the
-  true nor the empirical Fisher.
+The gradient is the mini-batch mean, so this is neither the true nor the empirical Fisher.
 Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3, lines 14-15; Gupta et al. 2018 (arXiv 1802.09568), Algorithm
-  1.
+  1; trace scaling: Morwani et al. 2024 (arXiv 2406.17748).
 """
 
 from typing import Any
@@ -16,27 +15,59 @@ from jaxtyping import Array, Float
 
 from ..types import FactorRule, Kronecker
 
+KINDS = ("ema", "mean", "sum")
 
-def outer_product(decay: float | Array = 0.95) -> FactorRule:
-    """Exponential moving average of the outer products of the gradient with itself, on each side.
+
+def outer_product(decay: float | Array = 0.95, *, kind: str = "ema", trace_scaling: bool = False) -> FactorRule:
+    """Outer products of the gradient with itself, on each side.
 
     Args:
       decay: β, in [0, 1); 0 keeps the last gradient's alone. A half life of 14 steps by default, as the SOAP authors'.
+      kind: "ema", without bias correction (enough for an eigenbasis, which no scale turns); "mean", the same divided by
+        the sum of its weights, unbiased from the first step on; "sum" of all so far, which has no decay.
+      trace_scaling: read the factors as ``L / sqrt(tr L)`` and ``R / sqrt(tr R)``, whose product has the scale of
+        ``E[g gᵀ]``: where gradients are independent draws with a Kronecker covariance, it is that covariance.
+
+    Raises:
+      ValueError: for an unknown kind.
 
     Example:
       >>> import fisher_optax as fo
       >>> fo.factors.outer_product(0.9).name
       'outer product'
     """
+    if kind not in KINDS:
+        raise ValueError(f"outer_product: kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}.")
 
     def init(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
-        return Kronecker(jnp.zeros((m, m), dtype) if left else None, jnp.zeros((n, n), dtype) if right else None)
+        weight = jnp.zeros([], dtype) if kind == "mean" else ()
+        L, R = (jnp.zeros((d, d), dtype) if wanted else None for d, wanted in ((m, left), (n, right)))
+        return Kronecker(L, R, weight)
 
     def update(G: Float[Array, "m n"], factors: Kronecker, bases: Any) -> Kronecker:
-        L, R = factors
-        return Kronecker(
-            None if L is None else decay * L + (1 - decay) * jnp.matmul(G, G.mT, precision=Precision.HIGHEST),
-            None if R is None else decay * R + (1 - decay) * jnp.matmul(G.mT, G, precision=Precision.HIGHEST),
-        )
+        del bases
+        β, new = (1, 1) if kind == "sum" else (decay, 1 - decay)
 
-    return FactorRule("outer product", init, update)
+        def follow(A: Any, G: Array) -> Any:
+            return None if A is None else β * A + new * jnp.matmul(G, G.mT, precision=Precision.HIGHEST)
+
+        weight = (β * factors.seen + new).astype(factors.seen.dtype) if kind == "mean" else ()
+        return Kronecker(follow(factors.left, G), follow(factors.right, G.mT), weight)
+
+    def read(factors: Kronecker) -> Kronecker:
+        weight = jnp.where(factors.seen == 0, 1, factors.seen) if kind == "mean" else 1
+        L, R = (None if A is None else A / weight for A in (factors.left, factors.right))
+        return _trace_scaled(L, R) if trace_scaling else Kronecker(L, R)
+
+    plain = kind != "mean" and not trace_scaling
+    return FactorRule("outer product", init, update) if plain else FactorRule("outer product", init, update, read=read)
+
+
+def _trace_scaled(L: Any, R: Any) -> Kronecker:
+    def scaled(A: Any) -> Any:
+        if A is None:
+            return None
+        size = jnp.trace(A)
+        return A / jnp.where(size > 0, jnp.sqrt(size), 1)
+
+    return Kronecker(scaled(L), scaled(R))

@@ -3,17 +3,20 @@
 from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration, project
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
+from .roots import check_exponent, matrix_power
 from .scaling import unit_frobenius, unit_scale
 from .symmetric import pack, unpack
 
 __all__ = [
     "as_polynomial",
+    "check_exponent",
     "descending",
     "direct_flops",
     "eigenbasis",
     "gram_flops",
     "jordan",
     "keep_last_good",
+    "matrix_power",
     "off_diagonality",
     "orthogonal_iteration",
     "orthogonalize",

@@ -6,6 +6,7 @@ enough: ``(k + 1) / 2k`` of the flops.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,12 +99,22 @@ def combine(a: Any, S: Symmetric, b: Any, T: Symmetric) -> Symmetric:
 
 def add_identity(a: Any, S: Symmetric) -> Symmetric:
     """``a I + S``."""
-    return tuple(s + a * jnp.eye(*s.shape[-2:], first, dtype=s.dtype) for s, first in zip(S, _firsts(S), strict=True))
+    return tuple(
+        jnp.where(jnp.eye(s.shape[-2], s.shape[-1], first, dtype=bool), s + a, s)
+        for s, first in zip(S, _firsts(S), strict=True)
+    )
 
 
 def trace(S: Symmetric) -> Float[Array, "*batch"]:
     """The sum of the diagonal."""
-    return sum(jnp.trace(s, first, -2, -1) for s, first in zip(S, _firsts(S), strict=True))
+    parts = (jnp.sum(_diagonal(s, first), -1) for s, first in zip(S, _firsts(S), strict=True))
+    return functools.reduce(jnp.add, parts)
+
+
+def _diagonal(s: Float[Array, "*batch r n"], first: int) -> Float[Array, "*batch r"]:
+    """The entries at ``i, first + i``, by one strided slice."""
+    r, n = s.shape[-2:]
+    return s.reshape(*s.shape[:-2], r * n)[..., first :: n + 1][..., :r]
 
 
 def _firsts(S: Symmetric) -> list[int]:

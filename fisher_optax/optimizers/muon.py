@@ -109,16 +109,15 @@ def muon(
     in_range("weight_decay", weight_decay, 0)
     average, polar = _parts(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
 
+    # A decay that is zero for good would still read the parameters.
+    none = isinstance(weight_decay, int | float) and weight_decay == 0
+    decay = optax.identity() if none else optax.add_decayed_weights(weight_decay, visible(mask))
+    rate = optax.scale_by_learning_rate(learning_rate)
+
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        # A decay that is zero for good would still read the parameters.
-        none = isinstance(weight_decay, int | float) and weight_decay == 0
-        decay = optax.identity() if none else optax.add_decayed_weights(weight_decay, visible(mask))
-        rate = optax.scale_by_learning_rate(learning_rate)
         return optax.chain(average, polar.on_matrices(leaf_axes), decay, rate)
 
-    fallback = (
-        optax.adamw(learning_rate, weight_decay=weight_decay, mask=visible(mask)) if fallback is None else fallback
-    )
+    fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
     return _routed(build, fallback, axes, polar)
 
 

@@ -10,18 +10,20 @@ Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3, and the authors' code,
 turns, which is the same mathematics at 6mn(m+n) instead of 10mn(m+n) flops a step.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import optax
 
 from ..applications import adam, in_eigenbasis
-from ..checks import in_range
+from ..checks import in_range, scheduled
 from ..decay import Mask, decay_after_step, visible
-from ..decompositions import eigh, orthogonal_iteration
+from ..decompositions import eigh, orthogonal_iteration, with_eigenvalues
 from ..factors import outer_product
 from ..guard import guarded
 from ..precondition import Seam, seam
 from ..routing import by_axes, skip_first_call
+from ..types import Application, FactorRule
 
 KINDS = ("matrix", "head")
 DECOMPOSITIONS = {
@@ -65,9 +67,7 @@ def scale_by_soap(
       >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar,
       optax.scale_by_learning_rate(3e-3))
     """
-    method = _seam(**_common(locals()))
-    fallback = _adam(b1, b2, eps) if fallback is None else fallback
-    return guarded(method.directions("soap", fallback, axes, KINDS))
+    return direction("soap", **locals())
 
 
 def soap(
@@ -139,7 +139,41 @@ def soap(
       >>> tx = fo.soap(optax.cosine_decay_schedule(3e-3, 100), refresh="staggered")
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    method = _seam(**_common(locals()))
+    return complete("soap", **locals())
+
+
+def direction(
+    name: str,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    fallback: Any,
+    axes: Any,
+    parts: Callable[..., Seam] | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_soap`, or with other ``parts`` one of its relatives."""
+    method = (parts or soap_seam)(b1=b1, b2=b2, eps=eps, **options)
+    fallback = _adam(b1, b2, eps) if fallback is None else fallback
+    return guarded(method.directions(name, fallback, axes, KINDS))
+
+
+def complete(
+    name: str,
+    learning_rate: Any,
+    weight_decay: Any,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    mask: Mask,
+    fallback: Any,
+    axes: Any,
+    first_step: str,
+    parts: Callable[..., Seam] | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """`soap`, or with other ``parts`` one of its relatives."""
+    method = (parts or soap_seam)(b1=b1, b2=b2, eps=eps, first_step=first_step, **options)
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
 
@@ -157,16 +191,10 @@ def soap(
         fallback = optax.chain(method.with_first(_adam(b1, b2, eps)), rest)
     else:
         fallback = method.with_first(fallback)
-    return guarded(by_axes("soap", build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    return guarded(by_axes(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
-def _common(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of the arguments of `scale_by_soap` or `soap`, those that say what is done to a matrix."""
-    others = ("learning_rate", "weight_decay", "mask", "fallback", "axes")
-    return {name: value for name, value in arguments.items() if name not in others}
-
-
-def _seam(
+def soap_seam(
     b1: Any,
     b2: Any,
     eps: Any,
@@ -175,25 +203,25 @@ def _seam(
     normalize_updates: bool,
     decomposition: str,
     momentum_dtype: Any,
+    factors: Callable[[Any], FactorRule] = outer_product,
+    inner: optax.GradientTransformation | None = None,
+    application: Application | None = None,
     **options: Any,
 ) -> Seam:
+    """SOAP's cell of the seam; ``factors`` makes other factors of their decay, ``inner`` runs in the basis in Adam's
+    place, or ``application`` does all.
+    """
     in_range("b1", b1, 0, 1)
     in_range("b2", b2, 0, 1)
     in_range("eps", eps, 0)
     in_range("shampoo_beta", 0.0 if shampoo_beta is None else shampoo_beta, 0, 1)
     if decomposition not in DECOMPOSITIONS:
         raise ValueError(f"decomposition must be one of {', '.join(map(repr, DECOMPOSITIONS))}; got {decomposition!r}.")
-    application = in_eigenbasis(adam(b1, b2, eps, bias_correction, momentum_dtype, normalize_updates))
-    return seam(
-        outer_product(b2 if shampoo_beta is None else shampoo_beta),
-        DECOMPOSITIONS[decomposition](),
-        application,
-        **options,
-    )
+    rule, decompose = factors(b2 if shampoo_beta is None else shampoo_beta), DECOMPOSITIONS[decomposition]()
+    decompose = decompose if rule.track is None else with_eigenvalues(decompose)
+    inner = adam(b1, b2, eps, bias_correction, momentum_dtype, normalize_updates) if inner is None else inner
+    return seam(rule, decompose, application or in_eigenbasis(inner), **options)
 
 
 def _adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
-    """Optax's Adam, whose betas must be injected where they are schedules."""
-    if callable(b1) or callable(b2):
-        return optax.inject_hyperparams(optax.scale_by_adam)(b1, b2, eps)
-    return optax.scale_by_adam(b1, b2, eps)
+    return scheduled(optax.scale_by_adam, b1=b1, b2=b2, eps=eps)

@@ -1,6 +1,7 @@
 """How optimizers may be called: once compiled, eagerly, mapped, wrapped by optax, with traced or scheduled numbers."""
 
 import functools
+import inspect
 import operator
 from typing import Any
 
@@ -11,13 +12,11 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from tests.comparisons import assert_close, assert_same_bits, assert_updates_close
 from tests.optimizers_table import (
     ROWS,
     STEPS,
     Row,
-    assert_close,
-    assert_same_bits,
-    assert_updates_close,
     build,
     compiled,
     each,
@@ -79,7 +78,8 @@ def assert_stops_after_three(row: Row, tx: optax.GradientTransformationExtraArgs
 
 
 def numbers(row: Row) -> dict[str, float]:
-    return {"b1": 0.95, "beta": 0.95, "learning_rate": row.rate_after} | row.options
+    defaults = {name: p.default for name, p in inspect.signature(row.make).parameters.items()}
+    return defaults | {"learning_rate": row.rate_after} | row.options
 
 
 @each(row for row in ROWS if row.static_args)

@@ -9,13 +9,10 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from tests.comparisons import assert_close, assert_finite, assert_same_bits, assert_updates_close, types
 from tests.optimizers_table import (
     ROWS,
     Row,
-    assert_close,
-    assert_finite,
-    assert_same_bits,
-    assert_updates_close,
     build,
     compiled,
     each,
@@ -24,7 +21,6 @@ from tests.optimizers_table import (
     standard_gradients,
     standard_params,
     trajectory,
-    types,
     updater,
 )
 
@@ -145,7 +141,7 @@ def test_gradients_of_1e15_and_of_its_inverse(row: Row, exponent: int) -> None:
     params = standard_params()
     points = run(c.update, c.init(params), params, scaled(standard_gradients(), 2.0**exponent))
     assert_finite(points)
-    if exponent > 0:
+    if exponent > 0 and row.scale_free:
         assert_updates_close(points, trajectory(row), row.tolerance)
     assert all(bool(jnp.any(u)) for u in jax.tree.leaves(points[-1].updates))
     assert (int(fo.health(points[-1].state).skipped), int(fo.health(points[-1].state).kept)) == (0, 0)

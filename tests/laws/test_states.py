@@ -11,11 +11,9 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
+from tests.comparisons import assert_close, assert_finite, assert_same_bits, types
 from tests.optimizers_table import (
     Row,
-    assert_close,
-    assert_finite,
-    assert_same_bits,
     build,
     compiled,
     each,
@@ -23,7 +21,6 @@ from tests.optimizers_table import (
     standard_gradients,
     standard_params,
     trajectory,
-    types,
     updater,
 )
 

@@ -1,0 +1,86 @@
+"""The factors of KL-Shampoo: the Kronecker product nearest to the gradients' covariance in Kullback-Leibler divergence.
+
+The divergence from ``N(0, E[g gᵀ])`` to ``N(0, L ⊗ R)`` is stationary where
+
+    L = E[G R⁻¹ Gᵀ] / n;   R = E[Gᵀ L⁻¹ G] / m
+
+and a step moves both sides there, through the eigenpairs ``L = Q_L diag(λ_L) Q_Lᵀ`` of the last refresh, whose values
+are followed in between:
+
+    L ← β L + (1-β)/n (G Q_R) diag(λ_R)⁻¹ (G Q_R)ᵀ;    λ_L,i ← β λ_L,i + (1-β) mean_j H_ij² / λ_R,j,   H = Q_Lᵀ G Q_R
+
+and likewise R and λ_R. Source: Lin et al. 2025 (arXiv 2509.03378), equations for KL-Shampoo with a running average.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Float
+
+from ..checks import at
+from ..types import Eigenpairs, FactorRule, Kronecker
+
+# Of the largest eigenvalue: smaller ones count as this much where they divide.
+FLOOR = 1e-7
+
+
+def kullback_leibler(decay: Any = 0.98) -> FactorRule:
+    """Factors that minimise the Kullback-Leibler divergence (see the top of this file); both start at the identity.
+
+    Args:
+      decay: β, in [0, 1): a number, or a schedule of the calls so far. ``running_mean`` weighs all gradients equally,
+        which recovers a covariance that does not change.
+
+    Example:
+      >>> import fisher_optax as fo
+      >>> rule = fo.factors.kullback_leibler(fo.factors.running_mean)
+    """
+
+    def init(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
+        eyes = (jnp.eye(d, dtype=dtype) if wanted else None for d, wanted in ((m, left), (n, right)))
+        return Kronecker(*eyes, seen=jnp.zeros([], jnp.int32))
+
+    def update(G: Float[Array, "m n"], factors: Kronecker, basis: Any) -> Kronecker:
+        β = jnp.asarray(at(decay, factors.seen), G.dtype)
+
+        def follow(A: Any, G: Array, Q: Any, values: Any) -> Any:
+            """The factor of G's rows, from the eigenpairs of its columns."""
+            if A is None:
+                return None
+            X = G if Q is None else jnp.matmul(G, Q.astype(G.dtype), precision=Precision.HIGHEST)
+            weighted = X if values is None else X / _floored(values)
+            return β * A + (1 - β) * jnp.matmul(weighted, X.mT, precision=Precision.HIGHEST) / G.shape[1]
+
+        return Kronecker(
+            follow(factors.left, G, basis.right, basis.right_values),
+            follow(factors.right, G.mT, basis.left, basis.left_values),
+            factors.seen + 1,
+        )
+
+    def track(G: Float[Array, "m n"], factors: Kronecker, basis: Eigenpairs) -> Eigenpairs:
+        β = jnp.asarray(at(decay, factors.seen), G.dtype)
+        H = G if basis.left is None else jnp.matmul(basis.left.astype(G.dtype).mT, G, precision=Precision.HIGHEST)
+        H = H if basis.right is None else jnp.matmul(H, basis.right.astype(G.dtype), precision=Precision.HIGHEST)
+
+        def follow(own: Any, other: Any, H: Array) -> Any:
+            if own is None:
+                return None
+            squares = jnp.square(H) if other is None else H * (H / _floored(other))
+            return (β * own + (1 - β) * jnp.mean(squares, 1)).astype(own.dtype)
+
+        left, right = basis.left_values, basis.right_values
+        return basis._replace(left_values=follow(left, right, H), right_values=follow(right, left, H.mT))
+
+    return FactorRule("Kullback-Leibler", init, update, track)
+
+
+def running_mean(count: Any) -> Array:
+    """The decay ``1 - 1 / (t + 1)`` at call t = 1, 2, ...: after it, all gradients and the start weigh the same."""
+    t = jnp.asarray(count, jnp.float32) + 1
+    return t / (t + 1)
+
+
+def _floored(values: Float[Array, " d"]) -> Float[Array, " d"]:
+    """Positive, so that zero gradients, whose eigenvalues die out, divide by something."""
+    return jnp.maximum(values, jnp.maximum(FLOOR * jnp.max(values), jnp.finfo(values.dtype).tiny))

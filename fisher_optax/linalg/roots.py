@@ -1,0 +1,162 @@
+"""Negative powers of positive semi-definite matrices: by eigenvalues, and by matrix products alone.
+
+All of them damp: eigenvalues below ``ridge`` times the largest count as that, or are raised by it, since a float32
+computation knows none of them to better than 1e-7 of the largest. A zero matrix has the identity as its power.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Float
+
+from .lapack import one_by_one
+from .polynomials import polar_express
+from .scaling import unit_scale
+
+METHODS = ("eigh", "newton", "polynomial")
+# Steps of the iterations at most: both converge in far fewer for condition numbers to 1e7.
+NEWTON_STEPS, POLYNOMIAL_STEPS = 100, 12
+
+
+def matrix_power(
+    A: Float[Array, "d d"], exponent: float, *, method: str = "eigh", ridge: Any = 1e-6
+) -> Float[Array, "d d"]:
+    """``(A + ridge |A| I)^exponent`` for an exponent from -1 to 0, |A| the largest eigenvalue or a bound on it.
+
+    Args:
+      A: symmetric, positive semi-definite, of any scale; float32 at least.
+      exponent: of each eigenvalue.
+      method: "eigh" (any exponent); "newton" (coupled Newton, exponents -1/p); "polynomial" (coupled polynomials of the
+        sign function, Polar Express's, exponents -1/2, -1/4, -1/8 ...). The last two are matrix products alone.
+      ridge: relative to the largest eigenvalue. Float32 roots err by about 1e-8 of the condition number, which it
+        limits to ``1 / ridge``.
+
+    Returns:
+      Symmetric; not finite where A is not.
+
+    Raises:
+      ValueError: for an unknown method, or an exponent that it does not have.
+
+    Source: eigenvalues as in Gupta et al. 2018 (arXiv 1802.09568); coupled Newton: Guo and Higham 2006, as in Anil et
+      al. 2020 (arXiv 2002.09018); coupled polynomials: Higham 2008, chapter 6, with the coefficients of Amsel et al.
+      2025 (arXiv 2505.16932).
+
+    >>> print(matrix_power(jnp.diag(jnp.array([4.0, 1.0])), -0.5).round(3))
+    [[0.5 0. ]
+     [0.  1. ]]
+    """
+    check_exponent(exponent, method)
+    if exponent == 0:
+        return jnp.eye(A.shape[-1], dtype=A.dtype)
+    # Powers of two in and out: the scale is exact, and neither it nor its power leaves the range of the dtype.
+    X = unit_scale(A)
+    largest = jnp.max(jnp.abs(A))
+    scale = largest / jnp.where(largest > 0, jnp.max(jnp.abs(X)), 1)
+    X = (X + X.mT) / 2
+    if method == "eigh":
+        root = _by_eigenvalues(X, exponent, ridge)
+    elif method == "newton":
+        root = _coupled_newton(X, round(-1 / exponent), ridge)
+    else:
+        root = _coupled_polynomial(X, halvings(exponent), ridge)
+    zero = largest == 0
+    root = jnp.where(zero, jnp.eye(A.shape[-1], dtype=A.dtype), root * jnp.where(zero, 1, scale) ** exponent)
+    return (root + root.mT) / 2
+
+
+def check_exponent(exponent: Any, method: str) -> None:
+    """A ValueError unless the method has the exponent."""
+    if method not in METHODS:
+        raise ValueError(f"method of a root must be one of {', '.join(map(repr, METHODS))}; got {method!r}.")
+    if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not -1 <= exponent <= 0:
+        raise ValueError(f"exponent must be a number from -1 to 0; got {exponent!r}.")
+    if exponent == 0 or method == "eigh":
+        return
+    p = -1 / exponent
+    if abs(p - round(p)) > 1e-9 or (method == "polynomial" and round(p) not in (2, 4, 8, 16)):
+        wanted = "-1/p for an integer p" if method == "newton" else "-1/2, -1/4, -1/8 or -1/16"
+        raise ValueError(f"method {method!r} has exponents {wanted}; got {exponent!r}. Use 'eigh' for any.")
+
+
+def halvings(exponent: float) -> int:
+    """How often 1 is halved to give ``-exponent``."""
+    return round(-1 / exponent).bit_length() - 1
+
+
+def _by_eigenvalues(A: Array, exponent: float, ridge: Any) -> Array:
+    Q = one_by_one(lambda A: jnp.linalg.eigh(A).eigenvectors)(A)
+    λ = jnp.sum(Q * _matmul(A, Q), axis=0)
+    λ = jnp.maximum(λ, 0) + ridge * jnp.max(λ)
+    return _matmul(Q * λ**exponent, Q.mT)
+
+
+def _coupled_newton(A: Array, p: int, ridge: Any) -> Array:
+    """``X ← X M', M ← M'^p M, M' = ((p+1) I - M) / p`` from ``X = z^(1/p) I, M = z A``: M tends to I, X to the root."""
+    eye = jnp.eye(A.shape[-1], dtype=A.dtype)
+    A = A + ridge * _largest_eigenvalue(A) * eye
+    z = (1 + p) / (2 * jnp.linalg.norm(A))
+
+    def distance(M: Array) -> Array:
+        return jnp.max(jnp.abs(M - eye))
+
+    def goes_on(carry: Any) -> Array:
+        i, _, _, error, before, _ = carry
+        return (i < NEWTON_STEPS) & (error > 1e-6) & (error < 1.2 * before)
+
+    def step(carry: Any) -> Any:
+        i, X, M, error, _, best = carry
+        change = ((p + 1) * eye - M) / p
+        X_new, M_new = _matmul(X, change), _matmul(_power(change, p), M)
+        new_error = distance(M_new)
+        best = jnp.where(new_error < error, X_new, best)
+        return i + 1, X_new, M_new, new_error, error, best
+
+    X, M = z ** (1 / p) * eye, z * A
+    start = (jnp.zeros([], jnp.int32), X, M, distance(M), jnp.asarray(jnp.inf, A.dtype), X)
+    return jax.lax.while_loop(goes_on, step, start)[-1]
+
+
+def _coupled_polynomial(A: Array, halvings: int, ridge: Any) -> Array:
+    """``P = Z Y; H = a I + b P + c P²; Y ← Y H, Z ← H Z`` from ``Y = A / c, Z = I``: Y tends to ``(A/c)^1/2``, Z to
+    ``(A/c)^-1/2``; again on Y for the next root.
+    """
+    eye = jnp.eye(A.shape[-1], dtype=A.dtype)
+    bound = 1.01 * _largest_eigenvalue(A)
+    Y = (A + ridge * bound * eye) / (bound * (1 + ridge))
+    coefficients = jnp.asarray(polar_express(POLYNOMIAL_STEPS), A.dtype)
+
+    def step(carry: tuple[Array, Array], h: Array) -> tuple[tuple[Array, Array], None]:
+        (Y, Z), (a, b, c) = carry, h
+        P = _matmul(Z, Y)
+        H = a * eye + b * P + c * _matmul(P, P)
+        Y, Z = _matmul(Y, H), _matmul(H, Z)
+        return ((Y + Y.mT) / 2, (Z + Z.mT) / 2), None
+
+    Z = eye
+    for _ in range(halvings):
+        (Y, Z), _ = jax.lax.scan(step, (Y, eye), coefficients)
+    return Z * (bound * (1 + ridge)) ** (-(0.5**halvings))
+
+
+def _largest_eigenvalue(A: Array) -> Array:
+    """A bound on the largest eigenvalue of a positive semi-definite matrix: the smaller one of the mean plus sqrt(d-1)
+    standard deviations (Wolkowicz and Styan 1980) and the largest row sum.
+    """
+    d = A.shape[-1]
+    mean = jnp.trace(A) / d
+    spread = jnp.sqrt(jnp.maximum(jnp.sum(A * A) / d - mean**2, 0) * (d - 1))
+    return jnp.minimum(mean + spread, jnp.max(jnp.sum(jnp.abs(A), -1)))
+
+
+def _power(A: Array, p: int) -> Array:
+    """``A^p`` by squaring."""
+    if p == 1:
+        return A
+    half = _power(_matmul(A, A), p // 2)
+    return _matmul(half, A) if p % 2 else half
+
+
+def _matmul(A: Array, B: Array) -> Array:
+    return jnp.matmul(A, B, precision=Precision.HIGHEST)

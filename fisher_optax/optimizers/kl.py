@@ -1,0 +1,82 @@
+"""KL-Shampoo and KL-SOAP: preconditioners in the eigenbases of the factors nearest in Kullback-Leibler divergence.
+
+    KL-Shampoo   U = Q_L [m / (sqrt(λ_L λ_Rᵀ) + eps)] Q_Rᵀ       m, λ in the basis of the last refresh
+    KL-SOAP      SOAP's step in the same bases: Adam's v in place of λ_L λ_Rᵀ
+
+`fo.factors.kullback_leibler` has the factors. Source: Lin et al. 2025 (arXiv 2509.03378).
+"""
+
+import functools
+from typing import Any
+
+import optax
+
+from ..applications import inverse_root_of_eigenvalues
+from ..checks import takes
+from ..factors import kullback_leibler
+from ..precondition import Seam
+from .soap import complete, direction, scale_by_soap, soap, soap_seam
+
+BETAS = {"b1": 0.9, "b2": 0.98}  # the authors'
+
+
+@takes(scale_by_soap, **BETAS)
+def scale_by_kl_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
+    """The direction of `kl_soap`, without learning rate and decay; arguments of `scale_by_soap`.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.scale_by_kl_soap(), optax.scale_by_learning_rate(3e-3))
+    """
+    return direction("kl_soap", parts=_kl_soap, **options)
+
+
+@takes(soap, **BETAS)
+def kl_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
+    """KL-SOAP (see the top of this file). Takes the arguments of `soap`; the betas are the authors', (.9, .98).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fisher_optax as fo
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> tx = fo.kl_soap(3e-3)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    """
+    return complete("kl_soap", parts=_kl_soap, **options)
+
+
+@takes(scale_by_soap, **BETAS)
+def scale_by_kl_shampoo(**options: Any) -> optax.GradientTransformationExtraArgs:
+    """The direction of `kl_shampoo`, without learning rate and decay; arguments of `scale_by_soap`.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.scale_by_kl_shampoo(), optax.scale_by_learning_rate(3e-3))
+    """
+    return direction("kl_shampoo", parts=_kl_shampoo, **options)
+
+
+@takes(soap, **BETAS)
+def kl_shampoo(**options: Any) -> optax.GradientTransformationExtraArgs:
+    """KL-Shampoo (see the top of this file). Takes the arguments of `soap`, which mean the same: ``b2`` (or
+    ``shampoo_beta``) is the decay of factors and eigenvalues, there is no v, and so no ``transport`` of it.
+
+    Raises:
+      ValueError: with ``normalize_updates`` or ``transport="squared"``, which are about Adam in the basis.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fisher_optax as fo
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> tx = fo.kl_shampoo(3e-3)
+      >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    """
+    return complete("kl_shampoo", parts=_kl_shampoo, **options)
+
+
+_kl_soap = functools.partial(soap_seam, factors=kullback_leibler)
+
+
+def _kl_shampoo(*, b1: Any, eps: Any, **options: Any) -> Seam:
+    if options["normalize_updates"] or options["transport"] != "permute":
+        raise ValueError("kl_shampoo has no Adam in its basis: leave normalize_updates and transport alone.")
+    application = inverse_root_of_eigenvalues(b1, eps, options["bias_correction"], options["momentum_dtype"])
+    return soap_seam(b1=b1, eps=eps, factors=kullback_leibler, application=application, **options)
