@@ -86,9 +86,13 @@ def halvings(exponent: float) -> int:
 
 
 def _by_eigenvalues(A: Array, exponent: float, ridge: Any) -> Array:
-    Q = one_by_one(lambda A: jnp.linalg.eigh(A).eigenvectors)(A)
-    λ = jnp.sum(Q * _matmul(A, Q), axis=0)
-    λ = jnp.maximum(λ, 0) + ridge * jnp.max(λ)
+    def eigh(A: Array) -> Array:
+        """Values on top of the vectors, in one array."""
+        λ, Q = jnp.linalg.eigh(A, symmetrize_input=False)
+        return jnp.concatenate([λ[None], Q])
+
+    λ, Q = jnp.split(one_by_one(eigh)(A), [1])
+    λ = jnp.maximum(λ[0], 0) + ridge * jnp.max(λ)
     return _matmul(Q * λ**exponent, Q.mT)
 
 
