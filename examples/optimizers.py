@@ -47,6 +47,34 @@ def soap(rate: optax.Schedule, settings: Settings, **options: Any) -> optax.Grad
     )
 
 
+def like_soap(
+    make: Callable[..., optax.GradientTransformation],
+) -> Callable[[optax.Schedule, Settings], optax.GradientTransformation]:
+    """A relative of SOAP that takes its arguments."""
+
+    def build(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformation:
+        return make(
+            rate,
+            weight_decay=settings.weight_decay,
+            precondition_frequency=settings.refresh,
+            mask=decayed,
+            fallback=adamw(rate, settings),
+        )
+
+    return build
+
+
+def shampoo(rate: optax.Schedule, settings: Settings, **options: Any) -> optax.GradientTransformation:
+    return fo.shampoo(
+        rate,
+        weight_decay=settings.weight_decay,
+        precondition_frequency=settings.refresh,
+        mask=decayed,
+        fallback=adamw(rate, settings),
+        **options,
+    )
+
+
 def muon(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformation:
     return fo.muon(rate, weight_decay=settings.weight_decay, mask=decayed, fallback=adamw(rate, settings))
 
@@ -59,6 +87,10 @@ METHODS = {
     "adamw": Method(adamw, 3e-3),
     "soap": Method(soap, 6e-3),
     "muon": Method(muon, 1e-2),
+    "shampoo": Method(shampoo, 3e-3),
+    "dykaf": Method(like_soap(fo.dykaf), 6e-3),
+    "kl_soap": Method(like_soap(fo.kl_soap), 6e-3),
+    "kl_shampoo": Method(like_soap(fo.kl_shampoo), 6e-3),
     "optax_muon": Method(optax_muon, 3e-2),
 }
 
