@@ -101,7 +101,7 @@ def follow(rule: Any, grads: np.ndarray) -> Iterator[Kronecker]:
 
 
 def drifting(rng: np.random.Generator, turn: float) -> np.ndarray:
-    """Gradients ``A_t Z B_tᵀ`` with condition numbers 100, whose A and B turn in a random plane of each pair of axes."""
+    """Gradients ``A_t Z B_tᵀ``, whose A and B (singular values 1 to .1) turn in a random plane of each pair of axes."""
 
     def side(d: int) -> Iterator[np.ndarray]:
         Q = np.linalg.qr(rng.normal(size=(d, d)))[0]
@@ -140,7 +140,7 @@ def run_setting(make: Callable[[np.random.Generator], np.ndarray], seed: int) ->
 
 
 def hessian_errors(seed: int) -> dict[str, list[float]]:
-    """Softmax regression, 8 inputs and 6 classes, at the parameters that labels are drawn from: errors by sample size."""
+    """Softmax regression, 8 inputs and 6 classes, at the parameters that drew the labels: errors by sample size."""
     rng = np.random.default_rng(seed)
     m, n = SHAPE
     W, mixing = rng.normal(size=SHAPE), rng.normal(size=(m, m)) / m**0.5

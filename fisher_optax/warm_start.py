@@ -14,7 +14,7 @@ from .matrices import to_stacks
 from .momentum import MomentumState
 from .precondition import MatrixState, PreconditionState
 from .reporting import report
-from .types import Kronecker
+from .types import Eigenpairs, Kronecker
 
 
 def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
@@ -22,7 +22,9 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
 
     SOAP: moments as they are, in the identity basis, in which SOAP is Adam; ``L = diag(Σ_j v_ij)`` and ``R = diag(Σ_i
       v_ij)``, the diagonals that ``G Gᵀ`` and ``Gᵀ G`` had.
-    The first call then finds the first basis and carries the moments into it. Muon: Adam's first moment as momentum.
+    The first call then finds the first basis and carries the moments into it. KL-SOAP: the same, with the factors at
+      the scale of v. DyKAF: as SOAP, whose factors are too large for it by their trace until they are forgotten. Muon:
+      Adam's first moment as momentum.
     Fallbacks that hold Adam: its state.
     Counters of schedules start at 0.
 
@@ -83,8 +85,8 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, held))
     if not used:
         raise ValueError(
-            "from_adam: this transformation keeps nothing that Adam's moments fit; it is for fo.soap, fo.muon and "
-            "chains with them."
+            "from_adam: this transformation keeps nothing that Adam's moments fit; it is for fo.soap and its "
+            "relatives, fo.muon and chains with them."
         )
     return state
 
@@ -96,7 +98,8 @@ def _start(old: MatrixState, count: Array, mu: Array, nu: Array) -> MatrixState 
         return None
     moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}
     inner = inner._replace(count=jnp.broadcast_to(count, inner.count.shape).astype(inner.count.dtype), **moments)
-    return old._replace(application=inner, factors=jax.vmap(_diagonal)(nu, old.factors))
+    factors, basis = jax.vmap(_diagonal)(nu, old.factors, old.basis)
+    return old._replace(application=inner, factors=factors, basis=basis)
 
 
 def _find_adam(state: Any, params: Any) -> optax.ScaleByAdamState:
@@ -119,8 +122,18 @@ def _find_adam(state: Any, params: Any) -> optax.ScaleByAdamState:
     return adams[0]
 
 
-def _diagonal(v: Array, old: Kronecker) -> Kronecker:
-    """The factors whose diagonals are the row and column sums of Adam's second moment, kept as the old ones are."""
+def _diagonal(v: Array, old: Kronecker, basis: Any) -> tuple[Kronecker, Any]:
+    """The factors whose diagonals are the row and column sums of Adam's second moment, kept as the old ones are, and
+    the basis; with eigenvalues, the factors are divided so that their product has the scale of v.
+    """
+    rows, columns = v.sum(1), v.sum(0)
+    if isinstance(basis, Eigenpairs):
+        total = jnp.sqrt(jnp.sum(v))
+        rows, columns = (jnp.where(total > 0, d / jnp.where(total > 0, total, 1), 1) for d in (rows, columns))
+        left, right = (
+            None if old is None else d.astype(old.dtype) for d, old in zip((rows, columns), basis[2:], strict=True)
+        )
+        basis = basis._replace(left_values=left, right_values=right)
 
     def side(A: Array | None, d: Array) -> Array | None:
         if A is None:
@@ -128,4 +141,4 @@ def _diagonal(v: Array, old: Kronecker) -> Kronecker:
         full = jnp.diag(d)
         return (full if A.shape == full.shape else linalg.pack(full)).astype(A.dtype)
 
-    return Kronecker(side(old.left, v.sum(1)), side(old.right, v.sum(0)))
+    return old._replace(left=side(old.left, rows), right=side(old.right, columns)), basis

@@ -74,3 +74,27 @@ def test_what_does_not_fit_is_refused() -> None:
         fo.from_adam(fo.soap(1e-3), optax.adam(1e-3).init({"w": jnp.ones(3)}), PARAMS)
     with pytest.raises(ValueError, match="keeps nothing"):
         fo.from_adam(optax.sgd(1.0), after_adam(), PARAMS)
+
+
+@pytest.mark.parametrize("make", [fo.dykaf, fo.kl_soap])
+def test_relatives_of_soap_start_from_adam(make: Any) -> None:
+    """Moments and factors come over; the KL factors' product, and that of their eigenvalues, is as large as v."""
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)}
+    adam, state = optax.adam(1e-3), optax.adam(1e-3).init(params)
+    for _ in range(3):
+        _, state = adam.update(params, state, params)
+    started = fo.from_adam(make(1e-3, first_step="adam"), state, params)
+    matrix = next(
+        node.matrices["4x6"]
+        for node in jax.tree.leaves(started, is_leaf=lambda x: hasattr(x, "matrices"))
+        if hasattr(node, "matrices")
+    )
+    np.testing.assert_allclose(matrix.application.nu[0], state[0].nu["kernel"], rtol=1e-6)
+    if make is fo.kl_soap:
+        size = jnp.trace(matrix.factors.left[0]) * jnp.trace(matrix.factors.right[0])
+        np.testing.assert_allclose(size, jnp.sum(state[0].nu["kernel"]), rtol=1e-5)
+        values = jnp.sum(matrix.basis.left_values) * jnp.sum(matrix.basis.right_values)
+        np.testing.assert_allclose(values, size, rtol=1e-5)
+    updates, _ = make(1e-3, first_step="adam").update(params, started, params)
+    assert bool(jnp.isfinite(updates["kernel"]).all())
+    assert bool(updates["kernel"].any())

@@ -56,7 +56,7 @@ def scale_by_shampoo(
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_shampoo(exponent=-0.5), optax.scale_by_learning_rate(1e-3))
     """
-    grafted, method = _parts(**{k: v for k, v in locals().items() if k not in ("fallback", "axes")})
+    grafted, method = _parts(**_common(locals()))
     fallback = _adam(b1, b2) if fallback is None else fallback
     return guarded(by_axes("shampoo", grafted, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
@@ -128,8 +128,7 @@ def shampoo(
       >>> tx = fo.shampoo(1e-3, weight_decay=0.1)
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    others = ("learning_rate", "weight_decay", "mask", "fallback", "axes")
-    grafted, method = _parts(**{k: v for k, v in locals().items() if k not in (*others, "others")})
+    grafted, method = _parts(**_common(locals()))
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
     after = optax.chain(
@@ -146,6 +145,12 @@ def shampoo(
             describe=method.describe,
         )
     )
+
+
+def _common(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the arguments of `scale_by_shampoo` or `shampoo`, those that say what is done to a matrix."""
+    others = ("learning_rate", "weight_decay", "mask", "fallback", "axes")
+    return {name: value for name, value in arguments.items() if name not in others}
 
 
 def _parts(
