@@ -101,11 +101,12 @@ def _resized(d: Array, m: Array, axes: MatrixAxes | None) -> Array:
 
     def norm(x: Array) -> tuple[Array, Array]:
         """A size to divide by first, since squares overflow, and the norm in that unit."""
+        x = jnp.abs(x)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        unit = jnp.max(jnp.abs(x), axis=over, keepdims=True, initial=0)
+        unit = jnp.max(x, axis=over, keepdims=True, initial=0)
         unit = jnp.where(unit == 0, 1, unit)
-        return unit, jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x / unit)), axis=over, keepdims=True))
+        return unit, jnp.sqrt(jnp.sum(jnp.square(x / unit), axis=over, keepdims=True))
 
     (d_unit, d_norm), (m_unit, m_norm) = norm(d), norm(m)
-    direction = d.astype(d_unit.dtype) / d_unit / jnp.where(d_norm == 0, 1, d_norm)
-    return (direction * m_norm * m_unit).astype(m.dtype)
+    direction = d.astype(jnp.promote_types(d.dtype, jnp.float32)) / d_unit / jnp.where(d_norm == 0, 1, d_norm)
+    return (direction * m_norm * m_unit).astype(d.dtype)

@@ -62,6 +62,10 @@ def soap_then_orthogonal() -> optax.GradientTransformationExtraArgs:
     return optax.chain(fo.scale_by_soap(precondition_frequency=2), orthogonalise)
 
 
+def muon_with_adams_size() -> optax.GradientTransformationExtraArgs:
+    return fo.graft(fo.scale_by_muon(), "adam")
+
+
 def normuon(weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
     return optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(weight_decay))
 
@@ -157,6 +161,15 @@ ROWS = (
         scheduled=("beta",),
         any_scale=True,
     ),
+    Row(
+        "scale_by_shampoo",
+        fo.scale_by_shampoo,
+        {"precondition_frequency": 2},
+        rate_after=0.01,
+        static_args="scale_by_shampoo",
+        scheduled=("b1",),
+    ),
+    Row("graft", muon_with_adams_size, rate_after=0.02, takes_axes=False),
     Row("lion-in-basis", lion_in_soaps_basis, rate_after=0.01, takes_axes=False),
     Row(
         "normuon",

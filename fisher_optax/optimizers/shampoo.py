@@ -93,8 +93,8 @@ def shampoo(
       learning_rate: number or schedule; with grafting, that of the optimizer grafted.
       b1: momentum, number or schedule; not normalised.
       b2: decay of the factors; .99 remembers ten refreshes.
-      eps: ε as a share of the largest eigenvalue (of a bound on it, for the iterations), at least 1e-7: float32 knows
-        smaller eigenvalues by noise alone.
+      eps: ε as a share of the largest eigenvalue (of a bound on it, for the iterations). Below 1e-7, float32 knows
+        eigenvalues by noise alone.
       weight_decay: decoupled, per unit of learning rate; number or schedule.
       exponent: p, from -1 to 0. -1/4 is the original, -1/2 the power that Fisher's inverse root has.
         Where one side alone is kept, exponents down to -1/4 count double: it has the power of both.
