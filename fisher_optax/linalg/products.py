@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# Into how many rows of blocks, and from which size on. Seen on two cores: four take .77 of the time of one product at
-# 384 and .70 at 768, more gain little; at 256 products of so small blocks are too slow. Not measured elsewhere, so not
-# done there.
+# Into how many rows of blocks, and from which size on: seen on two cores, where products of smaller blocks are too slow
+# to gain anything. Not measured elsewhere, so not done there.
 BLOCKED_FROM = {"cpu": 384}
 BLOCKS = 4
 
