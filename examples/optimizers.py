@@ -35,44 +35,23 @@ def adamw(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformat
     return optax.adamw(rate, b2=0.99, weight_decay=settings.weight_decay, mask=decayed)
 
 
-def soap(rate: optax.Schedule, settings: Settings, **options: Any) -> optax.GradientTransformation:
-    # Embeddings, norms and biases are AdamW's, as above: SOAP's own betas of .95 suit its matrices, not them.
-    return fo.soap(
-        rate,
-        weight_decay=settings.weight_decay,
-        precondition_frequency=settings.refresh,
-        mask=decayed,
-        fallback=adamw(rate, settings),
-        **options,
-    )
+def with_adamw(make: Callable[..., optax.GradientTransformation]) -> Callable[..., optax.GradientTransformation]:
+    """SOAP, or what takes its arguments, with AdamW's own betas for embeddings, norms and biases."""
 
-
-def like_soap(
-    make: Callable[..., optax.GradientTransformation],
-) -> Callable[[optax.Schedule, Settings], optax.GradientTransformation]:
-    """A relative of SOAP that takes its arguments."""
-
-    def build(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformation:
+    def build(rate: optax.Schedule, settings: Settings, **options: Any) -> optax.GradientTransformation:
         return make(
             rate,
             weight_decay=settings.weight_decay,
             precondition_frequency=settings.refresh,
             mask=decayed,
             fallback=adamw(rate, settings),
+            **options,
         )
 
     return build
 
 
-def shampoo(rate: optax.Schedule, settings: Settings, **options: Any) -> optax.GradientTransformation:
-    return fo.shampoo(
-        rate,
-        weight_decay=settings.weight_decay,
-        precondition_frequency=settings.refresh,
-        mask=decayed,
-        fallback=adamw(rate, settings),
-        **options,
-    )
+soap = with_adamw(fo.soap)
 
 
 def muon(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformation:
@@ -87,10 +66,10 @@ METHODS = {
     "adamw": Method(adamw, 3e-3),
     "soap": Method(soap, 6e-3),
     "muon": Method(muon, 1e-2),
-    "shampoo": Method(shampoo, 3e-3),
-    "dykaf": Method(like_soap(fo.dykaf), 6e-3),
-    "kl_soap": Method(like_soap(fo.kl_soap), 6e-3),
-    "kl_shampoo": Method(like_soap(fo.kl_shampoo), 6e-3),
+    "shampoo": Method(with_adamw(fo.shampoo), 3e-3),
+    "dykaf": Method(with_adamw(fo.dykaf), 6e-3),
+    "kl_soap": Method(with_adamw(fo.kl_soap), 6e-3),
+    "kl_shampoo": Method(with_adamw(fo.kl_shampoo), 6e-3),
     "optax_muon": Method(optax_muon, 3e-2),
 }
 
