@@ -72,7 +72,7 @@ def normuon(weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
 
 def soap_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
     options = {"learning_rate": 0.01, "precondition_frequency": 2, "weight_decay": 0.1} | options
-    scheduled, undecayed = ("learning_rate", "weight_decay", "b1"), {"weight_decay": 0.0}
+    scheduled, undecayed = ("learning_rate", "weight_decay", "b1", "b2"), {"weight_decay": 0.0}
     return Row(
         name, fo.soap, options, static_args="soap", scheduled=scheduled, undecayed=undecayed, tolerance=tolerance
     )
@@ -100,7 +100,7 @@ def like_soap(make: Callable[..., Any], name: str, tolerance: float = SINGLE_PRE
 
 def shampoo_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
     options = {"learning_rate": 0.01, "weight_decay": 0.1, "precondition_frequency": 2} | options
-    scheduled, undecayed = ("learning_rate", "weight_decay", "b1"), {"weight_decay": 0.0}
+    scheduled, undecayed = ("learning_rate", "weight_decay", "b1", "b2"), {"weight_decay": 0.0}
     return Row(
         name, fo.shampoo, options, static_args="shampoo", scheduled=scheduled, undecayed=undecayed, tolerance=tolerance
     )

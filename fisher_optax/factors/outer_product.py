@@ -13,16 +13,18 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from ..checks import at
 from ..types import FactorRule, Kronecker
 
 KINDS = ("ema", "mean", "sum")
 
 
-def outer_product(decay: float | Array = 0.95, *, kind: str = "ema", trace_scaling: bool = False) -> FactorRule:
+def outer_product(decay: Any = 0.95, *, kind: str = "ema", trace_scaling: bool = False) -> FactorRule:
     """Outer products of the gradient with itself, on each side.
 
     Args:
-      decay: β, in [0, 1); 0 keeps the last gradient's alone. A half life of 14 steps by default, as the SOAP authors'.
+      decay: β, in [0, 1), a number or a schedule of the calls so far; 0 keeps the last gradient's alone. A half life of
+        14 steps by default, as the SOAP authors'.
       kind: "ema", without bias correction (enough for an eigenbasis, which no scale turns); "mean", the same divided by
         the sum of its weights, unbiased from the first step on; "sum" of all so far, which has no decay.
       trace_scaling: read the factors as ``L / sqrt(tr L)`` and ``R / sqrt(tr R)``, whose product has the scale of
@@ -40,22 +42,27 @@ def outer_product(decay: float | Array = 0.95, *, kind: str = "ema", trace_scali
         raise ValueError(f"outer_product: kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}.")
 
     def init(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
+        count = jnp.zeros([], jnp.int32) if callable(decay) else ()
         weight = jnp.zeros([], dtype) if kind == "mean" else ()
         L, R = (jnp.zeros((d, d), dtype) if wanted else None for d, wanted in ((m, left), (n, right)))
-        return Kronecker(L, R, weight)
+        return Kronecker(L, R, (count, weight))
 
     def update(G: Float[Array, "m n"], factors: Kronecker, bases: Any) -> Kronecker:
         del bases
-        β, new = (1, 1) if kind == "sum" else (decay, 1 - decay)
+        count, weight = factors.seen
+        now = at(decay, count)
+        β, new = (1, 1) if kind == "sum" else (now, 1 - now)
 
         def follow(A: Any, G: Array) -> Any:
             return None if A is None else β * A + new * jnp.matmul(G, G.mT, precision=Precision.HIGHEST)
 
-        weight = (β * factors.seen + new).astype(factors.seen.dtype) if kind == "mean" else ()
-        return Kronecker(follow(factors.left, G), follow(factors.right, G.mT), weight)
+        weight = (β * weight + new).astype(weight.dtype) if kind == "mean" else ()
+        seen = (count + 1 if callable(decay) else (), weight)
+        return Kronecker(follow(factors.left, G), follow(factors.right, G.mT), seen)
 
     def read(factors: Kronecker) -> Kronecker:
-        weight = jnp.where(factors.seen == 0, 1, factors.seen) if kind == "mean" else 1
+        weight = factors.seen[1]
+        weight = jnp.where(weight == 0, 1, weight) if kind == "mean" else 1
         L, R = (None if A is None else A / weight for A in (factors.left, factors.right))
         return _trace_scaled(L, R) if trace_scaling else Kronecker(L, R)
 

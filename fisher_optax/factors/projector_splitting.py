@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from .. import linalg
 from ..branching import branch
+from ..checks import at
 from ..types import FactorRule, Kronecker
 
 VARIANTS = ("sequential", "parallel")
@@ -35,7 +36,7 @@ def projector_splitting(
     A matrix with one factor has ``F ≈ L ⊗ I``, whose nearest L is the mean of ``G Gᵀ / n``.
 
     Args:
-      decay: β, in [0, 1).
+      decay: β, in [0, 1), a number or a schedule of the calls so far.
       variant: "sequential" (the integrator) or "parallel" (the released code's).
       init: from the first gradient that is not zero. "dominant": its largest singular triple, ``σ u uᵀ`` and
         ``σ v vᵀ``, whose product has the scale of ``g gᵀ``; "dominant_released": ``sqrt(σ)`` on each, as the released
@@ -60,22 +61,24 @@ def projector_splitting(
         def factor(d: int) -> Array:
             return 1e-3 * jnp.eye(d, dtype=dtype) / d**0.5 if init == "identity" else jnp.zeros((d, d), dtype)
 
-        return Kronecker(factor(m) if left else None, factor(n) if right else None)
+        count = jnp.zeros([], jnp.int32) if callable(decay) else ()
+        return Kronecker(factor(m) if left else None, factor(n) if right else None, count)
 
     def update(G: Float[Array, "m n"], factors: Kronecker, basis: Any) -> Kronecker:
         del basis
-        L, R = factors.left, factors.right
+        L, R, count = factors
+        β, seen = at(decay, count), count + 1 if callable(decay) else ()
         if L is None or R is None:
-            return one_sided(G, factors, decay)
+            return one_sided(G, factors, β)._replace(seen=seen)
 
         if init != "identity":
             # A factor in use is never zero.
             L, R = branch(jnp.trace(L) > 0, lambda: (L, R), lambda: dominant(G, squared=init == "dominant"))
         if variant == "parallel":
-            return Kronecker(*parallel_step(L, R, G, decay))
+            return Kronecker(*parallel_step(L, R, G, β), seen)
         if first == "inputs":
-            return Kronecker(*sequential_step(L, R, G, decay))
-        return Kronecker(*sequential_step(R, L, G.mT, decay)[::-1])
+            return Kronecker(*sequential_step(L, R, G, β), seen)
+        return Kronecker(*sequential_step(R, L, G.mT, β)[::-1], seen)
 
     return FactorRule("projector splitting", start, update)
 
