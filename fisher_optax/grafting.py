@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .axes import MatrixAxes, resolve_axes
+from .axes import resolve_axes
 from .guard import guarded
+from .matrix_axes import MatrixAxes
 from .routing import in_float32, require_transformation
 
 

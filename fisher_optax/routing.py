@@ -9,9 +9,13 @@ import optax
 from jaxtyping import Array, Bool
 
 from . import reporting
-from .axes import LeafAxes, MatrixAxes, resolve_axes
+from .axes import resolve_axes
+from .layers import Layer, layers_of
+from .matrix_axes import LeafAxes, MatrixAxes
 
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
+BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
+MATRIX, FALLBACK = "matrix", "fallback"
 
 
 def by_axes(
@@ -28,25 +32,61 @@ def by_axes(
     Axes come from the whole tree at every call, so both sides see `optax.MaskedNode` where a leaf is not theirs, as
     under `optax.partition`.
     """
-    require_transformation("fallback", fallback)
 
-    def routes(tree: Any) -> tuple[list[LeafAxes], Any, optax.GradientTransformationExtraArgs]:
+    def of_layers(layers: list[Layer]) -> optax.GradientTransformation:
+        return build([layer.axes for layer in layers])
+
+    return _routed(
+        method, of_layers, fallback, axes, lambda leaves: layers_of(leaves, kinds, with_bias=False), describe
+    )
+
+
+def by_layers(
+    method: str,
+    build: BuildLayers,
+    fallback: optax.GradientTransformation,
+    *,
+    axes: Any = None,
+    kinds: tuple[str, ...] = ("matrix", "head"),
+    describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
+) -> optax.GradientTransformationExtraArgs:
+    """`by_axes`, where a matrix takes its bias along: ``build`` gets the layers among the leaves that are its own."""
+    return _routed(method, build, fallback, axes, lambda leaves: layers_of(leaves, kinds), describe)
+
+
+def _routed(
+    method: str,
+    build: BuildLayers,
+    fallback: optax.GradientTransformation,
+    axes: Any,
+    layers_among: Callable[[list[LeafAxes]], list[Layer]],
+    describe: Callable[[LeafAxes], dict[str, Any]],
+) -> optax.GradientTransformationExtraArgs:
+    require_transformation("fallback", fallback)
+    rest = in_float32(fallback)
+
+    def routes(tree: Any) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
         leaves = resolve_axes(tree, axes)
-        labels = jax.tree.structure(tree).unflatten([MATRIX if is_matrix(leaf, kinds) else FALLBACK for leaf in leaves])
-        matrices = build([leaf.axes for leaf in leaves if leaf.axes is not None and leaf.kind in kinds])
-        return leaves, labels, optax.partition({MATRIX: matrices, FALLBACK: in_float32(fallback)}, labels)
+        layers = layers_among(leaves)
+        mine = sorted(place for layer in layers for place in layer.places)
+        labels = [MATRIX if i in set(mine) else FALLBACK for i in range(len(leaves))]
+        tx = {MATRIX: build([layer.among(mine) for layer in layers]), FALLBACK: rest}
+        return leaves, layers, optax.partition(tx, jax.tree.structure(tree).unflatten(labels))
 
     def init(params: optax.Params) -> optax.OptState:
-        leaves, _, tx = routes(params)
+        leaves, layers, tx = routes(params)
         if reporting.is_recording():
+            owners = {layer.kernel: layer for layer in layers}
+            kernels = {layer.bias: layer.path for layer in layers if layer.bias is not None}
             for i, leaf in enumerate(leaves):
-                row = (
-                    describe(leaf) | {"method": method, "axes": leaf.axes}
-                    if is_matrix(leaf, kinds)
-                    else {"method": FALLBACK, "axes": None}
-                )
-                single = build([leaf.axes]) if leaf.axes is not None and leaf.kind in kinds else in_float32(fallback)
-                reporting.record(leaf, state_bytes=_state_bytes(single, params, i), **row)
+                if i in kernels:
+                    reporting.record(leaf, state_bytes=0, method=method, axes=None, reason=f"with {kernels[i]}")
+                elif i in owners:
+                    layer = owners[i]
+                    size = _state_bytes(build([layer.among(sorted(layer.places))]), params, layer.places)
+                    reporting.record(leaf, state_bytes=size, **describe(leaf), method=method, axes=leaf.axes)
+                else:
+                    reporting.record(leaf, state_bytes=_state_bytes(rest, params, (i,)), method=FALLBACK, axes=None)
         return tx.init(params)
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any) -> Any:
@@ -55,19 +95,16 @@ def by_axes(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-MATRIX, FALLBACK = "matrix", "fallback"
-
-
 def is_matrix(leaf: LeafAxes, kinds: tuple[str, ...]) -> bool:
     """Whether a method that takes these kinds takes this leaf."""
     return leaf.axes is not None and leaf.kind in kinds
 
 
-def _state_bytes(tx: optax.GradientTransformation, params: Any, index: int) -> int:
-    """Bytes of the arrays, scalars apart, that ``tx`` keeps for one leaf of ``params``."""
+def _state_bytes(tx: optax.GradientTransformation, params: Any, places: tuple[int, ...]) -> int:
+    """Bytes of the arrays, scalars apart, that ``tx`` keeps for these leaves of ``params``."""
     leaves, treedef = jax.tree.flatten(params)
     alone = treedef.unflatten(
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) if i == index else optax.MaskedNode() for i, x in enumerate(leaves)]
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) if i in places else optax.MaskedNode() for i, x in enumerate(leaves)]
     )
     with reporting.paused():
         state = jax.eval_shape(tx.init, alone)

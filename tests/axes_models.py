@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fisher_optax.axes import LeafAxes, MatrixAxes, resolve_axes
+from fisher_optax.axes import resolve_axes
+from fisher_optax.matrix_axes import LeafAxes, MatrixAxes
 
 Tree = dict[str, Any]
 

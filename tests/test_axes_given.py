@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import fisher_optax.axes
-from fisher_optax.axes import MatrixAxes, label_params, resolve_axes
+from fisher_optax.axes import label_params, resolve_axes
+from fisher_optax.matrix_axes import MatrixAxes
 from tests.axes_models import (
     Experts,
     X,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from fisher_optax.axes import LeafAxes, MatrixAxes, resolve_axes
+from fisher_optax.axes import resolve_axes
+from fisher_optax.matrix_axes import LeafAxes, MatrixAxes
 from tests.axes_models import (
     GPT,
     Block,
