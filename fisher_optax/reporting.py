@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from .axes import LeafAxes, MatrixAxes, resolve_axes
+from .axes import resolve_axes
+from .capture import capture_report
 from .guard import STATE_VERSION, GuardState
+from .matrix_axes import LeafAxes, MatrixAxes
+from .tables import table
 
 
 class Row(NamedTuple):
@@ -34,30 +37,31 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "method", "matrices", "state", "refresh", "why")
-        table = [head, *(_cells(row) for row in self.rows), _totals(self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
-        rule = "-" * max(map(len, lines))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return table(head, [_cells(row) for row in self.rows], _totals(self.rows))
 
 
 _rows: contextvars.ContextVar[list[Row] | None] = contextvars.ContextVar("rows", default=None)
 
 
-def report(tx: Any, params: Any) -> Report:
-    """What ``tx`` does with each leaf of ``params``: method, matrices, state, cost of a refresh, and the reason.
+def report(tx: Any, params: Any, *args: Any, **options: Any) -> Any:
+    """What an optimizer, or the capture of a loss, does with each leaf of ``params``, and why not more.
 
-    Sees through `optax.chain`, `optax.masked`, `optax.partition` and the like: ``tx.init`` is traced, never run, and
-    writes down what it does. A leaf that
-    passes two transformations of this package has two rows.
+    Of an optimizer: method, matrices, state, cost of a refresh. It sees through `optax.chain`, `optax.masked`,
+    `optax.partition` and the like: ``tx.init`` is traced, never run, and writes down what it does. A leaf that passes
+    two transformations of this package has two rows.
+
+    Of a loss function: in what kind of product each leaf is used, and which statistics it gets. The loss is traced,
+    never run.
 
     Args:
-      tx: any transformation.
+      tx: any transformation; or ``loss_fn(params, *args)``, as for `fo.value_and_grad`.
       params: parameters, or their `jax.ShapeDtypeStruct`.
+      *args: of the loss function; arrays, or their `jax.ShapeDtypeStruct`.
+      **options: ``statistics=`` as in `fo.value_and_grad`; others go to the loss function.
 
     Returns:
-      A `Report`: ``rows`` are the data, ``str`` the table. State is in bytes, refresh in flops for renewing all bases
-      of the leaf once.
+      A `Report` or a `CaptureReport`: ``rows`` are the data, ``str`` the table. State is in bytes, refresh in flops for
+      renewing all bases of the leaf once.
 
     Example:
       >>> import jax, fisher_optax as fo
@@ -65,7 +69,14 @@ def report(tx: Any, params: Any) -> Report:
       jax.ShapeDtypeStruct((256,), "float32")}}
       >>> [row.method for row in fo.report(fo.soap(3e-3), params).rows]
       ['fallback', 'soap']
+      >>> loss = lambda p, x: (x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]).sum()
+      >>> [row.use for row in fo.report(loss, params, jax.ShapeDtypeStruct((8, 64), "float32")).rows]
+      ['bias of Dense_0/kernel', 'dense']
     """
+    if callable(tx):
+        return capture_report(tx, params, *args, **options)
+    if args or options:
+        raise TypeError("report(tx, params) takes no more for an optimizer; arguments are a loss function's.")
     token = _rows.set([])
     try:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
@@ -91,8 +102,8 @@ def record(leaf: LeafAxes, **cells: Any) -> None:
     """Write a row for ``leaf``."""
     rows = _rows.get()
     if rows is not None:
-        defaults = {"matrices": (), "refresh_flops": 0}
-        rows.append(Row(path=leaf.path, shape=leaf.shape, kind=leaf.kind, reason=leaf.reason, **(defaults | cells)))
+        defaults = {"matrices": (), "refresh_flops": 0, "reason": leaf.reason}
+        rows.append(Row(path=leaf.path, shape=leaf.shape, kind=leaf.kind, **(defaults | cells)))
 
 
 @contextlib.contextmanager

@@ -6,17 +6,20 @@ and right (output) side comes in pairs; a side that is not
 preconditioned is ``None``. In a state, matrices of one shape are stacked along a leading axis.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int
 
 
 class Kronecker(NamedTuple):
     """Running factors of ``F ≈ left ⊗ right`` for one matrix (row-major ``vec``)."""
 
-    left: Float[Array, "*stack m m"] | None
-    right: Float[Array, "*stack n n"] | None
+    left: Any  # (*stack, m, m), `Rows`, or None
+    right: Any  # (*stack, n, n), `Rows`, or None
     seen: Any = ()  # what a rule counts: calls, or the sum of its weights
 
 
@@ -28,12 +31,12 @@ class Eigenbasis(NamedTuple):
 
 
 class Eigenpairs(NamedTuple):
-    """An `Eigenbasis` with the eigenvalues of its columns."""
+    """An `Eigenbasis` with the eigenvalues of its columns; of `Rows`, only the columns whose values are not 0."""
 
-    left: Float[Array, "*stack m m"] | None
-    right: Float[Array, "*stack n n"] | None
-    left_values: Float[Array, "*stack m"] | None
-    right_values: Float[Array, "*stack n"] | None
+    left: Float[Array, "*stack m j"] | None
+    right: Float[Array, "*stack n k"] | None
+    left_values: Float[Array, "*stack j"] | None
+    right_values: Float[Array, "*stack k"] | None
 
 
 class InverseRoot(NamedTuple):
@@ -56,7 +59,8 @@ class FactorRule(NamedTuple):
     ``init(m, n, left, right, dtype)`` makes the start for an ``m x n`` matrix; ``left`` and ``right`` say which sides
     are wanted. ``update(G, factors, basis)`` sees both factors and the current basis, since some rules read the other
     side. ``track(G, factors, basis)`` follows the eigenvalues of `Eigenpairs` between two decompositions; a rule that
-    has it needs them. ``read(factors)`` is what is decomposed.
+    has it needs them. ``read(factors)`` is what is decomposed. With ``of_statistics`` both get, in the place of G, the
+    layer's `LayerFactors`, and are not called where there are none.
     """
 
     name: str
@@ -64,6 +68,7 @@ class FactorRule(NamedTuple):
     update: Callable[[Array, Kronecker, Any], Kronecker]
     track: Callable[[Array, Kronecker, Any], Any] | None = None
     read: Callable[[Kronecker], Kronecker] = lambda factors: factors
+    of_statistics: bool = False
 
 
 class Decomposition(NamedTuple):
@@ -92,6 +97,7 @@ class Application(NamedTuple):
     """What is done to one matrix gradient with the basis (or roots) at hand.
 
     ``accepts`` lists what a decomposition may return for it; ``NoneType`` stands for no decomposition at all.
+    ``observe(state, statistics, basis)`` takes in the layer's `LayerFactors`, in the basis they were seen in.
     """
 
     name: str
@@ -101,3 +107,59 @@ class Application(NamedTuple):
     moments: Callable[[Any], Moments]
     with_moments: Callable[[Any, Moments], Any]
     sees_itself: bool = False  # whether a gradient acts on itself, through factors that hold it already
+    observe: Callable[[Any, Any, Any], Any] | None = None
+
+
+class Rows(NamedTuple):
+    """A second moment of low rank, ``Σ rowsᵀ rows``: for a side too long for a ``d x d`` array."""
+
+    rows: Float[Array, "*batch r d"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("left", "right", "squares", "weight"), meta_fields=("bias",)
+)
+@dataclasses.dataclass(frozen=True)
+class LayerFactors:
+    """Second moments of one layer's inputs ``a`` and output gradients ``δ``: its Fisher is about ``left ⊗ right``.
+
+    Where the layer's bias is folded in (``bias`` is its path), inputs end with a 1, which gives ``left`` one more row
+    and column. What was not asked for is None.
+    """
+
+    left: Any  # (*batch, m, m); of an embedding, its diagonal (V,); or `Rows`
+    right: Any  # (*batch, n, n), or `Rows`
+    squares: Any  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
+    weight: Any  # (): how many inputs it is the mean of
+    bias: str | None = None
+
+
+class Window(NamedTuple):
+    """The geometry of a convolution over inputs ``(examples, *spatial, channels)``."""
+
+    shape: tuple[int, ...]  # spatial extent of the kernel
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("inputs", "gradients", "weight"), meta_fields=("bias", "window")
+)
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """``r`` sampled examples of one layer: its inputs, and the gradients of each example's own loss at its outputs.
+
+    Of a dense layer an example is one position. Of a convolution (``window``) it is a whole input, and axes are
+    ``(r, *spatial, channels)``. A bias that belongs to the layer (``bias`` is its path) has no column in ``inputs``.
+    """
+
+    inputs: Any  # (*batch, r, m)
+    gradients: Any  # (*batch, r, n)
+    weight: Any  # (): how many examples they stand for
+    bias: str | None = None
+    window: Window | None = None
+
+
+LayerStatistics = LayerFactors | Samples

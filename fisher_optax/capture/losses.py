@@ -1,0 +1,202 @@
+"""Losses that know the distribution they are the likelihood of, so that labels can be drawn from the model itself.
+
+Each is a mean over examples (positions) with ``weights``, ``Σ w_i ℓ_i / Σ w_i``, where ℓ = -log p(y | z) and z the logits:
+
+    softmax cross-entropy   ℓ = -Σ_c q_c log p_c,  p = softmax(z)         Fisher of z: diag(p) - p pᵀ
+    sigmoid cross-entropy   ℓ = Σ_k log(1 + exp z_k) - y_k z_k            diag(s (1 - s)), s = sigmoid(z)
+    Gaussian                ℓ = |z - y|² / 2                              I
+
+An example whose weight is 0 is not there: neither in the mean, nor in any statistics; its label may be anything. Other
+weights act on output gradients alone: by w in "mc" and "true", the Fisher of the weighted mean, and by w² in "empirical",
+whose gradients are the loss's own.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .tracing import LOSS
+
+
+class Distribution(NamedTuple):
+    """How one loss reads its logits ``(*positions, C)``.
+
+    ``score(z, y)`` is the gradient of each example's loss; ``sample(key, z)`` draws labels from the model;
+    ``root(z, ct)`` is ``J ct`` for a C x K matrix J with ``J Jᵀ`` the Fisher of z, ``K = rank(C)``.
+    """
+
+    losses: Callable[[Array, Array], Array]
+    score: Callable[[Array, Array], Array]
+    sample: Callable[[Array, Array], Array]
+    root: Callable[[Array, Array], Array]
+
+
+def _softmax_losses(z: Array, y: Array) -> Array:
+    log_p = jax.nn.log_softmax(z)
+    if y.ndim < z.ndim:
+        return -jnp.take_along_axis(log_p, y[..., None], -1)[..., 0]
+    return -jnp.sum(y * log_p, -1)
+
+
+def _softmax_score(z: Array, y: Array) -> Array:
+    return jax.nn.softmax(z) - jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
+
+
+def _softmax_root(z: Array, ct: Array) -> Array:
+    p = jax.nn.softmax(z)
+    r = jnp.sqrt(p)
+    return r * ct - p * jnp.sum(r * ct, -1, keepdims=True)
+
+
+def _sigmoid_losses(z: Array, y: Array) -> Array:
+    return jnp.sum(jax.nn.softplus(z) - y * z, -1)
+
+
+def _sigmoid_root(z: Array, ct: Array) -> Array:
+    s = jax.nn.sigmoid(z)
+    return jnp.sqrt(s * (1 - s)) * ct
+
+
+DISTRIBUTIONS = {
+    "softmax_cross_entropy": Distribution(
+        _softmax_losses, _softmax_score, lambda key, z: jax.random.categorical(key, z), _softmax_root
+    ),
+    "sigmoid_cross_entropy": Distribution(
+        _sigmoid_losses,
+        lambda z, y: jax.nn.sigmoid(z) - y,
+        lambda key, z: jax.random.bernoulli(key, jax.nn.sigmoid(z)).astype(z.dtype),
+        _sigmoid_root,
+    ),
+    "gaussian": Distribution(
+        lambda z, y: jnp.sum(jnp.square(z - y), -1) / 2,
+        lambda z, y: z - y,
+        lambda key, z: z + jax.random.normal(key, z.shape, z.dtype),
+        lambda z, ct: jnp.broadcast_to(ct, z.shape),
+    ),
+}
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "*positions classes"], labels: Any, weights: Any = None
+) -> Float[Array, ""]:
+    """Mean of ``-log softmax(logits)[label]``, in nats.
+
+    Args:
+      logits: of any float dtype; computed in float32 at least.
+      labels: class numbers ``(*positions,)``, or probabilities ``(*positions, classes)``.
+      weights: ``(*positions,)``, or of its leading axes; 0 leaves an example out. None: all count alike.
+
+    Raises:
+      ValueError: where shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> round(float(fo.losses.softmax_cross_entropy(jnp.zeros((2, 4)), jnp.array([0, 3]))), 4)
+      1.3863
+    """
+    labels = jnp.asarray(labels)
+    soft = jnp.issubdtype(labels.dtype, jnp.floating)
+    wanted = logits.shape if soft else logits.shape[:-1]
+    return _loss("softmax_cross_entropy", logits, labels, wanted, weights)
+
+
+def sigmoid_cross_entropy(
+    logits: Float[Array, "*positions outputs"], labels: Any, weights: Any = None
+) -> Float[Array, ""]:
+    """Mean over examples of ``Σ_k log(1 + exp z_k) - y_k z_k``, in nats: independent yes-or-no outputs, labels in [0, 1].
+
+    Arguments and what raises are as in `softmax_cross_entropy`.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> round(float(fo.losses.sigmoid_cross_entropy(jnp.zeros((5, 1)), jnp.ones((5, 1)))), 4)
+      0.6931
+    """
+    return _loss("sigmoid_cross_entropy", logits, jnp.asarray(labels), logits.shape, weights)
+
+
+def gaussian(outputs: Float[Array, "*positions outputs"], labels: Any, weights: Any = None) -> Float[Array, ""]:
+    """Mean over examples of ``|z - y|² / 2``: the squared error of outputs with unit variance.
+
+    Arguments and what raises are as in `softmax_cross_entropy`.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> float(fo.losses.gaussian(jnp.zeros((5, 2)), jnp.ones((5, 2))))
+      1.0
+    """
+    return _loss("gaussian", outputs, jnp.asarray(labels), outputs.shape, weights)
+
+
+def _loss(name: str, z: Array, y: Array, wanted: tuple[int, ...], weights: Any) -> Array:
+    weights = () if weights is None else (jnp.asarray(weights),)
+    leading = z.shape[: weights[0].ndim] if weights and weights[0].ndim < z.ndim else None
+    if y.shape != wanted or (weights and weights[0].shape != leading):
+        given = f"logits {z.shape}, labels {y.shape}" + (f", weights {weights[0].shape}" if weights else "")
+        raise ValueError(f"fo.losses.{name}: got {given}; wanted labels {wanted}, weights of its leading axes.")
+    return _JITTED[name](z, y, *weights)
+
+
+def example_weights(z: Array, *weights: Array) -> Array:
+    """The weight of every position."""
+    if not weights:
+        return jnp.ones(z.shape[:-1], jnp.promote_types(z.dtype, jnp.float32))
+    w = weights[0].astype(jnp.promote_types(z.dtype, jnp.float32))
+    return jnp.broadcast_to(w.reshape(*w.shape, *[1] * (z.ndim - 1 - w.ndim)), z.shape[:-1])
+
+
+def _marked(name: str) -> Callable[..., Array]:
+    """The loss, jitted under a name by which it is found in a traced program."""
+
+    def loss(z: Array, y: Array, *weights: Array) -> Array:
+        z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+        w = example_weights(z, *weights)
+        # What is left out may be NaN, and 0 times the gradient there would be too.
+        z, y = (jnp.where((w == 0).reshape(*w.shape, *[1] * (x.ndim - w.ndim)), 0, x) for x in (z, y))
+        return jnp.sum(w * DISTRIBUTIONS[name].losses(z, y)) / total(w)
+
+    loss.__name__ = loss.__qualname__ = LOSS + name
+    return jax.jit(loss)
+
+
+def total(w: Array) -> Array:
+    """What the sum over examples is divided by: the sum of the weights, 1 if all are 0."""
+    W = jnp.sum(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+    return jnp.where(W == 0, 1, W)
+
+
+_JITTED = {name: _marked(name) for name in DISTRIBUTIONS}
+
+
+def pseudo_loss(name: str, fisher: str, samples: int, key: Any, z: Array, _: Any, *weights: Array) -> Array:
+    """K zeros whose gradients with respect to the logits are, one after the other, what the Fisher is made of.
+
+    For "mc", the scores of K = ``samples`` draws of labels from the model; for "true", the K columns of a root of the
+    Fisher of the logits; each example's times ``sqrt(w_i / (Σ w K))`` or ``sqrt(w_i / Σ w)``, so that the sum of the
+    outer products of gradients is the weighted mean over examples.
+    """
+    p = DISTRIBUTIONS[name]
+
+    @jax.custom_vjp
+    def zeros(z: Array) -> Array:
+        return jnp.zeros(samples if fisher == "mc" else z.shape[-1], jnp.promote_types(z.dtype, jnp.float32))
+
+    def backward(z: Array, ct: Array) -> tuple[Array]:
+        full = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+        w = example_weights(full, *weights)
+        share = jnp.sqrt(w / total(w))[..., None]
+        if fisher == "true":
+            return ((share * p.root(full, ct)).astype(z.dtype),)
+        drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full)))(jax.random.split(key, samples))
+        return ((share * jnp.tensordot(ct, drawn, 1) / samples**0.5).astype(z.dtype),)
+
+    zeros.defvjp(lambda z: (zeros(z), z), backward)
+    return zeros(z)
+
+
+def passes(fisher: str, samples: int, logits: Any) -> int:
+    """How many zeros `pseudo_loss` has."""
+    return samples if fisher == "mc" else logits.shape[-1]

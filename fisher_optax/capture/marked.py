@@ -1,0 +1,80 @@
+"""The losses of `fo.losses` in a traced program: what they divide by, and which examples they leave out."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend.core import Literal
+
+from . import jaxprs
+from .losses import total
+from .tracing import Plan
+
+
+class Counted(NamedTuple):
+    """What the losses of a program say of its examples; total and mask are None where there is not just one to ask."""
+
+    total: Any = None
+    mask: Any = None
+    logits: tuple[Any, ...] = ()  # of each loss that can be counted
+    hidden: str = ""  # the primitive with a loss inside that cannot
+
+
+class _Scope:
+    """The equations of one jaxpr, evaluated only as far as they are asked for."""
+
+    def __init__(self, program: jaxprs.Program, operands: Sequence[Callable[[], Any]]):
+        self.known: dict[Any, Callable[[], Any]] = dict(zip(program.jaxpr.invars, operands, strict=True))
+        for v, x in zip(program.jaxpr.constvars, program.consts, strict=True):
+            self.known[v] = lambda x=x: x
+        self.made = {v: eqn for eqn in program.jaxpr.eqns for v in eqn.outvars}
+
+    def value(self, v: Any) -> Any:
+        """Of a variable of this jaxpr."""
+        if isinstance(v, Literal):
+            return v.val
+        if v not in self.known:
+            eqn = self.made[v]
+            if eqn.primitive.name in jaxprs.CALLS:
+                inner, place = self.inside(eqn), eqn.outvars.index(v)
+                out = inner.value(jaxprs.body(eqn).jaxpr.outvars[place])
+            else:
+                results = jaxprs.bind(eqn, [self.value(u) for u in eqn.invars])
+                for u, x in zip(eqn.outvars, results, strict=True):
+                    self.known[u] = lambda x=x: x
+                out = self.known[v]()
+            self.known[v] = lambda: out
+        return self.known[v]()
+
+    def inside(self, eqn: Any) -> "_Scope":
+        """The program of a call."""
+        return _Scope(jaxprs.body(eqn), [lambda v=v: self.value(v) for v in eqn.invars])
+
+
+def losses_in(program: jaxprs.Program, plan: Plan, operands: Sequence[Any]) -> Counted:
+    """What the losses of a program count."""
+    found, hidden = _find(_Scope(program, [lambda x=x: x for x in operands]), program.jaxpr, plan)
+    logits = tuple(eqn.invars[0].aval for _, eqn in found)
+    if len(found) != 1 or hidden:
+        return Counted(logits=logits, hidden=hidden)
+    scope, eqn = found[0]
+    z, _, *weights = (v.aval for v in eqn.invars)
+    if not weights:
+        return Counted(float(math.prod(z.shape[:-1])), None, logits)
+    w = scope.value(eqn.invars[2])
+    return Counted(total(w) * math.prod(z.shape[w.ndim : -1]), w != 0, logits)
+
+
+def _find(scope: _Scope, jaxpr: Any, plan: Plan) -> tuple[list[tuple[_Scope, Any]], str]:
+    """The losses and their scopes, and the name of a loop or branch with one inside."""
+    found, hidden = [(scope, jaxpr.eqns[i]) for i in plan.losses], ""
+    for i, plans in plan.inner.items():
+        if not any(p.has_losses() for p in plans):
+            continue
+        eqn = jaxpr.eqns[i]
+        if eqn.primitive.name not in jaxprs.CALLS | jaxprs.REMAT:
+            hidden = eqn.primitive.name
+            continue
+        more, inside = _find(scope.inside(eqn), jaxprs.body(eqn).jaxpr, plans[0])
+        found, hidden = found + more, hidden or inside
+    return found, hidden

@@ -1,0 +1,101 @@
+"""What capture makes of each parameter: a table for people, and axes for optimizers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from ..matrix_axes import MatrixAxes
+from ..tables import table
+from .gradients import trace, value_and_grad
+from .statistics import KroneckerFactors
+
+
+class CaptureRow(NamedTuple):
+    """One leaf in a `CaptureReport`."""
+
+    path: str
+    shape: tuple[int, ...]
+    use: str  # "dense", "convolution", "embedding", "bias of ...", or what else is done with it
+    statistics: tuple[tuple[int, ...], ...]  # shapes of the left and the right side
+    axes: MatrixAxes | None
+    sites: int  # products that share the leaf
+    reason: str  # why it gets no more
+
+
+class CaptureReport(NamedTuple):
+    """The rows of `fo.report` of a loss function; printed, a table."""
+
+    rows: tuple[CaptureRow, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            (
+                row.path,
+                "x".join(map(str, row.shape)) or "scalar",
+                row.use + (f", {row.sites} times" if row.sites > 1 else ""),
+                ", ".join("x".join(map(str, shape)) for shape in row.statistics),
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        return table(("leaf", "shape", "used as", "statistics", "why not more"), lines)
+
+
+def capture_report(
+    loss_fn: Callable[..., Any], params: Any, *args: Any, statistics: Any = None, **kwargs: Any
+) -> CaptureReport:
+    """`fo.report` of a loss function."""
+    kind = KroneckerFactors() if statistics is None else statistics
+    leaves = trace(loss_fn, kind, params, args, kwargs).leaves
+    shapes = _shapes(loss_fn, kind, params, args, kwargs) if any(leaf.sites for leaf in leaves) else [()] * len(leaves)
+    return CaptureReport(
+        tuple(
+            CaptureRow(leaf.path, leaf.shape, leaf.use, has, leaf.axes, len(leaf.sites), leaf.reason)
+            for leaf, has in zip(leaves, shapes, strict=True)
+        )
+    )
+
+
+def _shapes(
+    loss_fn: Callable[..., Any], kind: Any, params: Any, args: Any, kwargs: Any
+) -> list[tuple[tuple[int, ...], ...]]:
+    """Of each leaf's statistics."""
+    kind = dataclasses.replace(kind, squares=False) if getattr(kind, "squares", False) else kind
+    values, treedef = jax.tree.flatten((params, args, kwargs))
+    arrays = [i for i, x in enumerate(values) if hasattr(x, "shape") and hasattr(x, "dtype")]
+
+    def statistics(*given: Any) -> Any:
+        filled = list(values)
+        for i, x in zip(arrays, given, strict=True):
+            filled[i] = x
+        params, args, kwargs = treedef.unflatten(filled)
+        first = lambda *args, **kwargs: jax.tree.leaves(loss_fn(*args, **kwargs))[0]  # noqa: E731  a pair has aux
+        return value_and_grad(first, kind)(params, *args, **kwargs)[2]
+
+    found = jax.eval_shape(statistics, *(values[i] for i in arrays))
+    each = jax.tree.structure(params).flatten_up_to(found)
+    return [tuple(x.shape for x in jax.tree.leaves(s) if x.ndim) for s in each]
+
+
+def infer_axes(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Any:
+    """Which axes of each parameter are inputs, outputs and batch, read off the traced program: made for ``axes=``.
+
+    A leaf gets `fo.MatrixAxes`, with the path of its bias, where `fo.value_and_grad` captures it, and None (fallback)
+    elsewhere: what is no matrix, what is looked up as an embedding, what is used in a way that is not understood. Names
+    play no part, so a head is a matrix like any other; put None in its place where a method is not meant for it.
+
+    Args:
+      loss_fn, params, *args, **kwargs: as for `fo.value_and_grad`; arrays may be `jax.ShapeDtypeStruct`.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> loss = lambda p, x: jnp.einsum("bi,hio->bho", x, p["w"]).sum()
+      >>> fo.infer_axes(loss, {"w": jnp.ones((4, 3, 2))}, jnp.ones((5, 3)))
+      {'w': MatrixAxes(inputs=(1,), outputs=(0, 2), batch=())}
+    """
+    traced = trace(loss_fn, KroneckerFactors(max_dim=2**31), params, args, kwargs)
+    embedding = {"embedding"}
+    axes = [None if leaf.use in embedding or not leaf.sites else leaf.axes for leaf in traced.leaves]
+    return jax.tree.unflatten(traced.treedef, axes)
