@@ -1,0 +1,225 @@
+"""FROG and K-FROG: natural gradients by a few steps of conjugate gradients on this step's sampled examples.
+
+    M ← μ M + G
+    Z = F⁻¹ M, about: k steps of conjugate gradients, a Fisher F for each output (K-FROG: one for all)
+    W ← (1 - lr wd) W - lr Z
+
+`applications/conjugate_gradient.py` says what F is, and how Z is scaled. A layer's bias is the last row of its matrix.
+Samples come from `update(grads, state, params, statistics=...)`; nothing of them is kept.
+
+Source: FROG: Fisher row-wise preconditioning, technical overview (fullfix.github.io/notes/2026/01/25/frog-optimizer).
+"""
+
+from typing import Any, NamedTuple, cast
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from ..applications.conjugate_gradient import Solve, check_samples, frog_direction, in_stack, kfrog_direction
+from ..checks import at, in_range
+from ..curvature import HOW, KINDS, on_layers
+from ..decay import Mask, visible
+from ..guard import guarded
+from ..layers import Layer
+from ..momentum import MomentumState
+from ..momentum import momentum as weighted_mean
+from ..routing import by_layers
+from ..types import Samples
+
+SOLVES: dict[str, Solve] = {"frog": frog_direction, "kfrog": kfrog_direction}
+LAYERS = ("matrix",)  # the author leaves the last classifier out
+SOURCE = HOW.format(kind=KINDS[Samples])
+
+
+class FrogState(NamedTuple):
+    """State of FROG's direction."""
+
+    count: Int[Array, ""]  # calls so far, for a schedule of damping
+    momentum: MomentumState
+
+
+def scale_by_frog(
+    momentum: Any = 0.9,
+    damping: Any = 1e-4,
+    iterations: int = 4,
+    *,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+    momentum_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of `frog`, without learning rate and decay; ``fallback`` is a direction too, default
+    ``optax.scale_by_adam()``.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.scale_by_frog(damping=1e-3), optax.scale_by_learning_rate(1e-2))
+    """
+    return _scale_by("frog", **locals())
+
+
+def scale_by_kfrog(
+    momentum: Any = 0.9,
+    damping: Any = 1e-4,
+    iterations: int = 4,
+    *,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+    momentum_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of `kfrog`, as `scale_by_frog` is that of `frog`.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.scale_by_kfrog(), optax.scale_by_learning_rate(1e-3))
+    """
+    return _scale_by("kfrog", **locals())
+
+
+def frog(
+    learning_rate: Any,
+    momentum: Any = 0.9,
+    damping: Any = 1e-4,
+    iterations: int = 4,
+    weight_decay: Any = 0.0,
+    *,
+    mask: Mask = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+    momentum_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """FROG (see the top of this file for the rule): a step of about one size whatever the gradient's and the loss's.
+
+    Args:
+      learning_rate: number or schedule.
+      momentum: μ, number or schedule.
+      damping: τ, number above 0 or schedule, in units of the mean eigenvalue of each output's Fisher. The author's
+        range is 1e-6 to 1e-2; what the samples do not span is divided by τ alone.
+      iterations: k, 3 to 5; it regularises too, as directions of small eigenvalues come last.
+      weight_decay: decoupled, per unit of learning rate; number or schedule.
+      mask: which parameters decay, as in `optax.adamw`.
+      fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with
+        this rate, decay and mask.
+      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params.
+      momentum_dtype: storage of M, default float32 at least.
+
+    Raises:
+      ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without
+        ``statistics`` of every layer, or with some that do not fit it.
+
+    Example (16 to 64 samples of a batch are usual):
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> params, x, y = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}, jnp.ones((8, 4)), jnp.ones((8, 3))
+      >>> loss = lambda p: fo.losses.gaussian(x @ p["kernel"] + p["bias"], y)
+      >>> tx = fo.frog(1e-2)
+      >>> value, grads, stats = fo.value_and_grad(loss, fo.LayerSamples(4))(params)
+      >>> updates, state = tx.update(grads, tx.init(params), params, statistics=stats)
+    """
+    return _complete("frog", **locals())
+
+
+def kfrog(
+    learning_rate: Any,
+    momentum: Any = 0.9,
+    damping: Any = 1e-4,
+    iterations: int = 4,
+    weight_decay: Any = 0.0,
+    *,
+    mask: Mask = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+    momentum_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FROG (see the top of this file), FROG's forerunner: cheaper, since one Fisher of the inputs serves all outputs.
+
+    Its step grows with M, and so with ``1 / (1 - momentum)``.
+
+    Args:
+      damping: ε, number above 0 or schedule, in units of the inputs' squares: the default is for normalised inputs.
+      learning_rate, momentum, iterations, weight_decay, mask, fallback, axes, momentum_dtype: as in `frog`.
+
+    Raises:
+      ValueError, TypeError: as in `frog`.
+
+    Example (used as `frog` is):
+      >>> import fisher_optax as fo
+      >>> tx = fo.kfrog(1e-3, weight_decay=1e-2)
+    """
+    return _complete("kfrog", **locals())
+
+
+def _scale_by(
+    method: str, *, fallback: optax.GradientTransformation | None, axes: Any, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    direction = _direction(method, **options)
+    fallback = optax.scale_by_adam() if fallback is None else fallback
+
+    def build(layers: list[Layer]) -> optax.GradientTransformation:
+        return _on_samples(direction, method, layers)
+
+    return guarded(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
+
+
+def _complete(
+    method: str,
+    *,
+    learning_rate: Any,
+    weight_decay: Any,
+    mask: Mask,
+    fallback: optax.GradientTransformation | None,
+    axes: Any,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    in_range("learning_rate", learning_rate, 0)
+    in_range("weight_decay", weight_decay, 0)
+    direction = _direction(method, **options)
+    decay = optax.add_decayed_weights(weight_decay, visible(mask))
+    rate = optax.scale_by_learning_rate(learning_rate)
+
+    def build(layers: list[Layer]) -> optax.GradientTransformation:
+        return optax.chain(_on_samples(direction, method, layers), decay, rate)
+
+    fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
+    return guarded(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
+
+
+def _on_samples(
+    direction: optax.GradientTransformationExtraArgs, method: str, layers: list[Layer]
+) -> optax.GradientTransformationExtraArgs:
+    def check(layer: Layer, samples: Any, shape: tuple[int, ...]) -> None:
+        check_samples(layer.path, samples, shape, bias=layer.bias is not None)
+
+    return on_layers(direction, layers, method=method, wants=Samples, check=check)
+
+
+def _direction(
+    method: str, momentum: Any, damping: Any, iterations: int, momentum_dtype: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Z of lists of matrices and their samples."""
+    in_range("momentum", momentum, 0, 1)
+    in_range("damping", damping, 0)
+    if isinstance(damping, int | float) and damping == 0:
+        raise ValueError("damping must be above 0, since samples need not span all inputs; got 0. Try 1e-6.")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be a number of steps, 1 or more; got {iterations!r}.")
+    average = weighted_mean(momentum, nesterov=False, dtype=momentum_dtype)
+
+    def init(params: Any) -> FrogState:
+        return FrogState(jnp.zeros([], jnp.int32), cast(MomentumState, average.init(params)))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[list[Array], FrogState]:
+        del params
+        statistics: list[Samples] | None = extra["statistics"]
+        if statistics is None and updates:
+            raise ValueError(
+                f"fo.{method} keeps no curvature between steps, so that statistics=None leaves it none: {SOURCE}."
+            )
+        means, averaged = cast(tuple[list[Array], MomentumState], average.update(updates, state.momentum))
+        τ = at(damping, state.count)
+        Z = [
+            in_stack(SOLVES[method], averaged.weight.astype(m.dtype) * m, samples, τ, iterations)
+            for m, samples in zip(means, statistics or (), strict=True)
+        ]
+        return Z, FrogState(state.count + 1, averaged)
+
+    return optax.GradientTransformationExtraArgs(init, update)
