@@ -1,16 +1,25 @@
 """Fisher-based and matrix-aware optimizers for JAX, as composable Optax transformations."""
 
+from typing import Any as _Any
+
 from . import applications as applications
 from . import decompositions as decompositions
 from . import factors as factors
 from . import linalg as linalg
+from .accumulation import accumulate_statistics
 from .applications import in_eigenbasis
-from .axes import MatrixAxes, label_params
+from .axes import label_params
+from .bases import eigenbases
+from .capture import CaptureReport, InputGram, KroneckerFactors, LayerSamples, infer_axes, losses, value_and_grad
 from .checks import static_args as _static_args
 from .decay import add_cautious_decay, add_decay_after_step
 from .grafting import graft
 from .linalg import jordan, polar_express, you
+from .matrix_axes import MatrixAxes
 from .optimizers.dykaf import dykaf, scale_by_dykaf
+from .optimizers.frog import frog, kfrog, scale_by_frog, scale_by_kfrog
+from .optimizers.kfac import ekfac, kfac, scale_by_ekfac, scale_by_kfac
+from .optimizers.kfac_soap import kfac_soap, scale_by_kfac_soap
 from .optimizers.kl import kl_shampoo, kl_soap, scale_by_kl_shampoo, scale_by_kl_soap
 from .optimizers.muon import muon, scale_by_muon, scale_by_normuon
 from .optimizers.shampoo import scale_by_shampoo, shampoo
@@ -23,37 +32,57 @@ from .warm_start import from_adam
 _FACTORIES = (
     *(soap, scale_by_soap, muon, scale_by_muon, dykaf, scale_by_dykaf),
     *(shampoo, scale_by_shampoo),
+    *(kfac, scale_by_kfac, ekfac, scale_by_ekfac, kfac_soap, scale_by_kfac_soap),
+    *(frog, scale_by_frog, kfrog, scale_by_kfrog),
     *(kl_shampoo, scale_by_kl_shampoo, kl_soap, scale_by_kl_soap),
 )
 STATIC_ARGS = {f.__name__: _static_args(f) for f in _FACTORIES}
 
 __all__ = [
     "STATIC_ARGS",
+    "CaptureReport",
     "Health",
+    "InputGram",
+    "KroneckerFactors",
+    "LayerSamples",
     "MatrixAxes",
     "Report",
     "Row",
+    "accumulate_statistics",
     "add_cautious_decay",
     "add_decay_after_step",
     "applications",
     "check_state",
     "decompositions",
     "dykaf",
+    "eigenbases",
+    "ekfac",
     "factors",
+    "frog",
     "from_adam",
     "graft",
     "health",
     "in_eigenbasis",
+    "infer_axes",
     "jordan",
+    "kfac",
+    "kfac_soap",
+    "kfrog",
     "kl_shampoo",
     "kl_soap",
     "label_params",
     "linalg",
+    "losses",
     "muon",
     "polar_express",
     "precondition",
     "report",
     "scale_by_dykaf",
+    "scale_by_ekfac",
+    "scale_by_frog",
+    "scale_by_kfac",
+    "scale_by_kfac_soap",
+    "scale_by_kfrog",
     "scale_by_kl_shampoo",
     "scale_by_kl_soap",
     "scale_by_muon",
@@ -62,5 +91,17 @@ __all__ = [
     "scale_by_soap",
     "shampoo",
     "soap",
+    "value_and_grad",
     "you",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    # Flax is no dependency: it is imported when its TrainState is asked for.
+    if name == "TrainState":
+        try:
+            from .train_state import TrainState
+        except ImportError as error:
+            raise ImportError("fo.TrainState extends Flax's: pip install flax.") from error
+        return TrainState
+    raise AttributeError(f"module 'fisher_optax' has no attribute {name!r}")

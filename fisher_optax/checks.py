@@ -8,7 +8,19 @@ from typing import Any
 import optax
 
 # What `optax.inject_hyperparams` may trace; everything else shapes the program.
-TRACED = ("learning_rate", "b1", "b2", "eps", "weight_decay", "shampoo_beta", "beta")
+TRACED = (
+    "learning_rate",
+    "b1",
+    "b2",
+    "eps",
+    "weight_decay",
+    "shampoo_beta",
+    "beta",
+    "momentum",
+    "damping",
+    "curvature_decay",
+    "kl_clip",
+)
 
 
 def at(value: Any, count: Any) -> Any:

@@ -79,6 +79,15 @@ def inverse_root(exponent: float = -0.25, *, method: str = "eigh", ridge: Any = 
     return Decomposition(f"{method} root", InverseRoot, root, lambda A, old, tolerance: root(A, old))
 
 
+def cholesky_inverse() -> Decomposition:
+    """The inverse, for factors that are damped when they are read (`fo.factors.tikhonov`)."""
+
+    def inverse(A: Matrix, old: Matrix) -> Refreshed:
+        return Refreshed(linalg.cholesky_inverse(A), jnp.arange(len(old)))
+
+    return Decomposition("Cholesky inverse", InverseRoot, inverse, lambda A, old, tolerance: inverse(A, old))
+
+
 def with_eigenvalues(decomposition: Decomposition) -> Decomposition:
     """The same, with the eigenvalues ``diag(Qᵀ A Q)`` of its basis: for factors that are followed through them.
 

@@ -30,8 +30,8 @@ class GuardState(NamedTuple):
 def guarded(
     tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Make ``tx`` skip a step whose gradient is not finite anywhere: the update is zero and no state changes but the
-    counter.
+    """Make ``tx`` skip a step whose gradient, or the statistics beside it, are not finite anywhere: the update is zero
+    and no state changes but the counter.
 
     A gradient whose sum of squares overflows counts as one, since every second moment and every Kronecker factor entry
     is bounded by that sum.
@@ -62,7 +62,9 @@ def guarded(
             return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
 
         def either(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
-            return branch(is_finite(jax.tree.leaves(updates), squared), step, skip, updates, state, params)
+            seen = jax.tree.leaves(extra.get("statistics"))  # which is read as a gradient is, and spoils as much
+            finite = is_finite([*jax.tree.leaves(updates), *seen], [*squared, *[False] * len(seen)])
+            return branch(finite, step, skip, updates, state, params)
 
         return in_auto_mode(either, updates, state, params)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .axes import MatrixAxes
+from .matrix_axes import MatrixAxes
 
 
 class Cut(NamedTuple):
@@ -104,6 +104,48 @@ def to_stacks(
         for piece in to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a, block_size):
             members.setdefault(stack_key(piece.shape, piece.dtype), []).append(piece.reshape(-1, *piece.shape[-2:]))
     return {key: jnp.concatenate(pieces) for key, pieces in members.items()}
+
+
+def sides_to_stacks(
+    statistics: Sequence[Any], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
+) -> dict[str, Any]:
+    """Statistics of the leaves (with ``left``, ``right``, ``squares``), one entry a matrix, stacked as `to_stacks` does.
+
+    A matrix that is a block gets the blocks on the diagonals that belong to its rows and columns.
+    """
+    members: dict[str, list[Any]] = {}
+    for x, a, s in zip(leaves, axes, statistics, strict=True):
+        *batch, m, n = canonical_shape(x.shape, a)
+        N = math.prod(batch)
+        left, right = (
+            jax.tree.map(lambda A: A.reshape(N, *A.shape[-2:]), side)  # noqa: B023
+            for side in (s.left, s.right)
+        )
+        squares = None if s.squares is None else s.squares.reshape(N, m, n)
+        for r in cuts(m, block_size):
+            for c in cuts(n, block_size):
+                grid = (N, r.count, c.count)
+                piece = (
+                    _diagonal_blocks(left, r, grid, 1),
+                    _diagonal_blocks(right, c, grid, 2),
+                    None if squares is None else _block(squares[:, r.span, c.span], r, c),
+                )
+                key = stack_key((r.size, c.size), jnp.promote_types(x.dtype, jnp.float32))
+                weight = jnp.broadcast_to(s.weight, (math.prod(grid),))
+                members.setdefault(key, []).append(type(s)(*piece, weight))
+    return {key: jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces) for key, pieces in members.items()}
+
+
+def _diagonal_blocks(A: Any, cut: Cut, grid: tuple[int, int, int], along: int) -> Any:
+    """The blocks of a cut on the diagonal of each ``A: (N, d, d)``, for every matrix of a grid of blocks; a side of low
+    rank is whole.
+    """
+    if A is None or (grid[1:] == (1, 1) and jax.tree.leaves(A)[0].shape[-1] == cut.size):
+        return A
+    blocks = [A[:, i : i + cut.size, i : i + cut.size] for i in range(cut.start, cut.span.stop, cut.size)]
+    shape = (grid[0], grid[1] if along == 1 else 1, grid[2] if along == 2 else 1, cut.size, cut.size)
+    every = jnp.broadcast_to(jnp.stack(blocks, 1).reshape(shape), (*grid, cut.size, cut.size))
+    return every.reshape(-1, cut.size, cut.size)
 
 
 def from_stacks(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from . import linalg
 from .branching import branch
-from .types import Decomposition, Eigenpairs, Kronecker, Moments, Refreshed
+from .types import Decomposition, Eigenpairs, Kronecker, Moments, Refreshed, Rows
 
 KEEP, REFRESH, START = 0, 1, 2
 
@@ -76,6 +76,8 @@ def renew(
 
     def decomposed(decompose: Callable[[Array, Array], Refreshed]) -> Callable[[], list[Refreshed]]:
         def side(A: Any, Q: Array) -> Refreshed:
+            if isinstance(A, Rows):
+                return Refreshed(linalg.range_of_rows(A.rows), jnp.arange(Q.shape[-1]))
             return decompose(A, Q.astype(A.dtype))
 
         return lambda: [side(factors()[i], basis[i]) for i in sides]
@@ -85,7 +87,7 @@ def renew(
         new, orders, failed = list(basis[:2]), list[Any]([None, None]), jnp.zeros([], jnp.int32)
         for i, done in zip(sides, branch(action == START, decomposed(decomposition.start), again), strict=True):
             new[i], bad = linalg.keep_last_good(done.value.astype(basis[i].dtype), basis[i])
-            orders[i] = jnp.where(bad, jnp.arange(len(basis[i])), done.order)
+            orders[i] = jnp.where(bad, jnp.arange(basis[i].shape[-1]), done.order)
             failed = failed + bad.astype(jnp.int32)
         turned = _measured(basis, new, factors()) if isinstance(basis, Eigenpairs) else type(basis)(*new)
         linear = tuple(_rotate(m, basis, turned) for m in moments.linear)
@@ -105,10 +107,13 @@ def renew(
 def _measured(old: Eigenpairs, new: list[Any], factors: Kronecker) -> Eigenpairs:
     """The new vectors with the values ``diag(Qᵀ A Q)``; the old values where these are not finite."""
 
-    def values(A: Array | None, Q: Array | None, before: Array | None) -> Array | None:
+    def values(A: Any, Q: Array | None, before: Array | None) -> Array | None:
         if A is None or Q is None or before is None:
             return None
-        new = jnp.sum(Q.astype(A.dtype) * linalg.project(A, Q), 0, keepdims=True).astype(before.dtype)
+        if isinstance(A, Rows):
+            new = jnp.sum(jnp.square(jnp.matmul(A.rows, Q, precision=Precision.HIGHEST)), 0, keepdims=True)
+        else:
+            new = jnp.sum(Q.astype(A.dtype) * linalg.project(A, Q), 0, keepdims=True).astype(before.dtype)
         return linalg.keep_last_good(new, before[None])[0][0]
 
     return Eigenpairs(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from .axes import MatrixAxes
+from .matrix_axes import MatrixAxes
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
@@ -67,6 +67,8 @@ def place(state: Any, layouts: set[Layout | None]) -> Any:
         return state
 
     def put(x: Any, kind: str) -> Any:
+        if isinstance(x, tuple):  # rows of a side that is too long for a matrix
+            return jax.tree.map(lambda y: jax.device_put(y, layout.of(kind, 0)), x)
         packed = kind != "matrix" and x.shape[-1] != x.shape[-2]
         return jax.device_put(x, layout.of(kind, 0 if packed else x.ndim))
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-# One(G, state, action) -> (U, state, failures), for one matrix.
-One = Callable[[Array, Any, Array], tuple[Array, Any, Array]]
+# One(G, state, action, given) -> (U, state, failures), for one matrix.
+One = Callable[[Array, Any, Array, Any], tuple[Array, Any, Array]]
 
 # Measured on the char-GPT trees: on a CPU whole stacks leave the caches, and a product of two or three matrices of side
 # 256 or 384 runs at a higher rate than that of one; accelerators want batches.
@@ -22,46 +22,48 @@ def over_stack(
     G: Float[Array, "N m n"],
     state: Any,
     action: Int[Array, " N"],
+    given: Any = None,
     *,
     uniform: bool,
     max_stack: int,
     batched: bool | None = None,
 ) -> tuple[Float[Array, "N m n"], Any, Int[Array, " N"]]:
-    """``one`` of every matrix of the stack.
+    """``one`` of every matrix of the stack; ``given`` is more to read for each, or nothing.
 
     A batch is only for an ``action`` that is the same for all (``uniform``): a branch taken by some of a batch is
     computed by all. At most ``max_stack`` go in one batch.
     """
     if not isinstance(G, Tracer):
-        return _eagerly(one, G, state, action)
+        return _eagerly(one, G, state, action, given)
     batched = BATCHED.get(jax.default_backend(), True) if batched is None else batched
     if uniform and batched:
-        return jax.lax.map(lambda xs: one(xs[0], xs[1], action[0]), (G, state), batch_size=min(max_stack, len(G)))
+        size = min(max_stack, len(G))
+        return jax.lax.map(lambda xs: one(xs[0], xs[1], action[0], xs[2]), (G, state, given), batch_size=size)
     # Factors mean decompositions, and a branch for each.
     at_once = 1 if state.factors else next((k for k in AT_ONCE if len(G) % k == 0), 1)
     if at_once == 1:
-        return _in_place(one, G, state, action)
-    grouped = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (G, state, action))
+        return _in_place(one, G, state, action, given)
+    grouped = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), (G, state, action, given))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(jax.vmap(one), *grouped))
 
 
-def _in_place(one: One, G: Array, state: Any, action: Array) -> tuple[Array, Any, Array]:
+def _in_place(one: One, G: Array, state: Any, action: Array, given: Any) -> tuple[Array, Any, Array]:
     """A loop that overwrites gradients with directions, and factors and bases, which are most of the state."""
 
     def body(kept: Any, member: Any) -> Any:
-        i, inner, act = member
+        i, inner, act, seen = member
         matrix, factors, basis = jax.tree.map(lambda x: x[i], kept)
-        U, new, failed = one(matrix, state._replace(factors=factors, basis=basis, application=inner), act)
+        U, new, failed = one(matrix, state._replace(factors=factors, basis=basis, application=inner), act, seen)
         put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)  # noqa: E731
         return jax.tree.map(put, kept, (U, new.factors, new.basis)), (new.application, failed)
 
     # The rest is copied from one stack to another: XLA fuses reading and writing it, and would copy a stack that is
     # both, once for each of its members.
-    kept, rest = (G, state.factors, state.basis), (jnp.arange(len(G)), state.application, action)
+    kept, rest = (G, state.factors, state.basis), (jnp.arange(len(G)), state.application, action, given)
     (U, factors, basis), (application, failed) = jax.lax.scan(body, kept, rest)
     return U, state._replace(factors=factors, basis=basis, application=application), failed
 
 
-def _eagerly(one: One, G: Array, state: Any, action: Array) -> tuple[Array, Any, Array]:
-    done: Any = [one(G[i], jax.tree.map(lambda x: x[i], state), action[i]) for i in range(len(G))]  # noqa: B023
+def _eagerly(one: One, G: Array, state: Any, action: Array, given: Any) -> tuple[Array, Any, Array]:
+    done: Any = [one(*jax.tree.map(lambda x: x[i], (G, state, action, given))) for i in range(len(G))]  # noqa: B023
     return jax.tree.map(lambda *xs: jnp.stack(xs), *done)

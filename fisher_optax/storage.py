@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import linalg
-from .types import Eigenpairs, Kronecker
+from .types import Eigenpairs, Kronecker, Rows
 
 
 class Storage(NamedTuple):
@@ -34,20 +34,28 @@ class Storage(NamedTuple):
 
     def store(self, factors: Kronecker) -> Kronecker:
         """Full symmetric factors as they are kept."""
-        return each_side(lambda A: self._pack(A if self.dtype is None else A.astype(self.dtype)), factors)
+
+        def kept(A: Any) -> Any:
+            if isinstance(A, Rows):
+                return A if self.dtype is None else Rows(A.rows.astype(self.dtype))
+            return self._pack(A if self.dtype is None else A.astype(self.dtype))
+
+        return each_side(kept, factors)
 
     def load(self, factors: Kronecker, m: int, n: int, dtype: Any) -> Kronecker:
         """The kept factors of an ``m x n`` matrix, full and in ``dtype``."""
-        L, R = factors.left, factors.right
-        return factors._replace(
-            left=None if L is None else self._unpack(L, m).astype(dtype),
-            right=None if R is None else self._unpack(R, n).astype(dtype),
-        )
+
+        def whole(A: Any, d: int) -> Any:
+            if A is None:
+                return None
+            return Rows(A.rows.astype(dtype)) if isinstance(A, Rows) else self._unpack(A, d).astype(dtype)
+
+        return factors._replace(left=whole(factors.left, m), right=whole(factors.right, n))
 
     def identity(self, factors: Kronecker, returns: type) -> Any:
-        """The basis before there is any: the identity on each side that has a (full) factor."""
-        sides = (factors.left, factors.right)
-        eyes = [None if A is None else jnp.eye(len(A), dtype=self.dtype or A.dtype) for A in sides]
+        """The basis before there is any: the identity on each side that has a (full) factor, as far as its rank goes."""
+        sides = [A.rows if isinstance(A, Rows) else A for A in (factors.left, factors.right)]
+        eyes = [None if A is None else jnp.eye(A.shape[-1], len(A), dtype=self.dtype or A.dtype) for A in sides]
         ones = [None if A is None else jnp.ones(len(A), A.dtype) for A in sides]
         return returns(*eyes, *ones) if returns is Eigenpairs else returns(*eyes)
 

@@ -12,8 +12,8 @@ from .applications.eigenbasis import AdamState
 from .axes import resolve_axes
 from .matrices import to_stacks
 from .momentum import MomentumState
-from .precondition import MatrixState, PreconditionState
 from .reporting import report
+from .seam import MatrixState, PreconditionState
 from .types import Eigenpairs, Kronecker
 
 

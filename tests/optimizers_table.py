@@ -15,6 +15,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from tests.standins import factors, fed, samples
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -38,6 +39,8 @@ class Row(NamedTuple):
     scale_free: bool = True  # large gradients move parameters as small ones do
     one_guard: bool = True  # a bad step is skipped by one guard, not by each stage of a chain
     tolerance: float = SINGLE_PRECISION  # of the update's norm, between two ways to compute it
+    joined: bool = False  # a kernel and its bias are one matrix
+    variant: bool = False  # of a method that has another row, for the laws that depend on options
     descent: tuple[float, int] = (0.1, 1000)  # first rate (falling linearly to 0) and steps of the convergence tests
 
 
@@ -106,6 +109,37 @@ def shampoo_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) 
     )
 
 
+def kfac_row(make: Callable[..., Any], name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
+    options = {"learning_rate": 0.01, "weight_decay": 0.1, "precondition_frequency": 2} | options
+    scheduled = ("learning_rate", "weight_decay", "momentum", "damping", "curvature_decay")
+    return Row(
+        name,
+        fed(make, factors, with_bases=make is fo.ekfac),
+        options,
+        static_args=make.__name__,
+        scheduled=scheduled,
+        undecayed={"weight_decay": 0.0},
+        tolerance=tolerance,
+        joined=True,
+        scale_free=False,  # damping is in units of the Fisher
+    )
+
+
+def frog_row(make: Callable[..., Any], name: str, **options: Any) -> Row:
+    options = {"learning_rate": 0.01, "weight_decay": 0.1} | options
+    scheduled = ("learning_rate", "weight_decay", "momentum", "damping")
+    return Row(
+        name,
+        fed(make, samples),
+        options,
+        static_args=make.__name__,
+        scheduled=scheduled,
+        undecayed={"weight_decay": 0.0},
+        joined=True,
+        tolerance=1e-4,  # of conjugate gradients
+    )
+
+
 ROWS = (
     soap_row("soap"),
     soap_row("soap-adaptive-packed", refresh="adaptive", adaptive_tolerance=0.01, factor_storage="packed"),
@@ -169,6 +203,16 @@ ROWS = (
         static_args="scale_by_shampoo",
         scheduled=("b1",),
     ),
+    kfac_row(fo.kfac, "kfac"),
+    kfac_row(fo.kfac, "kfac-inverse-packed-clipped", decomposition="inverse", factor_storage="packed", kl_clip=0.1),
+    kfac_row(
+        fo.kfac, "kfac-half-grafted-staggered", exponent=-0.5, grafting="adam", decomposition="qr", refresh="staggered"
+    ),
+    kfac_row(fo.ekfac, "ekfac"),
+    like_soap(fo.kfac_soap, "kfac_soap")._replace(make=fed(fo.kfac_soap, factors), joined=True),
+    frog_row(fo.frog, "frog"),
+    # Its size is that of momentum over the output gradients, here of one gradient that vanishes at the minimum.
+    frog_row(fo.kfrog, "kfrog", momentum=0.0),
     Row("graft", muon_with_adams_size, rate_after=0.02, takes_axes=False),
     Row("lion-in-basis", lion_in_soaps_basis, rate_after=0.01, takes_axes=False),
     Row(
@@ -185,6 +229,11 @@ ROWS = (
         "soap-then-orthogonal", soap_then_orthogonal, rate_after=0.02, takes_axes=False, one_guard=False, tolerance=1e-3
     ),
 )
+
+
+FIRST = {row.make: row.name for row in reversed(ROWS) if row.static_args}
+ROWS = tuple(row._replace(variant=FIRST.get(row.make, row.name) != row.name) for row in ROWS)
+METHODS = tuple(row for row in ROWS if not row.variant)
 
 
 def each(rows: Iterable[Row] = ROWS) -> Any:

@@ -1,5 +1,7 @@
 """What is done to a gradient with the bases at hand: one file an application."""
 
+from .damped import damped as damped
+from .damped import eigenvalue_corrected as eigenvalue_corrected
 from .eigenbasis import adam as adam
 from .eigenbasis import in_eigenbasis as in_eigenbasis
 from .eigenvalues import inverse_root_of_eigenvalues as inverse_root_of_eigenvalues

@@ -1,15 +1,19 @@
 """Pure functions of arrays: orthogonalisation, eigenbases that follow a matrix, symmetric storage."""
 
 from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration, project
+from .krylov import conjugate_gradient
+from .low_rank import range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
-from .roots import check_exponent, matrix_power
+from .roots import check_exponent, cholesky_inverse, matrix_power
 from .scaling import unit_frobenius, unit_scale
 from .symmetric import pack, unpack
 
 __all__ = [
     "as_polynomial",
     "check_exponent",
+    "cholesky_inverse",
+    "conjugate_gradient",
     "descending",
     "direct_flops",
     "eigenbasis",
@@ -23,7 +27,9 @@ __all__ = [
     "pack",
     "polar_express",
     "project",
+    "range_of_rows",
     "restart_steps",
+    "strongest_rows",
     "unit_frobenius",
     "unit_scale",
     "unpack",

@@ -66,6 +66,23 @@ def matrix_power(
     return (root + root.mT) / 2
 
 
+def cholesky_inverse(A: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """``A⁻¹`` of a positive definite A, in float32 at least; NaN where its Cholesky factorisation fails.
+
+    A third of the work of `matrix_power`, and no eigenvalues: A must have been damped.
+
+    >>> print(cholesky_inverse(jnp.array([[2.0, 0.0], [0.0, 4.0]])))
+    [[0.5  0.  ]
+     [0.   0.25]]
+    """
+    A = A.astype(jnp.promote_types(A.dtype, jnp.float32))
+    L = one_by_one(lambda A: jax.lax.linalg.cholesky(A, symmetrize_input=False))(A)
+    # X = L⁻¹; A⁻¹ = Xᵀ X is symmetric to the last bit.
+    eye = jnp.broadcast_to(jnp.eye(A.shape[-1], dtype=A.dtype), A.shape)
+    X = one_by_one(lambda L, B: jax.lax.linalg.triangular_solve(L, B, left_side=True, lower=True))(L, eye)
+    return _matmul(X.mT, X)
+
+
 def check_exponent(exponent: Any, method: str) -> None:
     """A ValueError unless the method has the exponent."""
     if method not in METHODS:

@@ -16,7 +16,7 @@ import optax
 from ..applications import rank1_adam
 from ..checks import takes
 from ..factors import projector_splitting
-from ..precondition import Seam
+from ..seam import Seam
 from .soap import complete, direction, scale_by_soap, soap, soap_seam
 
 

@@ -14,7 +14,7 @@ import optax
 from ..applications import inverse_root_of_eigenvalues
 from ..checks import takes
 from ..factors import kullback_leibler
-from ..precondition import Seam
+from ..seam import Seam
 from .soap import complete, direction, scale_by_soap, soap, soap_seam
 
 BETAS = {"b1": 0.9, "b2": 0.98}  # the authors'

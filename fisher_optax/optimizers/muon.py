@@ -22,8 +22,9 @@ from ..decay import Mask, visible
 from ..guard import guarded
 from ..matrices import from_matrices, matrix_shapes, to_matrices
 from ..momentum import momentum
-from ..precondition import Seam, seam
+from ..precondition import seam
 from ..routing import Build, by_axes, is_matrix
+from ..seam import Seam
 
 KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
 

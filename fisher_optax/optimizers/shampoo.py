@@ -20,8 +20,9 @@ from ..decompositions import inverse_root
 from ..factors import outer_product
 from ..grafting import graft_on, magnitude_of
 from ..guard import guarded
-from ..precondition import Seam, seam
+from ..precondition import seam
 from ..routing import Build, by_axes
+from ..seam import Seam
 
 KINDS = ("matrix", "head")
 

@@ -21,8 +21,9 @@ from ..decay import Mask, decay_after_step, visible
 from ..decompositions import eigh, orthogonal_iteration, with_eigenvalues
 from ..factors import outer_product
 from ..guard import guarded
-from ..precondition import Seam, seam
+from ..precondition import seam
 from ..routing import by_axes, skip_first_call
+from ..seam import Seam
 from ..types import Application, FactorRule
 
 KINDS = ("matrix", "head")
@@ -150,12 +151,18 @@ def direction(
     fallback: Any,
     axes: Any,
     parts: Callable[..., Seam] | None = None,
+    route: Callable[..., Any] = by_axes,
+    on: Callable[..., Any] = lambda name, method, axes: method.on_matrices(axes),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`scale_by_soap`, or with other ``parts`` one of its relatives."""
+    """`scale_by_soap`, or with other ``parts`` one of its relatives; ``route`` and ``on`` say what its matrices are."""
     method = (parts or soap_seam)(b1=b1, b2=b2, eps=eps, **options)
-    fallback = _adam(b1, b2, eps) if fallback is None else fallback
-    return guarded(method.directions(name, fallback, axes, KINDS))
+    fallback = method.with_first(_adam(b1, b2, eps) if fallback is None else fallback)
+
+    def build(matrices: list[Any]) -> optax.GradientTransformation:
+        return on(name, method, matrices)
+
+    return guarded(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
 def complete(
@@ -170,17 +177,19 @@ def complete(
     axes: Any,
     first_step: str,
     parts: Callable[..., Seam] | None = None,
+    route: Callable[..., Any] = by_axes,
+    on: Callable[..., Any] = lambda name, method, axes: method.on_matrices(axes),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """`soap`, or with other ``parts`` one of its relatives."""
+    """`soap`, or with other ``parts`` one of its relatives; ``route`` and ``on`` say what its matrices are."""
     method = (parts or soap_seam)(b1=b1, b2=b2, eps=eps, first_step=first_step, **options)
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
 
-    def build(axes: list[Any]) -> optax.GradientTransformation:
+    def build(matrices: list[Any]) -> optax.GradientTransformation:
         decay = decay_after_step(learning_rate, weight_decay, mask, lambda updates: True)
         decay = skip_first_call(decay, hold=False) if first_step == "skip" else decay
-        return optax.chain(method.on_matrices(axes), optax.scale_by_learning_rate(learning_rate), decay)
+        return optax.chain(on(name, method, matrices), optax.scale_by_learning_rate(learning_rate), decay)
 
     if fallback is None:
         # AdamW, whose Adam waits with the matrices while its schedules count calls, as theirs do.
@@ -191,7 +200,7 @@ def complete(
         fallback = optax.chain(method.with_first(_adam(b1, b2, eps)), rest)
     else:
         fallback = method.with_first(fallback)
-    return guarded(by_axes(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    return guarded(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
 def soap_seam(

@@ -116,7 +116,7 @@ def test_micro_steps_of_multisteps_do_nothing(row: Row) -> None:
 def test_masked_leaves_pass_and_the_others_move_as_before(row: Row) -> None:
     params = standard_params()
     mask = jax.tree.map(lambda _: False, params) | jax.tree.map(lambda _: True, matrices_of(params))
-    mask["dense"]["bias"] = False
+    mask["dense"]["bias"] = row.joined
     c = compiled(row)
     tx = optax.masked(c.tx, mask)
     gradients = standard_gradients()[:4]
@@ -133,7 +133,8 @@ def test_partition_by_our_labels_changes_nothing(row: Row) -> None:
     assert set(jax.tree.leaves(fo.label_params(params))) == {"matrix", "head", "embedding", "other"}
 
     def groups(tree: Any) -> Any:
-        return jax.tree.map(lambda label: label in ("matrix", "head"), fo.label_params(tree))
+        labels = jax.tree.map(lambda label: label in ("matrix", "head"), fo.label_params(tree))
+        return labels | {"dense": labels["dense"] | {"bias": row.joined}}
 
     tx = optax.partition({True: build(row), False: build(row)}, groups)
     points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, standard_gradients()[:4])

@@ -1,0 +1,160 @@
+"""How statistics of layers reach an optimizer: the extra argument ``statistics`` of `update`, matched by path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import tree_flatten_with_path
+
+from .layers import Layer, join, split
+from .matrix_axes import MatrixAxes, path_names
+from .storage import Storage
+from .types import LayerFactors, LayerStatistics, Rows, Samples
+
+HOW = (
+    "get them from `value, grads, stats = fo.value_and_grad(loss_fn, statistics=fo.{kind}(...))(params, batch)` "
+    "and pass `tx.update(grads, state, params, statistics=stats)`"
+)
+KINDS = {LayerFactors: "KroneckerFactors", Samples: "LayerSamples"}
+# `axes` of a leaf that is sent to the fallback.
+REMEDY = (
+    "pass axes=fo.infer_axes(loss_fn, params, batch) to the optimizer, which leaves to the fallback what capture cannot "
+    "read; fo.report(loss_fn, params, batch) says why"
+)
+
+
+def on_layers(
+    inner: optax.GradientTransformationExtraArgs,
+    layers: list[Layer],
+    *,
+    method: str,
+    wants: type[LayerStatistics],
+    check: Callable[[Layer, Any, tuple[int, ...]], None] = lambda layer, statistics, shape: None,
+) -> optax.GradientTransformationExtraArgs:
+    """``inner`` on the joined matrices of a tree of layers, with each one's statistics in the same order.
+
+    ``inner.update(matrices, state, params, statistics=[...])`` gets lists, or None for statistics.
+    """
+    for layer in layers:
+        _require_order(layer, method)
+
+    def init(params: Any) -> Any:
+        # Without layers, `optax.tree.map_params` asks with a placeholder where the parameters would be.
+        return inner.init(join(layers, jax.tree.leaves(params)) if layers else params)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(updates)
+        if not layers:
+            return updates, state
+        mine = _aligned(extra, layers, method, wants)
+        if mine is not None and wants is LayerFactors:
+            mine = [_with_bias(s, layer) for s, layer in zip(mine, layers, strict=True)]
+        extra["statistics"] = mine
+        for layer, statistics in zip(layers, mine or (), strict=mine is not None):
+            check(layer, statistics, layer.shape(leaves))
+        weights = None if params is None else join(layers, treedef.flatten_up_to(params))
+        out, state = inner.update(join(layers, leaves), state, weights, **extra)
+        return treedef.unflatten(split(layers, out, leaves)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: type) -> list[Any] | None:
+    """The statistics of each layer, in order; None where the caller gave None.
+
+    Raises:
+      TypeError: for none at all, or of another kind.
+      ValueError: where a layer has none.
+    """
+    how = HOW.format(kind=KINDS[wants])
+    if "statistics" not in extra:
+        raise TypeError(f"fo.{method}: update needs statistics=: {how}; statistics=None means no new curvature.")
+    if extra["statistics"] is None:
+        return None
+    found = by_path(extra["statistics"])
+    if missing := [layer.path for layer in layers if found.get(layer.path) is None]:
+        have = ", ".join(map(repr, found)) or "nothing"
+        raise ValueError(
+            f"fo.{method}: no statistics for {missing[0]!r} ({len(missing)} of {len(layers)} layers lack them; there "
+            f"are some for {have}). If the tree is right, {REMEDY}."
+        )
+    for layer in layers:
+        if not isinstance(found[layer.path], wants):
+            given = type(found[layer.path]).__name__
+            raise TypeError(f"fo.{method}: statistics of {layer.path!r} are {given}, wanted {wants.__name__}: {how}.")
+    return [found[layer.path] for layer in layers]
+
+
+def _require_order(layer: Layer, method: str) -> None:
+    """A ValueError unless the axes of each group are in the leaf's order, as those of statistics are."""
+    for group in (layer.axes.batch, layer.axes.inputs, layer.axes.outputs):
+        if list(group) != sorted(group):
+            raise ValueError(
+                f"fo.{method}: axes of {layer.path!r} are {layer.axes}; statistics come with the axes of each group in "
+                "ascending order, so write them in that order."
+            )
+
+
+def _with_bias(given: LayerFactors, layer: Layer) -> LayerFactors:
+    """The statistics with a bias's row and column exactly if the layer has one."""
+    if (given.bias is not None) == (layer.bias is not None) or given.left is None:
+        return given
+    drop = layer.bias is None
+
+    def side(A: Any) -> Any:
+        if isinstance(A, Rows):
+            return Rows(A.rows[..., :-1] if drop else jnp.pad(A.rows, [(0, 0)] * (A.rows.ndim - 1) + [(0, 1)]))
+        if drop:
+            return A[..., :-1, :-1]
+        # A bias that was added elsewhere too: as if its input, always 1, were uncorrelated with the others.
+        return jnp.pad(A, [(0, 0)] * (A.ndim - 2) + [(0, 1)] * 2).at[..., -1, -1].set(1)
+
+    squares = None if given.squares is None else given.squares[..., :-1, :] if drop else given.squares
+    return LayerFactors(side(given.left), given.right, squares, given.weight)
+
+
+def by_path(statistics: Any) -> dict[str, LayerStatistics]:
+    """The statistics in a tree, by the path of the leaf they belong to."""
+    flat = tree_flatten_with_path(statistics, is_leaf=is_statistics)[0]
+    return {"/".join(path_names(path)): x for path, x in flat if is_statistics(x)}
+
+
+def is_statistics(x: Any) -> bool:
+    """Whether ``x`` is the statistics of one layer."""
+    return isinstance(x, LayerFactors | Samples)
+
+
+def layer_axes(layers: list[Layer]) -> list[MatrixAxes]:
+    """The axes of the joined matrices."""
+    return [MatrixAxes(1, 2, 0) if layer.axes.batch else MatrixAxes(0, 1) for layer in layers]
+
+
+def same_shapes(
+    method: str, storage: Storage, squares: bool, layer: Layer, given: LayerFactors, shape: tuple[int, ...]
+) -> None:
+    """A ValueError unless the statistics are of a matrix of that shape, each side kept as the optimizer keeps it."""
+    *_, m, n = shape
+    if squares and not all(storage.wanted(m, n)):
+        raise ValueError(
+            f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}, and a side of low "
+            "rank has no whole basis: raise max_precond_dim, or leave the layer to the fallback by axes=."
+        )
+    if squares and given.squares is None:
+        raise ValueError(
+            f"fo.{method}: statistics of {layer.path!r} have no squares: use fo.KroneckerFactors(squares=True) and "
+            "grad_fn(..., bases=fo.eigenbases(opt_state, params))."
+        )
+    for name, side, d, whole in zip(
+        ("left", "right"), (given.left, given.right), (m, n), storage.wanted(m, n), strict=True
+    ):
+        have = "nothing" if side is None else f"{side.rows.shape} rows" if isinstance(side, Rows) else f"{side.shape}"
+        fits = isinstance(side, Rows) if not whole else getattr(side, "shape", ())[-2:] == (d, d)
+        if not fits:
+            wanted = f"a {d} x {d} matrix" if whole else f"rows of a side longer than {storage.max_dim}"
+            raise ValueError(
+                f"fo.{method}: the {name} statistics of {layer.path!r} are {have}; wanted {wanted}. Give the optimizer and "
+                "fo.KroneckerFactors the same max_precond_dim=max_dim and rank, and the optimizer the axes= of "
+                "fo.infer_axes(loss_fn, params, batch) where it reads the layer in another way."
+            )

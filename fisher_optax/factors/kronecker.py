@@ -1,0 +1,79 @@
+"""K-FAC's factors: moving averages of what capture sees of each layer."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import linalg
+from ..checks import at
+from ..types import FactorRule, Kronecker, LayerFactors, Rows
+
+
+def kronecker(decay: Any = 0.95, *, rank: int | None = None) -> FactorRule:
+    """``A ← β A + (1-β) left;  B ← β B + (1-β) right``, divided by the sum of their weights when they are read.
+
+    Args:
+      decay: β, number or schedule of the updates with statistics. ``1 - 1/(t+1)`` gives plain means.
+      rank: a side too long for a matrix keeps as many rows R, of which ``Rᵀ R`` is the average; None: it has no factor.
+
+    Source: Martens and Grosse 2015 (arXiv 1503.05671), section 5.
+    """
+
+    def init(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
+        def side(d: int, wanted: bool) -> Any:
+            if wanted:
+                return jnp.zeros((d, d), dtype)
+            return None if rank is None else Rows(jnp.zeros((rank, d), dtype))
+
+        return Kronecker(side(m, left), side(n, right), (jnp.zeros([], jnp.int32), jnp.zeros([], dtype)))
+
+    def update(seen: LayerFactors, factors: Kronecker, bases: Any) -> Kronecker:
+        del bases
+        count, weight = factors.seen
+        β = at(decay, count)
+
+        def follow(A: Any, new: Any) -> Any:
+            if A is None:
+                return None
+            if isinstance(A, Rows):
+                S = jnp.concatenate([jnp.sqrt(β) * A.rows, jnp.sqrt(1 - β) * new.rows.astype(A.rows.dtype)])
+                return Rows(linalg.strongest_rows(S, len(A.rows)))
+            return β * A + (1 - β) * new.astype(A.dtype)
+
+        seen_now = (count + 1, (β * weight + (1 - β)).astype(weight.dtype))
+        return Kronecker(follow(factors.left, seen.left), follow(factors.right, seen.right), seen_now)
+
+    return FactorRule("Kronecker", init, update, read=mean_factors, of_statistics=True)
+
+
+def mean_factors(factors: Kronecker) -> Kronecker:
+    """The factors divided by the sum of their weights."""
+    weight = factors.seen[1]
+    weight = jnp.where(weight == 0, 1, weight)
+
+    def mean(A: Any) -> Any:
+        return None if A is None else Rows(A.rows / jnp.sqrt(weight)) if isinstance(A, Rows) else A / weight
+
+    return factors._replace(left=mean(factors.left), right=mean(factors.right))
+
+
+def tikhonov(damping: Any) -> Any:
+    """A reader of `kronecker` factors: ``A + π sqrt(λ) I`` and ``B + sqrt(λ)/π I`` with ``π² = (tr A / d_A) / (tr B /
+    d_B)``, so that neither side's damping drowns the other.
+
+    Source: Martens and Grosse 2015 (arXiv 1503.05671), section 6.3.
+    """
+
+    def read(factors: Kronecker) -> Kronecker:
+        A, B, _ = mean_factors(factors)
+        λ = jnp.asarray(at(damping, factors.seen[0]))
+        mean_A, mean_B = (1.0 if X is None else jnp.trace(X) / len(X) for X in (A, B))
+        known = (mean_A > 0) & (mean_B > 0)
+        π = jnp.sqrt(jnp.where(known, mean_A, 1) / jnp.where(known, mean_B, 1))
+
+        def damped(X: Any, ε: Any) -> Any:
+            return None if X is None else X + (ε * jnp.eye(len(X))).astype(X.dtype)
+
+        return factors._replace(left=damped(A, π * jnp.sqrt(λ)), right=damped(B, jnp.sqrt(λ) / π))
+
+    return read

@@ -1,0 +1,287 @@
+"""K-FAC: natural gradient with one Kronecker product a layer, of statistics that capture takes in the backward pass.
+
+    A ← mean of a aᵀ,  B ← mean of δ δᵀ             moving averages; the bias is the weight of an input that is always 1
+    D = (A ⊗ B + λ I)^p G                           p = -1: natural gradient; -1/2: Adam's power, more robust
+        or (A + π sqrt(λ) I)⁻¹ G (B + sqrt(λ)/π I)⁻¹, π² = (tr A / d_A) / (tr B / d_B)
+    U = D |M| / |D|                                 only with grafting, M the step of another optimizer
+    U ← ν U,  ν = min(1, sqrt(c / (lr² Σ <U, G>)))  only with KL clipping, over all layers
+    m ← μ m + U;   W ← W - lr (m + wd W)
+EKFAC puts the Fisher's measured diagonal in the eigenbasis in the place of the eigenvalues of A ⊗ B.
+
+Sources: Martens and Grosse 2015 (arXiv 1503.05671); convolutions: Grosse and Martens 2016 (arXiv 1602.01407); EKFAC:
+  George et al. 2018 (arXiv 1806.03884); KL clipping: Ba et al. 2017 (distributed K-FAC), as in kfac-jax.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Int
+
+from ..applications import damped, eigenvalue_corrected
+from ..checks import at, in_range, scheduled, takes
+from ..curvature import layer_axes, on_layers, same_shapes
+from ..decay import Mask, visible
+from ..decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
+from ..factors import kronecker, tikhonov
+from ..grafting import graft_on, magnitude_of
+from ..guard import guarded
+from ..layers import Layer
+from ..precondition import seam
+from ..routing import by_layers
+from ..seam import Seam
+from ..types import LayerFactors
+
+KINDS = ("matrix", "head")
+DECOMPOSITIONS = ("eigh", "qr", "inverse")
+
+
+def scale_by_kfac(
+    curvature_decay: Any = 0.95,
+    damping: Any = 1e-3,
+    *,
+    exponent: float = -1.0,
+    decomposition: str = "eigh",
+    grafting: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 4096,
+    rank: int = 256,
+    block_size: int | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+    refresh: str = "every",
+    adaptive_tolerance: float = 0.01,
+    factor_dtype: Any = None,
+    factor_storage: str = "full",
+    mesh_axis: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction D or U of `kfac`, without clipping, momentum, rate and decay; ``fallback`` is a direction too,
+    default ``optax.scale_by_adam()``.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.scale_by_kfac(exponent=-0.5), optax.scale_by_learning_rate(1e-3))
+    """
+    return _direction("kfac", **locals())
+
+
+def kfac(
+    learning_rate: Any,
+    momentum: Any = 0.9,
+    curvature_decay: Any = 0.95,
+    damping: Any = 1e-3,
+    weight_decay: Any = 0.0,
+    *,
+    exponent: float = -1.0,
+    decomposition: str = "eigh",
+    grafting: Any = None,
+    kl_clip: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 4096,
+    rank: int = 256,
+    block_size: int | None = None,
+    mask: Mask = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+    refresh: str = "every",
+    adaptive_tolerance: float = 0.01,
+    factor_dtype: Any = None,
+    factor_storage: str = "full",
+    mesh_axis: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC (see the top of this file for the rule).
+
+    ``update(grads, state, params, statistics=stats)`` with the statistics of `fo.value_and_grad`; with
+    ``statistics=None`` curvature stays as it is, and until there was some, layers do not move.
+
+    Args:
+      learning_rate: number or schedule.
+      momentum: μ, of the preconditioned steps; number or schedule.
+      curvature_decay: decay of A and B per update with statistics, number or schedule; .95 remembers two refreshes.
+      damping: λ, in units of the Fisher; number or schedule.
+      weight_decay: decoupled, per unit of learning rate; number or schedule.
+      exponent: p, from -1 to 0.
+      decomposition: "eigh", or "qr" (a step of orthogonal iteration, cheaper, follows slowly), both with exact damping
+        at four products a step; "inverse": factored damping, two products, and a Cholesky factorisation a refresh.
+      grafting: None (D itself), "adam", "rmsprop", "sgd" or any transformation without a rate.
+      kl_clip: c, number or schedule: at most so much change of the model's outputs a step, in nats; 1e-3 is common.
+      precondition_frequency: steps between refreshes; the first call is one.
+      max_precond_dim: a longer side is kept as ``rank`` rows, which stand for its strongest directions; both as in
+        `fo.KroneckerFactors` (``max_dim``, ``rank``). Its other directions are damped alone. A 4096-wide side costs
+        seconds of eigh on a CPU: there, smaller is better.
+      rank: how many rows.
+      block_size: cut longer sides into blocks of at most this, each with its share of the factor.
+      mask: which parameters decay, as in `optax.adamw`.
+      fallback: a complete optimizer for what is no matrix (biases go with their kernels) and for embeddings, default
+        ``optax.adamw`` with this rate, decay and mask.
+      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, e.g. from `fo.infer_axes`, or a
+        function of params.
+      refresh: "every", "adaptive" (eigenbases with off-diagonality above ``adaptive_tolerance``) or "staggered" (each
+        step its share).
+      factor_dtype: storage of factors and bases, default float32.
+      factor_storage: "full", or "packed": half of each symmetric factor.
+      mesh_axis: share the refreshes out over this axis of the mesh in scope.
+
+    Raises:
+      ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without
+        ``statistics``, or with those of another kind or shape.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> params, x, y = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}, jnp.ones((8, 4)), jnp.ones((8, 3))
+      >>> loss = lambda p: fo.losses.gaussian(x @ p["kernel"] + p["bias"], y)
+      >>> tx = fo.kfac(0.1, damping=1e-2)
+      >>> value, grads, stats = fo.value_and_grad(loss)(params)
+      >>> updates, state = tx.update(grads, tx.init(params), params, statistics=stats)
+    """
+    return _complete("kfac", **locals())
+
+
+@takes(scale_by_kfac)
+def scale_by_ekfac(**options: Any) -> optax.GradientTransformationExtraArgs:
+    """The direction of `ekfac`, in `scale_by_kfac`'s arguments."""
+    return _direction("ekfac", **options)
+
+
+@takes(kfac)
+def ekfac(**options: Any) -> optax.GradientTransformationExtraArgs:
+    """EKFAC, in `kfac`'s arguments: S, the moving average of the squares of each example's gradient in the eigenbasis,
+    takes the place of ``λ_A λ_Bᵀ``, and is carried over as squares when the basis turns.
+
+    Statistics are those of ``fo.KroneckerFactors(squares=True)``, taken in the bases at hand:
+    ``grad_fn(params, batch, bases=fo.eigenbases(opt_state, params))``. Not for "inverse" or sides of low rank.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> params, x, y = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}, jnp.ones((8, 4)), jnp.ones((8, 3))
+      >>> loss = lambda p: fo.losses.gaussian(x @ p["kernel"] + p["bias"], y)
+      >>> tx = fo.ekfac(0.1, damping=1e-2)
+      >>> state = tx.init(params)
+      >>> grad_fn = fo.value_and_grad(loss, fo.KroneckerFactors(squares=True))
+      >>> value, grads, stats = grad_fn(params, bases=fo.eigenbases(state, params))
+      >>> updates, state = tx.update(grads, state, params, statistics=stats)
+    """
+    return _complete("ekfac", **options)
+
+
+def _direction(
+    name: str, fallback: Any, axes: Any, grafting: Any, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    method = _seam(name, **options)
+    magnitude = None if grafting is None else magnitude_of(grafting)
+    fallback = optax.scale_by_adam() if fallback is None else fallback
+
+    def build(layers: list[Layer]) -> optax.GradientTransformation:
+        return _on_layers(name, method, magnitude, None, 0.0, layers)
+
+    return guarded(by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+
+
+def _complete(
+    name: str,
+    learning_rate: Any,
+    momentum: Any,
+    weight_decay: Any,
+    grafting: Any,
+    kl_clip: Any,
+    mask: Mask,
+    fallback: Any,
+    axes: Any,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    method = _seam(name, **options)
+    in_range("learning_rate", learning_rate, 0)
+    in_range("momentum", momentum, 0, 1)
+    in_range("weight_decay", weight_decay, 0)
+    in_range("kl_clip", 0.0 if kl_clip is None else kl_clip, 0)
+    magnitude = None if grafting is None else magnitude_of(grafting)
+    after = optax.chain(
+        optax.add_decayed_weights(weight_decay, visible(mask)), optax.scale_by_learning_rate(learning_rate)
+    )
+
+    def build(layers: list[Layer]) -> optax.GradientTransformation:
+        direction = _on_layers(name, method, magnitude, kl_clip, learning_rate, layers)
+        return optax.chain(direction, scheduled(optax.trace, decay=momentum), after)
+
+    fallback = optax.chain(optax.scale_by_adam(), after) if fallback is None else fallback
+    return guarded(by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+
+
+def _seam(
+    name: str,
+    curvature_decay: Any,
+    damping: Any,
+    exponent: float,
+    decomposition: str,
+    rank: int,
+    **options: Any,
+) -> Seam:
+    """The cell of the seam."""
+    in_range("curvature_decay", curvature_decay, 0, 1)
+    in_range("damping", damping, 0)
+    if decomposition not in DECOMPOSITIONS:
+        raise ValueError(f"decomposition must be one of {', '.join(map(repr, DECOMPOSITIONS))}; got {decomposition!r}.")
+    if not -1 <= exponent <= 0:
+        raise ValueError(f"exponent must lie between -1 and 0; got {exponent!r}.")
+    if decomposition == "inverse" and (name == "ekfac" or options["refresh"] == "adaptive"):
+        what = "fo.ekfac" if name == "ekfac" else "refresh='adaptive'"
+        raise ValueError(f"{what} needs an eigenbasis: decomposition must be 'eigh' or 'qr'; got 'inverse'.")
+    rule = kronecker(curvature_decay, rank=rank)
+    if name == "ekfac":
+        application = eigenvalue_corrected(damping, exponent, curvature_decay)
+    else:
+        application = damped(damping, exponent)
+    if decomposition == "inverse":
+        decompose = cholesky_inverse() if exponent == -1 else inverse_root(exponent, ridge=0.0)
+        rule = rule._replace(read=tikhonov(damping))
+    else:
+        decompose = with_eigenvalues(eigh() if decomposition == "eigh" else orthogonal_iteration())
+    return seam(rule, decompose, application, transport="squared", first_step="adam", **options)
+
+
+def _on_layers(
+    name: str, method: Seam, magnitude: Any, clip: Any, learning_rate: Any, layers: list[Layer]
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of a tree of layers: preconditioned, then grafted, then clipped."""
+    axes = layer_axes(layers)
+    inner = method.on_matrices(axes)
+    if magnitude is not None:
+        inner = graft_on(inner, magnitude, list(axes))
+    squares = name == "ekfac"
+    return on_layers(
+        _once_seen(inner, clip, learning_rate),
+        layers,
+        method=name,
+        wants=LayerFactors,
+        check=lambda *given: same_shapes(name, method.storage, squares, *given),
+    )
+
+
+class ClipState(NamedTuple):
+    """State of the last stage on layers: how often it was called, and whether there were statistics yet."""
+
+    count: Int[Array, ""]
+    seen: Bool[Array, ""]
+    inner: Any
+
+
+def _once_seen(inner: Any, clip: Any, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
+    """``ν U``, and 0 as long as no statistics have come."""
+
+    def init(params: Any) -> ClipState:
+        return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], bool), inner.init(params))
+
+    def update(G: Any, state: Any, params: Any = None, *, statistics: Any, **extra: Any) -> tuple[Any, ClipState]:
+        U, new = inner.update(G, state.inner, params, statistics=statistics, **extra)
+        seen = state.seen | (statistics is not None)
+        ν: Any = 1.0
+        if clip is not None:
+            dots = (jnp.vdot(u, g.astype(u.dtype)) for u, g in zip(jax.tree.leaves(U), jax.tree.leaves(G), strict=True))
+            change = at(learning_rate, state.count) ** 2 * jnp.abs(sum(dots, jnp.zeros([])))
+            ν = jnp.minimum(1, jnp.sqrt(at(clip, state.count) / jnp.where(change > 0, change, 1)))
+            ν = jnp.where(change > 0, ν, 1)
+        U = jax.tree.map(lambda u: jnp.where(seen, (ν * u).astype(u.dtype), 0), U)
+        return U, ClipState(state.count + 1, seen, new)
+
+    return optax.GradientTransformationExtraArgs(init, update)

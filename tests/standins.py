@@ -1,0 +1,62 @@
+"""Statistics that follow from the gradient alone, so that every law can run the optimizers that need statistics."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fisher_optax as fo
+from fisher_optax.axes import resolve_axes
+from fisher_optax.layers import join, layers_of
+from fisher_optax.types import LayerFactors, Samples
+
+
+def factors(G: jax.Array, basis: Any, bias: str | None) -> LayerFactors:
+    """Inputs with well-separated second moments; output gradients as large as G; squares as if of one example."""
+    d = jnp.arange(1, G.shape[-2] + 1, dtype=G.dtype)
+    left = jnp.broadcast_to(jnp.diag(d / 4) + 0.1 * jnp.sin(d[:, None] + d), (*G.shape[:-2], len(d), len(d)))
+    squares = None
+    if basis is not None:
+        squares = jnp.square(basis.left.mT @ G @ basis.right)
+    return LayerFactors(left, G.mT @ G, squares, jnp.asarray(4.0), bias)
+
+
+def samples(G: jax.Array, basis: Any, bias: str | None) -> Samples:
+    """Fixed inputs, and the output gradients that they have under G."""
+    del basis
+    X = jnp.asarray(np.random.default_rng(7).normal(size=(6, G.shape[-2])), G.dtype)
+    X = X if bias is None else X.at[:, -1].set(1)
+    inputs = jnp.broadcast_to(X, (*G.shape[:-2], *X.shape))
+    return Samples(inputs if bias is None else inputs[..., :-1], X @ G, jnp.asarray(6.0), bias)
+
+
+def statistics_of(grads: Any, make: Callable[..., Any], bases: Any = None, axes: Any = None) -> Any:
+    """A tree like ``grads`` with ``make(G, basis, bias)`` at every kernel, its bias joined, and None elsewhere."""
+    leaves, treedef = jax.tree.flatten(grads)
+    out: list[Any] = [None] * len(leaves)
+    flat = [None] * len(leaves) if bases is None else treedef.flatten_up_to(bases)
+    for layer in layers_of(resolve_axes(grads, axes), ("matrix", "head")):
+        [G] = join([layer], [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves])
+        out[layer.kernel] = make(G, flat[layer.kernel], None if layer.bias is None else "its bias")
+    return treedef.unflatten(out)
+
+
+def fed(factory: Callable[..., Any], make: Callable[..., Any], with_bases: bool = False) -> Any:
+    """The factory of an optimizer that makes its own statistics from the gradients it is given."""
+
+    @functools.wraps(factory)
+    def build(*args: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
+        tx, axes = factory(*args, **options), options.get("axes")
+
+        def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+            grads = jax.tree.map(jnp.asarray, grads)
+            bases = fo.eigenbases(state, grads, axes) if with_bases else None
+            return tx.update(grads, state, params, statistics=statistics_of(grads, make, bases, axes), **extra)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return build
