@@ -44,7 +44,8 @@ def accumulate_statistics(so_far: Any, new: Any) -> Any:
 
 def _both(a: Any, b: Any) -> Any:
     total = a.weight + b.weight
-    share_a, share_b = a.weight / total, b.weight / total
+    share_b = b.weight / jax.numpy.where(total == 0, 1, total)
+    share_a = 1 - share_b
     if isinstance(a, Samples):
         return Samples(_joined(a.inputs, b.inputs, a), _joined(a.gradients, b.gradients, a), total, a.bias, a.window)
 

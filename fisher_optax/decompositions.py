@@ -73,19 +73,21 @@ def inverse_root(exponent: float = -0.25, *, method: str = "eigh", ridge: Any = 
     """
     linalg.check_exponent(exponent, method)
 
-    def root(A: Matrix, old: Matrix) -> Refreshed:
+    def root(A: Matrix, old: Matrix, tolerance: float | None) -> Refreshed:
+        del tolerance
         return Refreshed(linalg.matrix_power(A, exponent, method=method, ridge=ridge), jnp.arange(len(old)))
 
-    return Decomposition(f"{method} root", InverseRoot, root, lambda A, old, tolerance: root(A, old))
+    return Decomposition(f"{method} root", InverseRoot, None, root)
 
 
 def cholesky_inverse() -> Decomposition:
     """The inverse, for factors that are damped when they are read (`fo.factors.tikhonov`)."""
 
-    def inverse(A: Matrix, old: Matrix) -> Refreshed:
+    def inverse(A: Matrix, old: Matrix, tolerance: float | None) -> Refreshed:
+        del tolerance
         return Refreshed(linalg.cholesky_inverse(A), jnp.arange(len(old)))
 
-    return Decomposition("Cholesky inverse", InverseRoot, inverse, lambda A, old, tolerance: inverse(A, old))
+    return Decomposition("Cholesky inverse", InverseRoot, None, inverse)
 
 
 def with_eigenvalues(decomposition: Decomposition) -> Decomposition:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from .branching import branch
@@ -28,14 +29,16 @@ class GuardState(NamedTuple):
 
 
 def guarded(
-    tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None
+    tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None, *, in_place: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Make ``tx`` skip a step whose gradient, or the statistics beside it, are not finite anywhere: the update is zero
     and no state changes but the counter.
 
     A gradient whose sum of squares overflows counts as one, since every second moment and every Kronecker factor entry
     is bounded by that sum.
-    ``squares(updates)`` says for each leaf whether squares are taken of it (default: of all).
+    ``squares(updates)`` says for each leaf whether squares are taken of it (default: of all). With ``in_place``, ``tx``
+    is called in any case and its state selected afterwards, where it does not hold itself by the argument ``go``: a
+    conditional would copy all of the state, which for K-FAC is most of a step's memory traffic.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -64,11 +67,23 @@ def guarded(
         def either(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
             seen = jax.tree.leaves(extra.get("statistics"))  # which is read as a gradient is, and spoils as much
             finite = is_finite([*jax.tree.leaves(updates), *seen], [*squared, *[False] * len(seen)])
+            if in_place and isinstance(finite, Tracer):
+                new, inner = tx.update(updates, state.inner, params, **extra, go=finite)
+                new = jax.tree.map(lambda u, g: jnp.where(finite, u, 0).astype(g.dtype), new, updates)
+                done = finite.astype(jnp.int32)
+                steps, skipped = state.steps + done, state.skipped + 1 - done
+                return new, state._replace(steps=steps, skipped=skipped, inner=_held(finite, inner, state.inner))
             return branch(finite, step, skip, updates, state, params)
 
         return in_auto_mode(either, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _held(go: Array, new: Any, old: Any) -> Any:
+    """The new state where ``go``, the old one elsewhere; parts that saw to that themselves as they are."""
+    done = lambda x: getattr(type(x), "HOLDS_ITSELF", False)  # noqa: E731
+    return jax.tree.map(lambda a, b: a if done(a) else jnp.where(go, a, b), new, old, is_leaf=done)
 
 
 def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 from .matrices import canonical_shape, from_matrices, to_matrices
 from .matrix_axes import LeafAxes, MatrixAxes
 

@@ -85,7 +85,9 @@ def renew(
     def turn() -> Any:
         again = decomposed(lambda A, Q: decomposition.refresh(A, Q, tolerance))
         new, orders, failed = list(basis[:2]), list[Any]([None, None]), jnp.zeros([], jnp.int32)
-        for i, done in zip(sides, branch(action == START, decomposed(decomposition.start), again), strict=True):
+        start = decomposition.start
+        both = again() if start is None else branch(action == START, decomposed(start), again)
+        for i, done in zip(sides, both, strict=True):
             new[i], bad = linalg.keep_last_good(done.value.astype(basis[i].dtype), basis[i])
             orders[i] = jnp.where(bad, jnp.arange(basis[i].shape[-1]), done.order)
             failed = failed + bad.astype(jnp.int32)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from .branching import numbers
 from .matrices import canonical_shape, from_stacks, matrix_shapes, sides_to_stacks, stack_key, to_stacks
 from .matrix_axes import LeafAxes, MatrixAxes
-from .refresh import START, Policy, renew
+from .refresh import KEEP, START, Policy, renew
 from .routing import by_axes, skip_first_call
 from .sharding import Layout, matrix_layout, place, spread
 from .stacks import over_stack
@@ -30,6 +30,8 @@ class MatrixState(NamedTuple):
 
 class PreconditionState(NamedTuple):
     """State of the seam."""
+
+    HOLDS_ITSELF = True  # under the argument ``go``
 
     count: Int[Array, ""]  # calls so far
     kept: Int[Array, ""]  # decompositions that failed, so that the last good one was kept
@@ -124,6 +126,7 @@ class Seam:
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
+        go = extra.pop("go", None)  # whether to change any state at all
         first = state.count == 0
         step = state.count + (0 if self.skip_first else 1)  # the parameter step this is: a skipped first call was none
         stacks = to_stacks(leaves, axes, self.storage.block_size)
@@ -132,7 +135,11 @@ class Seam:
         phases = self.policy.phases({key: self._refresh_flops(*G.shape[-2:]) for key, G in stacks.items()}, counts)
 
         def one(G: Array, mine: MatrixState, action: Array, seen: Any) -> tuple[Array, MatrixState, Array]:
-            return self._one(G, mine, action, seen, extra)
+            U, new, failed = self._one(G, mine, action, seen, extra)
+            if go is not None:
+                kept = mine._replace(basis=new.basis)  # which nothing touches but an action
+                new = jax.tree.map(lambda a, b: a if a is b else jnp.where(go, a, b), new, kept)
+            return U, new, failed
 
         uniform = self.policy.refresh == "every"
 
@@ -142,6 +149,7 @@ class Seam:
         directions, matrices, kept = {}, {}, state.kept
         for key, G in stacks.items():
             action = self.policy.action(first, step, jnp.asarray(phases[key], jnp.int32))
+            action = action if go is None else jnp.where(go, action, KEEP)
             operands = (G, state.matrices[key], action, given.get(key))
             done = all_of(*operands) if self.mesh_axis is None else spread(all_of, self.mesh_axis, *operands)
             directions[key], matrices[key] = done[:2]
@@ -149,7 +157,8 @@ class Seam:
                 kept = kept + jnp.sum(done[2], dtype=jnp.int32)
         places = numbers(max(counts.values()), state.count)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
-        return treedef.unflatten(out), PreconditionState(state.count + 1, kept, matrices)
+        done = 1 if go is None else go.astype(jnp.int32)
+        return treedef.unflatten(out), PreconditionState(state.count + done, kept, matrices)
 
     def _given(self, extra: dict[str, Any], leaves: list[Array], axes: list[MatrixAxes]) -> dict[str, Any]:
         """The statistics of the leaves, taken out of ``extra`` and stacked like their matrices; nothing without any."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import optax
+from flax import struct
 from flax.training import train_state
 
 
@@ -14,11 +15,13 @@ class TrainState(train_state.TrainState):
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
       >>> loss = lambda p, x: fo.losses.gaussian(x @ p["w"], jnp.zeros((len(x), 2)))
-      >>> state = fo.TrainState.create(apply_fn=None, params={"w": jnp.ones((3, 2))}, tx=fo.kfac(0.1))
+      >>> state = fo.TrainState.create(apply_fn=loss, params={"w": jnp.ones((3, 2))}, tx=fo.kfac(0.1))
       >>> value, grads, stats = fo.value_and_grad(loss)(state.params, jnp.ones((4, 3)))
       >>> int(state.apply_gradients(grads=grads, statistics=stats).step)
       1
     """
+
+    params: Any = struct.field(pytree_node=True)  # of any structure
 
     def apply_gradients(self, *, grads: Any, statistics: Any = None, **kwargs: Any) -> "TrainState":
         """The state after one step; ``statistics=None`` means no new curvature. Other arguments replace fields."""

@@ -74,13 +74,13 @@ class FactorRule(NamedTuple):
 class Decomposition(NamedTuple):
     """What turns a factor ``A: (d, d)`` into a basis or a root; one that is not finite is never used.
 
-    ``start(A, old)`` is exact and used once; ``refresh(A, old, tolerance)`` may be iterative, and keeps ``old`` where
-    that is off by no more than ``tolerance`` (None: never).
+    ``start(A, old)`` is exact and used once (None: as ``refresh``); ``refresh(A, old, tolerance)`` may be iterative, and
+    keeps ``old`` where that is off by no more than ``tolerance`` (None: never).
     """
 
     name: str
     returns: type
-    start: Callable[[Array, Array], Refreshed]
+    start: Callable[[Array, Array], Refreshed] | None
     refresh: Callable[[Array, Array, float | None], Refreshed]
 
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from ..matrix_axes import path_names
 from ..types import LayerFactors, Samples
 from . import jaxprs, losses
+from .bases import bases_of
 from .evaluation import Watch, run, zeros
-from .leaves import LeafPlan, in_product_order, leaf_plans
+from .leaves import LeafPlan, leaf_plans
 from .marked import Counted, losses_in
 from .statistics import KroneckerFactors
 from .sums import check_counts
@@ -35,6 +36,20 @@ class Traced(NamedTuple):
     treedef: Any  # of the parameters
     operands: list[Any]  # all arrays, the parameters first
     outputs: Any  # the structure of what it returns
+
+
+class Settings(NamedTuple):
+    """What `value_and_grad` was given."""
+
+    loss_fn: Callable[..., Any]
+    kind: Any
+    fisher: str
+    has_aux: bool
+    normalizer: Any
+    batch_axis: int
+    mask: Any
+    n_samples: int
+    strict: bool
 
 
 def trace(loss_fn: Callable[..., Any], kind: Any, params: Any, args: Any, kwargs: Any) -> Traced:
@@ -81,8 +96,8 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """Like `jax.value_and_grad`, with statistics of every linear and convolutional layer from the same backward pass.
 
-    ``grad_fn(params, *args, fisher_key=None, bases=None, **kwargs)`` returns ``value, grads, stats``, where ``stats`` has
-    the structure of params, with a `LayerFactors` or `Samples` at each captured kernel and None elsewhere; a kernel's
+    ``grad_fn(params, *args, fisher_key=None, bases=None, **kwargs)`` returns ``value, grads, stats``. ``stats`` has the
+    structure of params, with a `LayerFactors` or `Samples` at each captured kernel and None elsewhere; a kernel's
     statistics include its bias. The model needs no change: ``loss_fn`` is traced, its products with parameters are
     found in the program, and each gets a tap.
 
@@ -94,8 +109,8 @@ def value_and_grad(
         two need the logits to pass through `fo.losses`, outside of loops.
       has_aux: as in `jax.value_and_grad`.
       normalizer: what the loss was divided by, a number or a function of ``*args, **kwargs``. None: `fo.losses` know
-        it; else the positions of each dense layer (steps of a loop are positions), and the examples for convolutions and
-        ``mode="reduce"``. It scales ``right`` and is not needed for the other kinds of ``fisher``.
+        it; else the positions of each dense layer (steps of a loop are positions), and the examples for convolutions
+        and ``mode="reduce"``. It scales ``right``, for ``fisher="empirical"`` alone: the others know theirs.
       batch_axis: which axis of a dense layer's positions counts examples. Of layers without that axis, the first does.
       mask: a function of ``*args, **kwargs``: True for the positions (or examples) that count. Others drop out of the
         inputs too. None: those whose weight in `fo.losses` is not 0. Layers whose positions are no such axes (after
@@ -128,46 +143,47 @@ def value_and_grad(
     if isinstance(batch_axis, bool) or not isinstance(batch_axis, int) or batch_axis < 0:
         raise ValueError(f"value_and_grad: batch_axis must be an integer of at least 0; got {batch_axis!r}.")
 
+    settings = Settings(loss_fn, kind, fisher, has_aux, normalizer, batch_axis, mask, n_samples, strict)
+
     def grad_fn(params: Any, *args: Any, fisher_key: Any = None, bases: Any = None, **kwargs: Any) -> Any:
-        if (fisher == "mc") != (fisher_key is not None):
-            raise ValueError(
-                "fisher='mc' draws labels: pass grad_fn(..., fisher_key=jax.random.key(step))"
-                if fisher == "mc"
-                else f"fisher_key is for fisher='mc' only; this is {fisher!r}."
-            )
-        traced = trace(loss_fn, kind, params, args, kwargs)
-        _check(traced, has_aux, strict)
-        counted = losses_in(traced.program, traced.plan, traced.operands)
-        _check_losses(counted, fisher, normalizer)
-        keep = counted.mask if mask is None else jnp.asarray(mask(*args, **kwargs))
-        if fisher != "empirical":
-            N = kind.model_scale(counted.total)
-        else:
-            N = normalizer(*args, **kwargs) if callable(normalizer) else normalizer
-            N = counted.total if N is None else N
-        watched = [leaf._replace(batch_axis=batch_axis) for leaf in traced.leaves if leaf.sites]
-        for leaf in watched:
-            if why := kind.unavailable_for(leaf, fisher):
-                raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
-        given = _bases(bases, watched, kind)
-        probes = [zeros(kind, leaf, keep, given[i]) for i, leaf in enumerate(watched)]
-        watch = Watch(
-            kind,
-            {site.number: leaf for leaf in watched for site in leaf.sites},
-            {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()},
-            keep,
-            fisher,
-            n_samples,
-            fisher_key,
-        )
-        passes = 0 if fisher == "empirical" else losses.passes(fisher, n_samples, counted.logits[0])
-        (value, aux), grads, raw = _differentiate(traced, watched, probes, given, watch, passes)
-        done = {leaf.number: kind.finish(leaf, slots, N) for leaf, slots in zip(watched, raw, strict=True)}
-        stats = [_with_path(done.get(leaf.number), leaf, traced.leaves) for leaf in traced.leaves]
-        value = (value, aux[0]) if has_aux else value
-        return value, traced.treedef.unflatten(grads), traced.treedef.unflatten(stats)
+        return _evaluate(settings, params, args, kwargs, fisher_key, bases)
 
     return grad_fn
+
+
+def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any, bases: Any) -> tuple[Any, Any, Any]:
+    _, kind, fisher, has_aux, normalizer, batch_axis, mask, n_samples, strict = settings
+    if (fisher == "mc") != (key is not None):
+        raise ValueError(
+            "fisher='mc' draws labels: pass grad_fn(..., fisher_key=jax.random.key(step))."
+            if fisher == "mc"
+            else f"fisher_key is for fisher='mc' only; this is {fisher!r}."
+        )
+    traced = trace(settings.loss_fn, kind, params, args, kwargs)
+    _check(traced, has_aux, strict)
+    counted = losses_in(traced.program, traced.plan, traced.operands)
+    _check_losses(counted, fisher, normalizer)
+    watched = [leaf._replace(batch_axis=batch_axis) for leaf in traced.leaves if leaf.sites]
+    for leaf in watched:
+        if why := kind.unavailable_for(leaf, fisher):
+            raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
+    if fisher == "empirical":
+        N = normalizer(*args, **kwargs) if callable(normalizer) else normalizer
+        N = counted.total if N is None else N
+    else:
+        N = kind.model_scale(counted.total)
+    keep = counted.mask if mask is None else jnp.asarray(mask(*args, **kwargs))
+    given = bases_of(bases, watched, kind)
+    probes = [zeros(kind, leaf, keep, Q) for leaf, Q in zip(watched, given, strict=True)]
+    by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
+    slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
+    watch = Watch(kind, by_site, slots, keep, fisher, n_samples, key)
+    passes = 0 if fisher == "empirical" else losses.passes(fisher, n_samples, counted.logits[0])
+    (value, aux), grads, raw = _differentiate(traced, watched, probes, given, watch, passes)
+    done = {leaf.number: kind.finish(leaf, seen, N) for leaf, seen in zip(watched, raw, strict=True)}
+    stats = [_with_path(done.get(leaf.number), leaf, traced.leaves) for leaf in traced.leaves]
+    value = (value, aux[0]) if has_aux else value
+    return value, traced.treedef.unflatten(grads), traced.treedef.unflatten(stats)
 
 
 def _differentiate(
@@ -209,10 +225,10 @@ def _mean_of_inputs(total: Any, passes: int) -> Any:
 
 
 def _check(traced: Traced, has_aux: bool, strict: bool) -> None:
-    out = jax.tree.unflatten(traced.outputs, [v.aval for v in traced.program.jaxpr.outvars])
+    out: Any = jax.tree.unflatten(traced.outputs, [jaxprs.aval(v) for v in traced.program.jaxpr.outvars])
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"has_aux=True: loss_fn must return a pair of loss and aux; it returned {type(out).__name__}.")
-    value = out[0] if has_aux else out
+    value: Any = out[0] if has_aux else out
     if jax.tree.structure(value) != jax.tree.structure(0) or value.shape != ():
         shown = f"shape {value.shape}" if hasattr(value, "shape") else type(value).__name__
         raise TypeError(f"loss_fn must return a scalar{', then aux' if has_aux else ''}; it returned {shown}.")
@@ -242,27 +258,6 @@ def _check_losses(counted: Counted, fisher: str, normalizer: Any) -> None:
             f"fisher='true' goes through the outputs of one loss; loss_fn calls fo.losses {len(counted.logits)} times. "
             "Use fisher='mc'."
         )
-
-
-def _bases(bases: Any, watched: list[LeafPlan], kind: Any) -> list[Any]:
-    """The bases of every watched parameter, in the order in which products take its stack."""
-    if not getattr(kind, "squares", False):
-        return [None] * len(watched)
-    if bases is None:
-        raise ValueError(
-            "KroneckerFactors(squares=True) needs bases: grad_fn(..., bases=fo.eigenbases(opt_state, params))."
-        )
-    found = {"/".join(path_names(p)): b for p, b in jax.tree_util.tree_flatten_with_path(bases, is_leaf=_is_basis)[0]}
-    if missing := [leaf.path for leaf in watched if leaf.path not in found]:
-        # A layer that the optimizer leaves alone needs no squares: identity bases on both sides.
-        found |= dict.fromkeys(missing, (None, None))
-    return [
-        tuple(None if Q is None else in_product_order(Q, leaf) for Q in tuple(found[leaf.path])[:2]) for leaf in watched
-    ]
-
-
-def _is_basis(x: Any) -> bool:
-    return isinstance(x, tuple) and "left" in getattr(x, "_fields", ())
 
 
 def _with_path(statistics: Any, leaf: LeafPlan, leaves: list[LeafPlan]) -> Any:

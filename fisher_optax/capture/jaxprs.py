@@ -51,6 +51,11 @@ def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def aval(atom: Any) -> Any:
+    """The shape and dtype of a literal or a variable, both of which are arrays here."""
+    return atom.aval
+
+
 def varying_as(x: Any, *others: Any) -> Any:
     """``x``, taken to differ between the devices of a shard_map wherever one of the others does."""
     axes = frozenset().union(*(_varying(other) for other in others if other is not None)) - _varying(x)

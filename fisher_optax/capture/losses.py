@@ -1,14 +1,14 @@
 """Losses that know the distribution they are the likelihood of, so that labels can be drawn from the model itself.
 
-Each is a mean over examples (positions) with ``weights``, ``Σ w_i ℓ_i / Σ w_i``, where ℓ = -log p(y | z) and z the logits:
+Each is a mean over examples (positions) with ``weights``, ``Σ w_i ℓ_i / Σ w_i``, of ℓ = -log p(y | z) with logits z:
 
     softmax cross-entropy   ℓ = -Σ_c q_c log p_c,  p = softmax(z)         Fisher of z: diag(p) - p pᵀ
     sigmoid cross-entropy   ℓ = Σ_k log(1 + exp z_k) - y_k z_k            diag(s (1 - s)), s = sigmoid(z)
     Gaussian                ℓ = |z - y|² / 2                              I
 
 An example whose weight is 0 is not there: neither in the mean, nor in any statistics; its label may be anything. Other
-weights act on output gradients alone: by w in "mc" and "true", the Fisher of the weighted mean, and by w² in "empirical",
-whose gradients are the loss's own.
+weights act on output gradients alone: by w in "mc" and "true", the Fisher of the weighted mean, and by w² in
+"empirical", whose gradients are the loss's own.
 """
 
 from collections.abc import Callable
@@ -106,7 +106,7 @@ def softmax_cross_entropy(
 def sigmoid_cross_entropy(
     logits: Float[Array, "*positions outputs"], labels: Any, weights: Any = None
 ) -> Float[Array, ""]:
-    """Mean over examples of ``Σ_k log(1 + exp z_k) - y_k z_k``, in nats: independent yes-or-no outputs, labels in [0, 1].
+    """Mean over examples of ``Σ_k log(1 + exp z_k) - y_k z_k``, in nats: yes-or-no outputs, labels in [0, 1].
 
     Arguments and what raises are as in `softmax_cross_entropy`.
 

@@ -68,6 +68,8 @@ def losses_in(program: jaxprs.Program, plan: Plan, operands: Sequence[Any]) -> C
 def _find(scope: _Scope, jaxpr: Any, plan: Plan) -> tuple[list[tuple[_Scope, Any]], str]:
     """The losses and their scopes, and the name of a loop or branch with one inside."""
     found, hidden = [(scope, jaxpr.eqns[i]) for i in plan.losses], ""
+    if any(_turned(eqn) for _, eqn in found):
+        hidden = "vmap"
     for i, plans in plan.inner.items():
         if not any(p.has_losses() for p in plans):
             continue
@@ -78,3 +80,10 @@ def _find(scope: _Scope, jaxpr: Any, plan: Plan) -> tuple[list[tuple[_Scope, Any
         more, inside = _find(scope.inside(eqn), jaxprs.body(eqn).jaxpr, plans[0])
         found, hidden = found + more, hidden or inside
     return found, hidden
+
+
+def _turned(eqn: Any) -> bool:
+    """Whether a loss was mapped over an axis that is not the first of all it takes, or over means with weights."""
+    z, y, *weights = (jaxprs.aval(v).shape for v in eqn.invars)
+    mapped = jaxprs.aval(eqn.outvars[0]).shape != ()
+    return mapped and (bool(weights) or y not in (z, z[:-1]))

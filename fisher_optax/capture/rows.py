@@ -80,23 +80,29 @@ def sorted_side(x: Array, axis: int, atoms: tuple[Atom, ...], extra: int = 0) ->
     """``axis`` reordered from the order in which a product meets its entries to the order of the parameter's axes; the
     last ``extra`` entries stay where they are.
     """
-    order = sorted(range(len(atoms)), key=lambda i: (atoms[i].source, -atoms[i].stride))
-    if order == list(range(len(atoms))):
-        return x
-    places = np.arange(math.prod(a.size for a in atoms)).reshape([a.size for a in atoms]).transpose(order).ravel()
-    return jnp.take(x, np.concatenate([places, len(places) + np.arange(extra, dtype=int)]), axis=axis)
+    places = _places(atoms, extra)
+    return x if places is None else jnp.take(x, places, axis=axis)
 
 
 def unsorted_side(x: Array, axis: int, atoms: tuple[Atom, ...], extra: int = 0) -> Array:
     """The inverse of `sorted_side`."""
-    length = math.prod(a.size for a in atoms) + extra
-    return jnp.take(x, np.argsort(sorted_side(np.arange(length), 0, atoms, extra)), axis=axis)
+    places = _places(atoms, extra)
+    return x if places is None else jnp.take(x, np.argsort(places), axis=axis)
+
+
+def _places(atoms: tuple[Atom, ...], extra: int) -> np.ndarray | None:
+    """Where a product meets each entry of a side in the parameter's order; None where the orders are the same."""
+    order = sorted(range(len(atoms)), key=lambda i: (atoms[i].source, -atoms[i].stride))
+    if order == list(range(len(atoms))):
+        return None
+    places = np.arange(math.prod(a.size for a in atoms)).reshape([a.size for a in atoms]).transpose(order).ravel()
+    return np.concatenate([places, len(places) + np.arange(extra, dtype=int)])
 
 
 def row_weights(positions: tuple[int, ...], mask: Any, batch: int) -> Float[Array, " P"] | None:
     """1 for the positions that ``mask`` keeps and 0 for the others; None where the mask is not of these positions.
 
-    It is of them if they begin with its axes, be they merged or split, or if its one axis is theirs of number ``batch``.
+    It is of them if they begin with its axes, merged or split, or if its one axis is theirs of number ``batch``.
     """
     if mask is None:
         return None

@@ -8,6 +8,7 @@ import jax
 from jax.extend.core import JaxprEqn
 
 from ..types import Window
+from . import jaxprs
 from .views import REPEATED, Atom, Dims, View
 
 Axes = tuple[int, ...]
@@ -61,7 +62,7 @@ def _dense(eqn: JaxprEqn, views: Sequence[View | None]) -> tuple[Site, Dims] | N
     (contracting, batch), w = eqn.params["dimension_numbers"], 1 if is_leaf(views[1]) else 0
     x = 1 - w
     free = [
-        tuple(a for a in range(len(v.aval.shape)) if a not in (*contracting[i], *batch[i]))
+        tuple(a for a in range(len(jaxprs.aval(v).shape)) if a not in (*contracting[i], *batch[i]))
         for i, v in enumerate(eqn.invars)
     ]
     nb, before = len(batch[0]), len(free[0])
@@ -76,7 +77,7 @@ def _convolution(eqn: JaxprEqn, views: Sequence[View | None]) -> tuple[Site, Dim
     if not is_leaf(views[1]) or p["feature_group_count"] != 1 or p["batch_group_count"] != 1:
         return None
     lhs, rhs, out = p["dimension_numbers"]
-    shape = tuple(eqn.invars[1].aval.shape[a] for a in rhs[2:])
+    shape = tuple(jaxprs.aval(eqn.invars[1]).shape[a] for a in rhs[2:])
     window = Window(shape, p["window_strides"], tuple(map(tuple, p["padding"])), p["lhs_dilation"], p["rhs_dilation"])
     x_axes, y_axes = ((), (lhs[0], *lhs[2:]), (lhs[1],)), ((), (out[0], *out[2:]), (out[1],))
     w_axes = ((), (*rhs[2:], rhs[1]), (rhs[0],))
@@ -84,7 +85,8 @@ def _convolution(eqn: JaxprEqn, views: Sequence[View | None]) -> tuple[Site, Dim
 
 
 def _embedding(eqn: JaxprEqn, views: Sequence[View | None]) -> tuple[Site, Dims] | None:
-    d, shape, rank = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape, len(eqn.outvars[0].aval.shape)
+    d, shape = eqn.params["dimension_numbers"], jaxprs.aval(eqn.invars[0]).shape
+    rank = len(jaxprs.aval(eqn.outvars[0]).shape)
     rows = d.collapsed_slice_dims == (0,) and d.start_index_map == (0,) and not d.operand_batching_dims
     if not is_leaf(views[0]) or not rows or tuple(eqn.params["slice_sizes"]) != (1, *shape[1:]):
         return None
@@ -108,15 +110,15 @@ def _site(
 ) -> tuple[Site, Dims]:
     """The site, and the axes of its result: the parameter's on batch and outputs, positions (below 0) on the rest."""
     x, w = operands
-    W, shape = views[w], eqn.outvars[0].aval.shape
+    W, X, Y = views[w], jaxprs.aval(eqn.invars[x]), jaxprs.aval(eqn.outvars[0])
     assert W is not None
-    dims = [(Atom(-1 - a, size),) if size != 1 else () for a, size in enumerate(shape)]
+    dims: list[tuple[Atom, ...]] = [(Atom(-1 - a, size),) if size != 1 else () for a, size in enumerate(Y.shape)]
     for i in (0, 2):
         for mine, theirs in zip(y_axes[i], w_axes[i], strict=True):
             dims[mine] = W.dims[theirs]
     batch, inputs, outputs = (tuple(a for axis in axes for a in W.dims[axis]) for axes in w_axes)
-    positions = tuple(shape[a] for a in y_axes[1])
-    avals = tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in (eqn.invars[x], eqn.outvars[0]))
+    positions = tuple(Y.shape[a] for a in y_axes[1])
+    avals = jax.ShapeDtypeStruct(X.shape, X.dtype), jax.ShapeDtypeStruct(Y.shape, Y.dtype)
     site = Site(W.root[1], how, x, 0, x_axes, y_axes, batch, inputs, outputs, positions, W.taken, window, avals=avals)
     return site, tuple(dims)
 

@@ -1,7 +1,7 @@
 """The kinds of statistics: what is summed up on the way back through a layer, and what it is made into.
 
-With inputs a and gradients δ of the loss at the outputs, over all P positions that share the layer's weights, and N what
-the loss was divided by (so that N δ is the gradient of one example's own loss):
+With inputs a and gradients δ of the loss at the outputs, over all P positions that share the layer's weights, and N
+what the loss was divided by (so that N δ is the gradient of one example's own loss):
 
     left = Σ a aᵀ / P,   right = N Σ δ δᵀ,   squares = N Σ (Q_Aᵀ a)² ((Q_Bᵀ δ)²)ᵀ
     left ⊗ right ≈ Σ (N δ ⊗ a)(N δ ⊗ a)ᵀ / N,  the Fisher of one example, as if positions were independent (expand)
@@ -9,8 +9,8 @@ the loss was divided by (so that N δ is the gradient of one example's own loss)
 and with ``mode="reduce"``, for losses of what a layer's positions add up to, the same of ā = mean of a over the
 positions of an example and δ̂ = sum of δ over them.
 
-Sources: Martens and Grosse 2015 (arXiv 1503.05671); convolutions: Grosse and Martens 2016 (arXiv 1602.01407); expand and
-  reduce: Eschenhagen et al. 2023 (arXiv 2311.00636); squares: George et al. 2018 (arXiv 1806.03884).
+Sources: Martens and Grosse 2015 (arXiv 1503.05671); convolutions: Grosse and Martens 2016 (arXiv 1602.01407); expand
+  and reduce: Eschenhagen et al. 2023 (arXiv 2311.00636); squares: George et al. 2018 (arXiv 1806.03884).
 """
 
 import dataclasses
@@ -43,6 +43,14 @@ class KroneckerFactors:
 
     Raises:
       ValueError: for an unknown mode, or a number below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> loss = lambda W, x, y: fo.losses.gaussian(x @ W, y)
+      >>> grad_fn = fo.value_and_grad(loss, fo.KroneckerFactors(max_examples=4))
+      >>> factors = grad_fn(jnp.ones((3, 2)), jnp.ones((9, 3)), jnp.ones((9, 2)))[2]
+      >>> factors.left.shape, factors.right.shape, float(factors.weight)
+      ((3, 3), (2, 2), 9.0)
     """
 
     mode: str = "expand"
@@ -169,15 +177,14 @@ class KroneckerFactors:
         extra = int(plan.bias is not None)
         Q_A = Q_A if Q_A is None else rows.unsorted_side(Q_A, -2, site.inputs, extra)
         Q_B = Q_B if Q_B is None else rows.unsorted_side(Q_B, -2, site.outputs)
-        if site.how == "embedding":
-            tokens, X = X[..., 0], None if Q_A is None else Q_A[X[..., 0]]
-        else:
-            X = _with_ones(plan, X.astype(accumulator(X.dtype)))
-            X = X if Q_A is None else jnp.matmul(X, Q_A.astype(X.dtype), precision=Precision.HIGHEST)
         D = D.astype(accumulator(D.dtype))
         D = D if Q_B is None else jnp.matmul(D, Q_B.astype(D.dtype), precision=Precision.HIGHEST)
-        if X is None:
-            return jnp.zeros((site.m, site.n), D.dtype).at[tokens].add(jnp.square(D))
+        if site.how == "embedding":
+            if Q_A is None:
+                return jnp.zeros((site.m, site.n), D.dtype).at[X[..., 0]].add(jnp.square(D))
+            return rows.product(jnp.square(jnp.take(Q_A, X[..., 0], axis=0)), jnp.square(D))
+        X = _with_ones(plan, X.astype(accumulator(X.dtype)))
+        X = X if Q_A is None else jnp.matmul(X, Q_A.astype(X.dtype), precision=Precision.HIGHEST)
         return rows.product(jnp.square(X), jnp.square(D))
 
     def finish(self, plan: LeafPlan, slots: list[dict[str, Array]], normalizer: Any) -> LayerFactors:
@@ -209,7 +216,17 @@ class KroneckerFactors:
 
 @dataclasses.dataclass(frozen=True)
 class InputGram(KroneckerFactors):
-    """The second moment of each layer's inputs alone, ``left = Σ a aᵀ / P``, in arguments like `KroneckerFactors`."""
+    """The second moment of each layer's inputs alone, ``left = Σ a aᵀ / P``, in arguments like `KroneckerFactors`.
+
+    A side of any length is a matrix by default, since pruning by reconstruction needs all of it.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> grad_fn = fo.value_and_grad(lambda W, x: jnp.mean(x @ W), fo.InputGram())
+      >>> gram = grad_fn(jnp.ones((3, 2)), 2 * jnp.ones((9, 3)))[2]
+      >>> float(gram.left[0, 1]), gram.right
+      (4.0, None)
+    """
 
     max_dim: int = 2**31
     sides = ("left",)

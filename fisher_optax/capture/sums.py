@@ -22,7 +22,7 @@ def accumulator(*dtypes: Any) -> Any:
 
 
 def joined(xs: Sequence[Array], axis: int | None) -> Array:
-    """What several products with one parameter saw: rows one after the other along ``axis``, or, without one, the sum."""
+    """What several products with one parameter saw: rows after one another along ``axis``, or without one the sum."""
     return sum(xs[1:], xs[0]) if axis is None else jnp.concatenate(xs, axis)
 
 

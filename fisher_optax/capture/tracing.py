@@ -106,7 +106,7 @@ class _Step:
     def _moved(self) -> list[View | None]:
         """A view moved about, or the end of what is known."""
         view, rest = self.views[0], self.views[1:]
-        shape = tuple(self.eqn.outvars[0].aval.shape)
+        shape = tuple(jaxprs.aval(self.eqn.outvars[0]).shape)
         moved = None if view is None else through(view, self.eqn.primitive.name, self.eqn.params, shape)
         self.uses.other(rest if moved else self.views, self.eqn.primitive.name)
         return [moved]
@@ -207,7 +207,7 @@ class _Step:
         """A function with its own derivative stays whole; its result is a site if it is a product of its operands."""
         if not any(map(is_leaf, self.views)):
             return []
-        shapes = [v.aval.shape for v in self.eqn.invars]
+        shapes = [jaxprs.aval(v).shape for v in self.eqn.invars]
         views = [v if is_leaf(v) else whole(("input", k), shapes[k]) for k, v in enumerate(self.views)]
         inside = Uses(self.uses.shapes, count=self.uses.count)
         _, results = walk(jaxprs.body(self.eqn).jaxpr, views, inside)
@@ -225,7 +225,7 @@ def _is_bias(p: View, b: View) -> bool:
     """Whether ``b`` repeats over the positions of product ``p`` and has one entry for each of its outputs, in order."""
     pairs = []
     for dp, db in ([[a for a in d if a.size != 1] for d in dims] for dims in zip(p.dims, b.dims, strict=False)):
-        positions = not any(a.source is not REPEATED and a.source >= 0 for a in dp)
+        positions = not any(a.source is not None and a.source >= 0 for a in dp)
         if positions and all(a.source is REPEATED for a in db):
             continue
         if positions or [a.size for a in dp] != [a.size for a in db] or any(a.source is REPEATED for a in (*dp, *db)):

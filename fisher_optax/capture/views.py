@@ -1,7 +1,7 @@
 """What is left of a parameter after transposes, reshapes, casts and slices: which of its axes are where.
 
-An axis of a variable is a row-major product of atoms, each a stretch of one axis of the parameter, be it of length 1; an
-axis that a reshape or broadcast has added has none. The same describes a product: its positions are axes of nothing
+An axis of a variable is a row-major product of atoms, each a stretch of one axis of the parameter, be it of length 1;
+an axis that a reshape or broadcast has added has none. The same describes a product: its positions are axes of nothing
 (negative numbers).
 """
 

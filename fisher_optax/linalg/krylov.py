@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+UNROLLED = 8
+
 
 def conjugate_gradient(
     product: Callable[[Array], Array], B: Float[Array, "d n"], iterations: int
@@ -29,15 +31,17 @@ def conjugate_gradient(
        [2. 4.]]
     """
 
-    def step(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def step(state: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], None]:
         Z, R, P, rr = state
         AP = product(P)
         α = _over(rr, _dots(P, AP))
         Z, R = Z + α * P, R - α * AP
         new = _dots(R, R)
-        return Z, R, R + _over(new, rr) * P, new
+        return (Z, R, R + _over(new, rr) * P, new), None
 
-    return jax.lax.fori_loop(0, iterations, step, (jnp.zeros_like(B), B, B, _dots(B, B)))[0]
+    # A few steps are unrolled: XLA's convolutions for a CPU are slow inside a loop.
+    start, unroll = (jnp.zeros_like(B), B, B, _dots(B, B)), iterations if iterations <= UNROLLED else 1
+    return jax.lax.scan(step, start, length=iterations, unroll=max(unroll, 1))[0][0]
 
 
 def _dots(P: Float[Array, "d n"], Q: Float[Array, "d n"]) -> Float[Array, "1 n"]:

@@ -175,7 +175,8 @@ def _direction(
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         return _on_layers(name, method, magnitude, None, 0.0, layers)
 
-    return guarded(by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe)
+    return guarded(routed, in_place=True)
 
 
 def _complete(
@@ -205,7 +206,8 @@ def _complete(
         return optax.chain(direction, scheduled(optax.trace, decay=momentum), after)
 
     fallback = optax.chain(optax.scale_by_adam(), after) if fallback is None else fallback
-    return guarded(by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe)
+    return guarded(routed, in_place=True)
 
 
 def _seam(

@@ -14,6 +14,7 @@ import pytest
 import fisher_optax as fo
 from tests.comparisons import assert_close, assert_same_bits, assert_updates_close
 from tests.optimizers_table import (
+    METHODS,
     ROWS,
     STEPS,
     Row,
@@ -44,7 +45,7 @@ def test_jitted_equals_eager(row: Row) -> None:
     assert_updates_close(eager, trajectory(row), row.tolerance)
 
 
-@each()
+@each(METHODS)
 def test_arguments_are_not_mutated(row: Row) -> None:
     """NumPy arrays, which could be written to, come back as they were."""
     c = compiled(row)
@@ -82,7 +83,7 @@ def numbers(row: Row) -> dict[str, float]:
     return defaults | {"learning_rate": row.rate_after} | row.options
 
 
-@each(row for row in ROWS if row.static_args)
+@each(row for row in METHODS if row.static_args)
 def test_injected_hyperparameters_are_the_ones_used(row: Row) -> None:
     """Every number of the factory is traced (rates, betas, decay), and the rate is a schedule evaluated outside."""
     rate = optax.piecewise_constant_schedule(numbers(row)["learning_rate"], {3: 0.0})
@@ -90,7 +91,7 @@ def test_injected_hyperparameters_are_the_ones_used(row: Row) -> None:
     assert_stops_after_three(row, build(row, wrap=inject, learning_rate=rate))
 
 
-@each(row for row in ROWS if row.scheduled)
+@each(row for row in METHODS if row.scheduled)
 def test_schedules_are_the_numbers_they_give(row: Row) -> None:
     """Rates, decay and momentum may be schedules, of the number of the call."""
     schedules = {name: optax.constant_schedule(numbers(row)[name]) for name in row.scheduled}
@@ -98,7 +99,7 @@ def test_schedules_are_the_numbers_they_give(row: Row) -> None:
     assert_stops_after_three(row, build(row, **schedules))
 
 
-@each()
+@each(METHODS)
 def test_micro_steps_of_multisteps_do_nothing(row: Row) -> None:
     """Three of four calls give zero; the fourth gives the update of the mean gradient."""
     c = compiled(row)
@@ -112,7 +113,7 @@ def test_micro_steps_of_multisteps_do_nothing(row: Row) -> None:
         assert_close(point.updates, wanted, row.tolerance)
 
 
-@each()
+@each(METHODS)
 def test_masked_leaves_pass_and_the_others_move_as_before(row: Row) -> None:
     params = standard_params()
     mask = jax.tree.map(lambda _: False, params) | jax.tree.map(lambda _: True, matrices_of(params))
@@ -126,7 +127,7 @@ def test_masked_leaves_pass_and_the_others_move_as_before(row: Row) -> None:
         assert_same_bits(point.updates["norm"], grads["norm"])
 
 
-@each()
+@each(METHODS)
 def test_partition_by_our_labels_changes_nothing(row: Row) -> None:
     """Matrices on one optimizer and the rest on another equal one optimizer for all."""
     params = standard_params()

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.optimizers_table import Row, build, each
+from tests.optimizers_table import METHODS, Row, build, each
 
 
 class Problem(NamedTuple):
@@ -46,7 +46,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-@each()
+@each(METHODS)
 def test_the_minimum_is_found(row: Row, problem: str) -> None:
     start, loss, minimum = PROBLEMS[problem]
     rate, steps = row.descent

@@ -11,6 +11,7 @@ import pytest
 import fisher_optax as fo
 from tests.comparisons import assert_close, assert_finite, assert_same_bits, assert_updates_close, types
 from tests.optimizers_table import (
+    METHODS,
     ROWS,
     Row,
     build,
@@ -74,7 +75,7 @@ def test_a_bad_gradient_skips_the_whole_step(row: Row, bad: str) -> None:
     assert int(fo.health(state).skipped) == 1
 
 
-@each()
+@each(METHODS)
 def test_a_run_may_start_with_a_bad_gradient(row: Row) -> None:
     """It is not taken for the first one: the run that follows is the run without it."""
     c = compiled(row)
@@ -197,7 +198,7 @@ def test_odd_leaves(row: Row) -> None:
 
 
 @pytest.mark.parametrize("tree", [{}, {"none": None}, {"empty": jnp.zeros((0, 3))}], ids=str)
-@each()
+@each(METHODS)
 def test_a_tree_with_nothing_in_it(row: Row, tree: Any) -> None:
     tx = build(row)
     updates, state = tx.update(tree, tx.init(tree), tree, **row.update_kwargs)
@@ -205,7 +206,7 @@ def test_a_tree_with_nothing_in_it(row: Row, tree: Any) -> None:
     assert int(fo.health(state).skipped) == 0
 
 
-@each()
+@each(METHODS)
 def test_health_is_found_under_wrappers(row: Row) -> None:
     """`masked`, `MultiSteps` and `chain` around an optimizer hide no skipped step."""
     c = compiled(row)

@@ -13,6 +13,7 @@ from flax.training.train_state import TrainState
 
 from tests.comparisons import assert_close, assert_finite, assert_same_bits, types
 from tests.optimizers_table import (
+    METHODS,
     Row,
     build,
     compiled,
@@ -101,7 +102,7 @@ def test_a_run_resumed_from_a_checkpoint_is_the_same_run(row: Row, tmp_path: Pat
     assert_same_bits(points, list(full[3:]))
 
 
-@each()
+@each(METHODS)
 def test_in_a_linen_train_state(row: Row) -> None:
     train = TrainState.create(apply_fn=lambda *_: None, params=standard_params(), tx=compiled(row).tx)
     step = jax.jit(lambda train, grads: train.apply_gradients(grads=grads))
@@ -118,7 +119,7 @@ class Model(nnx.Module):
             setattr(self, name, Model(value) if isinstance(value, dict) else nnx.Param(value))
 
 
-@each()
+@each(METHODS)
 def test_in_an_nnx_optimizer(row: Row) -> None:
     """The parameters of an nnx module, which have other paths, are treated as the same parameters in a dict."""
     model = Model(standard_params())

@@ -61,11 +61,12 @@ class Soap:
         self.factors = [np.zeros((d, d)) for d in self.W.shape]
         self.calls = self.count = 0
 
-    def step(self, G):
+    def step(self, G, seen=None):
+        """``seen`` are the two sides' second moments, by default those of G."""
         self.calls += 1
         if self.calls > 1 or self.first_step == "adam":
             self._move(G)
-        for i, outer in enumerate((G @ G.T, G.T @ G)):
+        for i, outer in enumerate(seen or (G @ G.T, G.T @ G)):
             self.factors[i] = self.beta * self.factors[i] + (1 - self.beta) * outer
         if self.calls == 1:
             sides = zip(self.factors, self.rotated, strict=True)
