@@ -4,7 +4,7 @@ Every transformation of this package is wrapped once, at the outside, by `guarde
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from .branching import branch
 from .sharding import in_auto_mode, on_mesh
+from .types import LayerFactors
 
 STATE_VERSION = 1  # changes whenever a state saved by an older release can no longer be continued
 
@@ -65,7 +66,7 @@ def guarded(
             return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
 
         def either(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
-            seen = jax.tree.leaves(extra.get("statistics"))  # which is read as a gradient is, and spoils as much
+            seen = list(_witnesses(extra.get("statistics")))
             finite = is_finite([*jax.tree.leaves(updates), *seen], [*squared, *[False] * len(seen)])
             if in_place and isinstance(finite, Tracer):
                 new, inner = tx.update(updates, state.inner, params, **extra, go=finite)
@@ -78,6 +79,20 @@ def guarded(
         return in_auto_mode(either, updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _witnesses(statistics: Any) -> Iterator[Array]:
+    """Arrays that are finite only where all of the statistics are: of a second moment, its diagonal."""
+    known = lambda x: isinstance(x, LayerFactors)  # noqa: E731
+    for x in jax.tree.leaves(statistics, is_leaf=known):
+        if not known(x):
+            yield x
+            continue
+        yield from jax.tree.leaves((x.squares, x.weight))
+        for side in jax.tree.leaves((x.left, x.right)):
+            n = side.shape[-1]
+            square = side.ndim > 1 and side.shape[-2] == n
+            yield side.reshape(*side.shape[:-2], n * n)[..., :: n + 1] if square else side
 
 
 def _held(go: Array, new: Any, old: Any) -> Any:

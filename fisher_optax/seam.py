@@ -135,11 +135,9 @@ class Seam:
         phases = self.policy.phases({key: self._refresh_flops(*G.shape[-2:]) for key, G in stacks.items()}, counts)
 
         def one(G: Array, mine: MatrixState, action: Array, seen: Any) -> tuple[Array, MatrixState, Array]:
-            U, new, failed = self._one(G, mine, action, seen, extra)
-            if go is not None:
-                kept = mine._replace(basis=new.basis)  # which nothing touches but an action
-                new = jax.tree.map(lambda a, b: a if a is b else jnp.where(go, a, b), new, kept)
-            return U, new, failed
+            U, new, failed = self._one(G, mine, action, seen, extra, go)
+            # Nothing touches a basis but an action, and factors held themselves.
+            return U, new._replace(application=_held(go, new.application, mine.application)), failed
 
         uniform = self.policy.refresh == "every"
 
@@ -168,7 +166,7 @@ class Seam:
         return {} if statistics is None else sides_to_stacks(statistics, leaves, axes, self.storage.block_size)
 
     def _one(
-        self, G: Array, state: MatrixState, action: Array, seen: Any, extra: dict[str, Any]
+        self, G: Array, state: MatrixState, action: Array, seen: Any, extra: dict[str, Any], go: Any
     ) -> tuple[Array, MatrixState, Array]:
         """A step of one matrix, of whose layer these are the statistics."""
         if self.factors is None or self.decomposition is None:
@@ -177,6 +175,7 @@ class Seam:
         rule, decomposition, application = self.factors, self.decomposition, self.application
         m, n = G.shape
         factors, basis = self._followed(rule, seen if rule.of_statistics else G, state, m, n, G.dtype)
+        factors = _held(go, factors, state.factors)
         before = state.application
         if application.observe is not None and seen is not None:
             before = application.observe(before, seen, state.basis)
@@ -204,3 +203,8 @@ class Seam:
         old = self.storage.load(state.factors, m, n, dtype)
         basis = state.basis if rule.track is None else rule.track(seen, old, state.basis)
         return self.storage.store(rule.update(seen, old, state.basis)), basis
+
+
+def _held(go: Any, new: Any, old: Any) -> Any:
+    """The new arrays where ``go`` (None: everywhere), the old ones elsewhere."""
+    return new if go is None else jax.tree.map(lambda a, b: a if a is b else jnp.where(go, a, b), new, old)

@@ -33,7 +33,7 @@ def over_stack(
     A batch is only for an ``action`` that is the same for all (``uniform``): a branch taken by some of a batch is
     computed by all. At most ``max_stack`` go in one batch.
     """
-    if not isinstance(G, Tracer):
+    if not isinstance(G, Tracer) or len(G) == 1:
         return _eagerly(one, G, state, action, given)
     batched = BATCHED.get(jax.default_backend(), True) if batched is None else batched
     if uniform and batched:

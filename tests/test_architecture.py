@@ -35,10 +35,10 @@ MAY_IMPORT = {
     "storage": {"linalg", "types"},
     "curvature": {"layers", "matrix_axes", "storage", "types"},
     "accumulation": {"curvature", "types"},
-    "guard": {"branching", "sharding"},
+    "guard": {"branching", "sharding", "types"},
     "refresh": {"branching", "linalg", "types"},
     # Statistics from a model know nothing of optimizers.
-    "capture": {"matrix_axes", "tables", "types"},
+    "capture": {"linalg", "matrix_axes", "tables", "types"},
     "reporting": {"axes", "capture", "guard", "matrix_axes", "tables"},
     "routing": {"axes", "layers", "matrix_axes", "reporting"},
     # What a preconditioner is put together from: these never import each other.

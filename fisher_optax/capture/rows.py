@@ -11,6 +11,7 @@ import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Float, Shaped
 
+from .. import linalg
 from ..types import Window
 from .sites import Site
 from .views import Atom
@@ -53,9 +54,8 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def second_moment(X: Float[Array, "*E P d"], weights: Float[Array, " P"] | None) -> Float[Array, "*E d d"]:
-    """``Σ_i w_i x_i x_iᵀ``, in float32 at least."""
-    left = X if weights is None else X * weights[:, None].astype(X.dtype)
-    return product(left, X)
+    """``Σ_i w_i x_i x_iᵀ`` with weights 0 or 1, in float32 at least."""
+    return linalg.second_moment(X if weights is None else X * weights[:, None].astype(X.dtype))
 
 
 def product(X: Float[Array, "*E P d"], Y: Float[Array, "*E P k"]) -> Float[Array, "*E d k"]:

@@ -5,6 +5,7 @@ from .krylov import conjugate_gradient
 from .low_rank import range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
+from .products import second_moment
 from .roots import check_exponent, cholesky_inverse, matrix_power
 from .scaling import unit_frobenius, unit_scale
 from .symmetric import pack, unpack
@@ -29,6 +30,7 @@ __all__ = [
     "project",
     "range_of_rows",
     "restart_steps",
+    "second_moment",
     "strongest_rows",
     "unit_frobenius",
     "unit_scale",
