@@ -36,8 +36,8 @@ def accumulate_statistics(so_far: Any, new: Any) -> Any:
     structures = [jax.tree.structure(tree, is_leaf=is_statistics) for tree in (so_far, new)]
     if structures[0] != structures[1]:
         raise ValueError(
-            f"accumulate_statistics: the two trees differ: {structures[0]} and {structures[1]}. Take both from the same "
-            "fo.value_and_grad."
+            f"accumulate_statistics: the two trees differ: {structures[0]} and {structures[1]}. Take both from "
+            "the same fo.value_and_grad."
         )
     return jax.tree.map(_both, so_far, new, is_leaf=is_statistics)
 

@@ -20,8 +20,8 @@ HOW = (
 KINDS = {LayerFactors: "KroneckerFactors", Samples: "LayerSamples"}
 # `axes` of a leaf that is sent to the fallback.
 REMEDY = (
-    "pass axes=fo.infer_axes(loss_fn, params, batch) to the optimizer, which leaves to the fallback what capture cannot "
-    "read; fo.report(loss_fn, params, batch) says why"
+    "pass axes=fo.infer_axes(loss_fn, params, batch) to the optimizer, which leaves to the fallback what capture "
+    "cannot read; fo.report(loss_fn, params, batch) says why"
 )
 
 
@@ -55,7 +55,8 @@ def on_layers(
         for layer, statistics in zip(layers, mine or (), strict=mine is not None):
             check(layer, statistics, layer.shape(leaves))
         weights = None if params is None else join(layers, treedef.flatten_up_to(params))
-        out, state = inner.update(join(layers, leaves), state, weights, **extra)
+        moved: Any = inner.update(join(layers, leaves), state, weights, **extra)
+        out, state = moved
         return treedef.unflatten(split(layers, out, leaves)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -138,8 +139,8 @@ def same_shapes(
     *_, m, n = shape
     if squares and not all(storage.wanted(m, n)):
         raise ValueError(
-            f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}, and a side of low "
-            "rank has no whole basis: raise max_precond_dim, or leave the layer to the fallback by axes=."
+            f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}, and a side of "
+            "low rank has no whole basis: raise max_precond_dim, or leave the layer to the fallback by axes=."
         )
     if squares and given.squares is None:
         raise ValueError(
@@ -154,7 +155,7 @@ def same_shapes(
         if not fits:
             wanted = f"a {d} x {d} matrix" if whole else f"rows of a side longer than {storage.max_dim}"
             raise ValueError(
-                f"fo.{method}: the {name} statistics of {layer.path!r} are {have}; wanted {wanted}. Give the optimizer and "
-                "fo.KroneckerFactors the same max_precond_dim=max_dim and rank, and the optimizer the axes= of "
+                f"fo.{method}: the {name} statistics of {layer.path!r} are {have}; wanted {wanted}. Give the optimizer "
+                "and fo.KroneckerFactors the same max_precond_dim=max_dim and rank, and the optimizer the axes= of "
                 "fo.infer_axes(loss_fn, params, batch) where it reads the layer in another way."
             )

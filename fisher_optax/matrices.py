@@ -109,7 +109,7 @@ def to_stacks(
 def sides_to_stacks(
     statistics: Sequence[Any], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
 ) -> dict[str, Any]:
-    """Statistics of the leaves (with ``left``, ``right``, ``squares``), one entry a matrix, stacked as `to_stacks` does.
+    """Statistics of the leaves (with ``left``, ``right``, ``squares``), one entry a matrix, stacked as by `to_stacks`.
 
     A matrix that is a block gets the blocks on the diagonals that belong to its rows and columns.
     """

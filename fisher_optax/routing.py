@@ -1,6 +1,6 @@
 """Which leaf goes where: matrices to the method, everything else to a fallback."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +70,7 @@ def _routed(
         layers = layers_among(leaves)
         mine = sorted(place for layer in layers for place in layer.places)
         labels = [MATRIX if i in set(mine) else FALLBACK for i in range(len(leaves))]
-        tx = {MATRIX: build([layer.among(mine) for layer in layers]), FALLBACK: rest}
+        tx: dict[Hashable, Any] = {MATRIX: build([layer.among(mine) for layer in layers]), FALLBACK: rest}
         return leaves, layers, optax.partition(tx, jax.tree.structure(tree).unflatten(labels))
 
     def init(params: optax.Params) -> optax.OptState:

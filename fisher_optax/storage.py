@@ -53,7 +53,7 @@ class Storage(NamedTuple):
         return factors._replace(left=whole(factors.left, m), right=whole(factors.right, n))
 
     def identity(self, factors: Kronecker, returns: type) -> Any:
-        """The basis before there is any: the identity on each side that has a (full) factor, as far as its rank goes."""
+        """The basis before there is any: the identity on each side that has a factor, as far as its rank goes."""
         sides = [A.rows if isinstance(A, Rows) else A for A in (factors.left, factors.right)]
         eyes = [None if A is None else jnp.eye(A.shape[-1], len(A), dtype=self.dtype or A.dtype) for A in sides]
         ones = [None if A is None else jnp.ones(len(A), A.dtype) for A in sides]

@@ -65,7 +65,7 @@ class FactorRule(NamedTuple):
 
     name: str
     init: Callable[[int, int, bool, bool, Any], Kronecker]
-    update: Callable[[Array, Kronecker, Any], Kronecker]
+    update: Callable[[Any, Kronecker, Any], Kronecker]
     track: Callable[[Array, Kronecker, Any], Any] | None = None
     read: Callable[[Kronecker], Kronecker] = lambda factors: factors
     of_statistics: bool = False
@@ -74,8 +74,8 @@ class FactorRule(NamedTuple):
 class Decomposition(NamedTuple):
     """What turns a factor ``A: (d, d)`` into a basis or a root; one that is not finite is never used.
 
-    ``start(A, old)`` is exact and used once (None: as ``refresh``); ``refresh(A, old, tolerance)`` may be iterative, and
-    keeps ``old`` where that is off by no more than ``tolerance`` (None: never).
+    ``start(A, old)`` is exact and used once (None: as ``refresh``); ``refresh(A, old, tolerance)`` may be iterative,
+    and keeps ``old`` where that is off by no more than ``tolerance`` (None: never).
     """
 
     name: str

@@ -75,10 +75,11 @@ def projector_splitting(
             # A factor in use is never zero.
             L, R = branch(jnp.trace(L) > 0, lambda: (L, R), lambda: dominant(G, squared=init == "dominant"))
         if variant == "parallel":
-            return Kronecker(*parallel_step(L, R, G, β), seen)
+            return Kronecker(*parallel_step(L, R, G, β), seen=seen)
         if first == "inputs":
-            return Kronecker(*sequential_step(L, R, G, β), seen)
-        return Kronecker(*sequential_step(R, L, G.mT, β)[::-1], seen)
+            return Kronecker(*sequential_step(L, R, G, β), seen=seen)
+        R, L = sequential_step(R, L, G.mT, β)
+        return Kronecker(L, R, seen)
 
     return FactorRule("projector splitting", start, update)
 

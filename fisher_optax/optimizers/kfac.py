@@ -274,9 +274,9 @@ def _once_seen(inner: Any, clip: Any, learning_rate: Any) -> optax.GradientTrans
     def init(params: Any) -> ClipState:
         return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], bool), inner.init(params))
 
-    def update(G: Any, state: Any, params: Any = None, *, statistics: Any, **extra: Any) -> tuple[Any, ClipState]:
-        U, new = inner.update(G, state.inner, params, statistics=statistics, **extra)
-        seen = state.seen | (statistics is not None)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
+        U, new = inner.update(G := updates, state.inner, params, **extra)
+        seen = state.seen | (extra["statistics"] is not None)
         ν: Any = 1.0
         if clip is not None:
             dots = (jnp.vdot(u, g.astype(u.dtype)) for u, g in zip(jax.tree.leaves(U), jax.tree.leaves(G), strict=True))

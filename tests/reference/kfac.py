@@ -1,7 +1,7 @@
 """K-FAC and EKFAC for one layer in float64 NumPy, by dense matrices of size mn x mn.
 
-Martens and Grosse 2015 (arXiv 1503.05671), George et al. 2018 (arXiv 1806.03884). ``W`` is ``in x out`` with the bias as its
-last row; ``vec`` is row-major, so that ``A ⊗ B`` acts on ``vec(G)`` as ``A G B``.
+Martens and Grosse 2015 (arXiv 1503.05671), George et al. 2018 (arXiv 1806.03884). ``W`` is ``in x out`` with the bias
+as its last row; ``vec`` is row-major, so that ``A ⊗ B`` acts on ``vec(G)`` as ``A G B``.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ def eigenbasis(A):
 
 
 class Kfac:
-    """``step(G, A, B, squares)`` updates and returns ``W``; ``squares(Q_A, Q_B)`` only for EKFAC; A None: no statistics."""
+    """``step(G, A, B, squares)`` updates and returns ``W``; ``squares(Q_A, Q_B)`` for EKFAC; no A: no statistics."""
 
     def __init__(
         self,
