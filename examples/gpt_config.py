@@ -1,18 +1,13 @@
-"""The options of `train_gpt.py`: what they are, what they may be, how a command line sets them."""
+"""The options of `train_gpt.py`: what they are, what they may be."""
 
-import argparse
 import dataclasses
 import math
-from typing import Any
 
 from optimizers import METHODS, find_method
+from options import option, require
 
 DTYPES = ("float32", "bfloat16")
 COUNTS = ("steps", "batch", "context", "layers", "width", "heads", "vocab", "refresh", "eval_every", "eval_batches")
-
-
-def option(default: Any, help: str, kind: type | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "type": kind or type(default)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +21,7 @@ class Config:
     warmup: int = option(None, "steps of warm-up before the cosine; by default a tenth of all, 100 at most", int)
     weight_decay: float = option(0.1, "decoupled weight decay")
     refresh: int = option(10, "steps between two renewals of a preconditioner")
+    damping: float = option(None, "of an optimizer that inverts curvature; by default its own", float)
     steps: int = option(1000, "optimizer steps")
     batch: int = option(16, "windows of text a step")
     context: int = option(64, "characters a window")
@@ -42,10 +38,12 @@ class Config:
     def resolve(self) -> "Config":
         """Fills in what is None and checks everything. Raises `ValueError`, which names the option."""
         # The tuned width is 128. A rate falls as 1 / width, and 384 then has nanoGPT's 1e-3 for AdamW.
-        own_rate = find_method(self.optimizer).learning_rate * min(1.0, 128 / max(self.width, 1))
+        method = find_method(self.optimizer)
+        own_rate = method.learning_rate * min(1.0, 128 / max(self.width, 1))
         config = dataclasses.replace(
             self,
             lr=own_rate if self.lr is None else self.lr,
+            damping=method.damping if self.damping is None else self.damping,
             warmup=min(100, self.steps // 10) if self.warmup is None else self.warmup,
         )
         check(config)
@@ -60,37 +58,16 @@ PRESETS = {config.preset: config for config in (Config(), SHAKESPEARE_CHAR)}
 
 
 def check(config: Config) -> None:
-    def require(holds: bool, name: str, wanted: str) -> None:
-        if not holds:
-            raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(config, name)}")
-
     for name in COUNTS:
-        require(getattr(config, name) >= 1, name, "at least 1")
-    require(config.width % config.heads == 0, "heads", f"a divisor of --width {config.width}")
-    require(0 <= config.warmup < config.steps, "warmup", f"at least 0 and less than --steps {config.steps}")
-    require(0 < config.lr < math.inf, "lr", "a positive number")
-    require(0 <= config.weight_decay < math.inf, "weight_decay", "zero or a positive number")
-    require(0 <= config.dropout < 1, "dropout", "at least 0 and less than 1")
-    require(0 <= config.seed < 2**31, "seed", "at least 0 and less than 2^31")
-    require(config.dtype in DTYPES, "dtype", " or ".join(DTYPES))
-
-
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with an option for each field of `Config`; what is not given is absent from its result."""
-    usage = "%(prog)s [--optimizer NAME] [--out FOLDER] [option ...], or --help"
-    parser = argparse.ArgumentParser(
-        description=description, usage=usage, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
-    for field in dataclasses.fields(Config):
-        default = "" if field.default is None else f" (default: {field.default})"
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=field.metadata["type"],
-            metavar=field.metadata["type"].__name__.upper(),
-            choices=list(PRESETS) if field.name == "preset" else None,
-            help=field.metadata["help"] + default,
-        )
-    parser.add_argument("--out", default="runs/gpt", help="folder of the run (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
-    parser.add_argument("--overwrite", action="store_true", default=False, help="delete the run in --out first")
-    return parser
+        require(config, getattr(config, name) >= 1, name, "at least 1")
+    require(config, config.width % config.heads == 0, "heads", f"a divisor of --width {config.width}")
+    require(config, 0 <= config.warmup < config.steps, "warmup", f"at least 0 and less than --steps {config.steps}")
+    require(config, 0 < config.lr < math.inf, "lr", "a positive number")
+    if find_method(config.optimizer).damping is None:
+        require(config, config.damping is None, "damping", f"left out: {config.optimizer} has none")
+    else:
+        require(config, 0 < config.damping < math.inf, "damping", "a positive number")
+    require(config, 0 <= config.weight_decay < math.inf, "weight_decay", "zero or a positive number")
+    require(config, 0 <= config.dropout < 1, "dropout", "at least 0 and less than 1")
+    require(config, 0 <= config.seed < 2**31, "seed", "at least 0 and less than 2^31")
+    require(config, config.dtype in DTYPES, "dtype", " or ".join(DTYPES))

@@ -1,26 +1,34 @@
 """A training run on disk: written as it goes, safe to kill, resumed from its last checkpoint."""
 
+import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from plots import plot_losses
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Row = dict[str, Any]  # one evaluation, a line of metrics.jsonl
+Draw = Callable[[list[Row], str, Path], None]  # a picture of the evaluations, with a title, into a PNG file
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 class RunFolder:
-    """``config.json``, ``metrics.jsonl`` (a line an evaluation), ``checkpoints``, ``loss.png``, ``sample.txt``.
+    """``config.json``, ``metrics.jsonl`` (a line an evaluation), ``checkpoints``, ``loss.png``, a GPT's ``sample.txt``.
 
     Args:
         path: the folder that holds these; made if need be.
         config: what defines the run, as JSON values, ``optimizer`` among them. A run goes on only under an equal one.
         resume: go on with the run that is there.
         overwrite: delete the run that is there: these five, nothing else in the folder.
+        draw: how to draw ``loss.png``.
 
     Raises:
         FileExistsError: the folder holds a run, and neither ``resume`` nor ``overwrite`` is given.
@@ -28,9 +36,17 @@ class RunFolder:
         ValueError: ``resume`` under another configuration; the message lists the differences.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], *, resume: bool = False, overwrite: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        draw: Draw = plot_losses,
+    ):
         self.metrics, self.plot, self.sample = path / "metrics.jsonl", path / "loss.png", path / "sample.txt"
-        self.title = f"{config['optimizer']} ({path.name})"
+        self.title, self.draw = f"{config['optimizer']} ({path.name})", draw
         config_file, checkpoints = path / "config.json", path / "checkpoints"
         found = [p for p in (config_file, self.metrics, self.plot, self.sample, checkpoints) if p.exists()]
         if resume:
@@ -66,7 +82,7 @@ class RunFolder:
         """Appends the newest of ``rows``, draws the curve and saves ``state`` as the checkpoint of that step."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-        plot_losses(rows, self.title, self.plot)
+        self.draw(rows, self.title, self.plot)
         self.checkpoints.save(rows[-1]["step"], args=ocp.args.StandardSave(state))
 
 
@@ -95,6 +111,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(file)!r} is damaged ({error}). Begin again with --overwrite or another --out."
         ) from None
+
+
+def read_config_as(kind: type[Config], path: Path) -> Config:
+    """What `read_config` finds, as the dataclass ``kind``; other entries are left out."""
+    saved = read_config(path)
+    return kind(**{field.name: saved[field.name] for field in dataclasses.fields(kind) if field.name in saved})
 
 
 def require_equal(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

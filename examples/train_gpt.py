@@ -8,10 +8,8 @@ A run that is killed goes on with ``--resume --out FOLDER`` and ends in bitwise 
 
 import dataclasses
 import functools
-import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from tqdm import tqdm
 
-from gpt_config import PRESETS, Config, make_parser
+import fisher_optax as fo
+from gpt_config import PRESETS, Config
+from loop import Diverged as Diverged
+from loop import Plan, ending_with_a_message, run_steps
 from models.gpt import GPT
-from optimizers import find_method
-from run_folder import Row, RunFolder, read_config
+from optimizers import find_method, gradients, scheduled
+from options import make_parser
+from run_folder import Row, RunFolder, read_config_as
 from text import Corpus, load_corpus
 
-CHUNK = 10  # steps a call of the compiled loop: Python stays out of it, and the progress bar still moves
 SAMPLE_CHARACTERS = 500
 TEMPERATURE = 0.8
 
@@ -60,15 +60,18 @@ def make_model(config: Config, symbols: int) -> GPT:
     return GPT(symbols, c.context, c.layers, c.width, c.heads, c.dropout, dtype=jnp.dtype(c.dtype))
 
 
-def make_optimizer(program: Config, peak: Scalar | float) -> optax.GradientTransformation:
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, program.warmup, program.steps, end_value=0.1)
-    return find_method(program.optimizer).build(lambda count: peak * shape(count + 1), program)
+def make_optimizer(program: Config, peak: Scalar | float) -> optax.GradientTransformationExtraArgs:
+    return scheduled(find_method(program.optimizer), program, peak, program.warmup, program.steps)
 
 
-def mean_loss(model: GPT, params: Params, windows: Windows, **how: Any) -> Scalar:
+def cross_entropy(logits: Float[Array, "*positions symbols"], labels: Int[Array, "*positions"]) -> Scalar:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def mean_loss(model: GPT, params: Params, windows: Windows, loss: Any = cross_entropy, **how: Any) -> Scalar:
     """Nats per character."""
     logits = jnp.asarray(model.apply({"params": params}, windows[:, :-1], **how))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
+    return loss(logits, windows[:, 1:])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -84,16 +87,20 @@ def initial_moments(program: Config, params: Params) -> optax.OptState:
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def advance(program: Config, model: GPT, state: State, text: Array, stop: Count, peak: Scalar) -> tuple[State, Scalar]:
     """The state at step ``stop``, and the mean of the losses on the way."""
-    tx = make_optimizer(program, peak)
+    tx, method = make_optimizer(program, peak), find_method(program.optimizer)
+    loss_of = fo.losses.softmax_cross_entropy if method.statistics else cross_entropy  # its own can draw labels
 
     def one_step(step: Count, carry: tuple[State, Scalar]) -> tuple[State, Scalar]:
         (params, opt_state, _, run_key), total = carry
-        batch_key, dropout_key = jax.random.split(jax.random.fold_in(run_key, step))
+        batch_key, dropout_key, fisher_key = jax.random.split(jax.random.fold_in(run_key, step), 3)
         first = jax.random.randint(batch_key, (program.batch, 1), 0, text.size - program.context)
         windows = text[first + jnp.arange(program.context + 1)]
-        loss_fn = functools.partial(mean_loss, model, windows=windows, train=True, rngs={"dropout": dropout_key})
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = tx.update(grads, opt_state, params)
+
+        def loss_fn(params: Params, windows: Windows) -> tuple[Scalar, None]:
+            return mean_loss(model, params, windows, loss_of, train=True, rngs={"dropout": dropout_key}), None
+
+        (loss, _), grads, extra = gradients(loss_fn, method)(params, opt_state, windows, fisher_key)
+        updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return State(optax.apply_updates(params, updates), opt_state, step + 1, run_key), total + loss
 
     # Traced bounds: a chunk of any length is the same program.
@@ -120,16 +127,6 @@ def sample(model: GPT, params: Params, first: Count, key: PRNGKeyArray) -> Int[A
 
     window = jnp.zeros(model.context, jnp.int32).at[0].set(first)
     return jax.lax.scan(next_character, (window, jnp.int32(0)), jax.random.split(key, SAMPLE_CHARACTERS))[1]
-
-
-class Diverged(FloatingPointError):
-    """The loss is no longer a finite number."""
-
-
-def require_finite(loss: Scalar, where: str) -> float:
-    if not math.isfinite(value := float(loss)):
-        raise Diverged(f"the loss is {value} {where}. Try a smaller --lr or a longer --warmup.")
-    return value
 
 
 def train(
@@ -168,45 +165,29 @@ def train(
     program, model = program_of(config), make_model(config, len(corpus.characters))
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     params = initial_params(model, init_key)
-    state, rows = State(params, initial_moments(program, params), jnp.int32(0), run_key), []
-    if run:
-        state, rows = run.restore(state)
-        began -= rows[-1]["seconds"] if rows else 0.0
+    state = State(params, initial_moments(program, params), jnp.int32(0), run_key)
     text, peak = jnp.asarray(corpus.train), jnp.float32(config.lr)
     windows = [evenly_spaced_windows(part, config) for part in (corpus.train, corpus.validation)]
-
-    with tqdm(total=config.steps, initial=int(state.step), unit="step", disable=not progress) as bar:
-        for stop in stops(int(state.step), config):
-            if (step := int(state.step)) < stop:
-                chunk_began = time.perf_counter()
-                state, loss = advance(program, model, state, text, jnp.int32(stop), peak)
-                loss = require_finite(loss, f"between steps {step} and {stop}")
-                speed = (stop - step) * config.batch * config.context / (time.perf_counter() - chunk_began)
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-                bar.update(stop - step)
-            if is_evaluated(stop, config) and not (rows and rows[-1]["step"] == stop):
-                losses = (evaluate(model, state.params, w) for w in windows)
-                train_loss, val_loss = (require_finite(loss, f"at step {stop}") for loss in losses)
-                seconds, tokens = round(time.perf_counter() - began, 3), stop * config.batch * config.context
-                rows.append(dict(step=stop, train_loss=train_loss, val_loss=val_loss, seconds=seconds, tokens=tokens))
-                bar.set_description_str(f"train {train_loss:.3f}, val {val_loss:.3f}")
-                if run:
-                    run.record(rows, state)
-                if on_evaluation:
-                    on_evaluation(rows[-1])
+    plan = Plan(
+        config.steps, config.eval_every, "tokens", config.batch * config.context,
+        advice="Try a smaller --lr or a longer --warmup.",
+    )  # fmt: skip
+    state, rows = run_steps(
+        plan,
+        state,
+        lambda state, stop: advance(program, model, state, text, jnp.int32(stop), peak),
+        lambda state: dict(
+            zip(("train_loss", "val_loss"), (float(evaluate(model, state.params, w)) for w in windows), strict=True)
+        ),
+        lambda row: f"train {row['train_loss']:.3f}, val {row['val_loss']:.3f}",
+        began=began,
+        run=run,
+        progress=progress,
+        on_evaluation=on_evaluation,
+    )
     if run:
         run.sample.write_text(generate(state, model, corpus), encoding="utf-8")
     return rows
-
-
-def is_evaluated(step: int, config: Config) -> bool:
-    return step % config.eval_every == 0 or step == config.steps
-
-
-def stops(step: int, config: Config) -> Iterator[int]:
-    """The steps from ``step`` to the end, both included, between which Python has nothing to do."""
-    inner = (s for s in range(step + 1, config.steps) if s % CHUNK == 0 or is_evaluated(s, config))
-    yield from sorted({step, *inner, config.steps})
 
 
 def evenly_spaced_windows(
@@ -224,11 +205,7 @@ def generate(state: State, model: GPT, corpus: Corpus) -> str:
 
 def prepare(given: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> tuple[Config, Corpus, RunFolder]:
     """Everything that can be wrong with a command line, before anything is compiled or deleted."""
-    if resume:
-        saved = read_config(out)
-        base = Config(**{field.name: saved[field.name] for field in dataclasses.fields(Config) if field.name in saved})
-    else:
-        base = PRESETS[given.get("preset", "cpu")]
+    base = read_config_as(Config, out) if resume else PRESETS[given.get("preset", "cpu")]
     config = dataclasses.replace(base, **given).resolve()
     corpus = load_corpus(config.data, config.vocab, config.context)
     described = {**dataclasses.asdict(config), "text_sha256": corpus.sha256}
@@ -236,7 +213,7 @@ def prepare(given: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = make_parser((__doc__ or "").partition("\n")[0])
+    parser = make_parser(Config, (__doc__ or "").partition("\n")[0], "runs/gpt", {"preset": list(PRESETS)})
     given = vars(parser.parse_args(arguments))
     out = Path(given.pop("out"))
     try:
@@ -244,12 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{config.optimizer} on {len(corpus.train):,} characters, {len(corpus.characters)} symbols; into {out}")
-    try:
+    with ending_with_a_message(out):
         rows = train(config, corpus, run, progress=True)
-    except Diverged as error:
-        sys.exit(f"stopped: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; go on with --resume --out {out}")
     print(run.sample.read_text(encoding="utf-8"))
     print(f"validation loss {rows[-1]['val_loss']:.4f} after {rows[-1]['seconds']:.0f} s; curve in {run.plot}")
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ TINY = dict(layers=1, width=32, heads=2, context=16, batch=4, eval_batches=4, st
 
 def flags(**options: Any) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly_compiled() -> Iterator[None]:
+    """Half the time to compile; how fast a step is, no test asks."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -106,7 +116,8 @@ def test_the_script_runs_end_to_end(tmp_path: Path, data: Path) -> None:
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 50  # two curves, grid, text
 
 
-@pytest.mark.parametrize("optimizer", [name for name in METHODS if name != "adamw"])  # which the next test has
+# AdamW is in the next test; K-FAC-SOAP has the state of SOAP, and the others' is made of the same parts.
+@pytest.mark.parametrize("optimizer", [name for name, row in METHODS.items() if name != "adamw" and not row.statistics])
 def test_an_interrupted_run_goes_on_bitwise_as_if_it_had_not_been(
     tmp_path: Path, data: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +162,14 @@ def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path: Path, data
     train_gpt.main(["--resume", f"--out={out}"])
     train_gpt.main([*arguments, f"--out={tmp_path / 'whole'}"])
     assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("optimizer", [name for name, row in METHODS.items() if row.statistics])
+def test_a_method_of_layers_statistics_lowers_the_loss(data: Path, optimizer: str) -> None:
+    """In few steps, with the row's own rate and damping: what it asks of the layers is what it takes."""
+    config = Config(**{**TINY, "steps": 4, "warmup": 1, "eval_every": 4}, data=str(data), optimizer=optimizer)
+    before, after = train_gpt.train(config)
+    assert after["train_loss"] < before["train_loss"]
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +226,8 @@ def test_the_docstring_example_runs() -> None:
         ({"lr": "nan"}, "--lr must be a positive number, not nan"),
         ({"lr": 0}, "--lr must be a positive number, not 0.0"),
         ({"weight_decay": -1}, "--weight-decay must be zero or a positive number, not -1.0"),
+        ({"optimizer": "kfac", "damping": 0}, "--damping must be a positive number, not 0.0"),
+        ({"damping": 0.1}, "--damping must be left out: soap has none, not 0.1"),
         ({"dropout": 1}, "--dropout must be at least 0 and less than 1, not 1.0"),
         ({"seed": -1}, "--seed must be at least 0 and less than 2^31, not -1"),
         ({"dtype": "float16"}, "--dtype must be float32 or bfloat16, not float16"),
