@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from plots import plot_losses
@@ -71,7 +73,7 @@ class RunFolder:
         step, rows = self.checkpoints.latest_step(), []
         if step is not None:
             shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = self.checkpoints.restore(step, args=ocp.args.StandardRestore(shapes))
+            state = as_if_computed(self.checkpoints.restore(step, args=ocp.args.StandardRestore(shapes)))
             # A checkpoint follows its line. A kill in between leaves lines past it, the last one perhaps cut off.
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             rows = [row for line in lines if line.endswith("\n") and (row := json.loads(line))["step"] <= step]
@@ -84,6 +86,18 @@ class RunFolder:
             file.write(json.dumps(rows[-1]) + "\n")
         self.draw(rows, self.title, self.plot)
         self.checkpoints.save(rows[-1]["step"], args=ocp.args.StandardSave(state))
+
+
+def as_if_computed(state: Any) -> Any:
+    """The same numbers bound to no device: for arrays that are, JAX compiles another program, which may round in
+    another way."""
+
+    def copied(x: Any) -> Any:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(copied(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        return jnp.array(np.asarray(x))
+
+    return jax.tree.map(copied, state)
 
 
 def replace_text(path: Path, text: str) -> None:

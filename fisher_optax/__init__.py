@@ -102,6 +102,6 @@ def __getattr__(name: str) -> _Any:
         try:
             from .train_state import TrainState
         except ImportError as error:
-            raise ImportError("fo.TrainState extends Flax's: pip install flax.") from error
+            raise ImportError("fo.TrainState extends Flax's: pip install 'fisher_optax[flax]'.") from error
         return TrainState
     raise AttributeError(f"module 'fisher_optax' has no attribute {name!r}")

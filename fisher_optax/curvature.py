@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_flatten_with_path
 
-from .layers import Layer, join, split
+from .layers import Layer, join, shapes, split
 from .matrix_axes import MatrixAxes, path_names
 from .storage import Storage
 from .types import LayerFactors, LayerStatistics, Rows, Samples
@@ -42,7 +42,7 @@ def on_layers(
 
     def init(params: Any) -> Any:
         # Without layers, `optax.tree.map_params` asks with a placeholder where the parameters would be.
-        return inner.init(join(layers, jax.tree.leaves(params)) if layers else params)
+        return inner.init(shapes(layers, jax.tree.leaves(params)) if layers else params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(updates)

@@ -57,15 +57,15 @@ def guarded(
         leaves = jax.tree.leaves(updates)
         squared = squares(updates) if squares else [True] * len(leaves)
 
-        def step(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
+        def step(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
             new, inner = tx.update(updates, state.inner, params, **extra)
             new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
             return new, state._replace(steps=state.steps + 1, inner=inner)
 
-        def skip(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
+        def skip(updates: Any, state: GuardState, *_: Any) -> tuple[Any, GuardState]:
             return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
 
-        def either(updates: Any, state: GuardState, params: Any) -> tuple[Any, GuardState]:
+        def either(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
             seen = list(_witnesses(extra.get("statistics")))
             finite = is_finite([*jax.tree.leaves(updates), *seen], [*squared, *[False] * len(seen)])
             if in_place and isinstance(finite, Tracer):
@@ -74,9 +74,10 @@ def guarded(
                 done = finite.astype(jnp.int32)
                 steps, skipped = state.steps + done, state.skipped + 1 - done
                 return new, state._replace(steps=steps, skipped=skipped, inner=_held(finite, inner, state.inner))
-            return branch(finite, step, skip, updates, state, params)
+            act = functools.partial(step, extra=extra)
+            return branch(finite, act, skip, updates, state, params)
 
-        return in_auto_mode(either, updates, state, params)
+        return in_auto_mode(either, updates, state, params, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

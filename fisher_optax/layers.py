@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .matrices import canonical_shape, from_matrices, to_matrices
 from .matrix_axes import LeafAxes, MatrixAxes
+from .sharding import matrix_layout
 
 
 class Layer(NamedTuple):
@@ -53,16 +55,27 @@ def matrix_axes(shape: tuple[int, ...]) -> MatrixAxes:
     return MatrixAxes(-2, -1, 0 if len(shape) == 3 else ()).resolve("layer", shape)
 
 
+def shapes(layers: list[Layer], leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """What `join` gives of such leaves. The row of a bias leaves the rows of its matrix whole on every device."""
+    return [_shape(layer, leaves) for layer in layers]
+
+
+def _shape(layer: Layer, leaves: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    W, shape = leaves[layer.kernel], layer.shape(leaves)
+    layout, sharding = matrix_layout(W, layer.axes, whole=True), None
+    if layout is not None:
+        rows = layout.rows if layer.bias is None else None
+        sharding = NamedSharding(layout.mesh, PartitionSpec(*[None] * (len(shape) - 2), rows, layout.columns))
+    return jax.ShapeDtypeStruct(shape, W.dtype, sharding=sharding)
+
+
 def join(layers: list[Layer], leaves: Sequence[Any]) -> list[Any]:
     """One matrix ``(m, n)`` or stack of them ``(N, m, n)`` a layer, in the kernel's dtype."""
     return [_joined(layer, leaves) for layer in layers]
 
 
 def _joined(layer: Layer, leaves: Sequence[Any]) -> Any:
-    W = leaves[layer.kernel]
-    if isinstance(W, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(layer.shape(leaves), W.dtype)
-    (W,) = to_matrices(W, layer.axes)
+    (W,) = to_matrices(leaves[layer.kernel], layer.axes)
     if layer.bias is None:
         return W
     b = leaves[layer.bias]

@@ -65,8 +65,8 @@ def report(tx: Any, params: Any, *args: Any, **options: Any) -> Any:
 
     Example:
       >>> import jax, fisher_optax as fo
-      >>> params = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((64, 256), "float32"), "bias":
-      jax.ShapeDtypeStruct((256,), "float32")}}
+      >>> params = {"Dense_0": {"kernel": jax.ShapeDtypeStruct((64, 256), "float32"),
+      ...                       "bias": jax.ShapeDtypeStruct((256,), "float32")}}
       >>> [row.method for row in fo.report(fo.soap(3e-3), params).rows]
       ['fallback', 'soap']
       >>> loss = lambda p, x: (x @ p["Dense_0"]["kernel"] + p["Dense_0"]["bias"]).sum()

@@ -86,20 +86,27 @@ def place(state: Any, layouts: set[Layout | None]) -> Any:
     )
 
 
-def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
-    """``update(updates, state, params)`` with Explicit mesh axes handed to the compiler, and results laid out as what
-    they replace.
+def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: Any, extra: Any) -> Any:
+    """``update(updates, state, params, extra)`` with Explicit mesh axes handed to the compiler, and results laid out as
+    what they replace.
     """
     mesh = explicit_mesh((updates, state))
     if mesh is None:
-        return update(updates, state, params)
+        return update(updates, state, params, extra)
+    leaves, treedef = jax.tree.flatten(extra)  # not only arrays
+    arrays = [x if isinstance(x, jax.Array) else None for x in leaves]
+
+    def with_arrays(updates: Any, state: Any, params: Any, arrays: list[Any]) -> Any:
+        given = [x if a is None else a for x, a in zip(leaves, arrays, strict=True)]
+        return update(updates, state, params, treedef.unflatten(given))
+
     whole = NamedSharding(mesh.abstract_mesh, PartitionSpec())
     out = jax.tree.map(
         lambda x: whole if jax.typeof(x).sharding.mesh.empty else jax.typeof(x).sharding, (updates, state)
     )
     with _entered(mesh):
-        automatic: Any = jax.sharding.auto_axes(update, out_sharding=out)
-        return automatic(updates, state, params)
+        automatic: Any = jax.sharding.auto_axes(with_arrays, out_sharding=out)
+        return automatic(updates, state, params, arrays)
 
 
 def on_mesh(init: Callable[[Any], Any], params: Any) -> Any:

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fisher_optax as fo
 from fisher_optax.axes import resolve_axes
 from fisher_optax.layers import join, layers_of
+from fisher_optax.sharding import explicit_mesh
 from fisher_optax.types import LayerFactors, Samples
 
 
@@ -28,10 +31,12 @@ def factors(G: jax.Array, basis: Any, bias: str | None) -> LayerFactors:
 def samples(G: jax.Array, basis: Any, bias: str | None) -> Samples:
     """Fixed inputs, and the output gradients that they have under G."""
     del basis
-    X = jnp.asarray(np.random.default_rng(7).normal(size=(6, G.shape[-2])), G.dtype)
-    X = X if bias is None else X.at[:, -1].set(1)
-    inputs = jnp.broadcast_to(X, (*G.shape[:-2], *X.shape))
-    return Samples(inputs if bias is None else inputs[..., :-1], X @ G, jnp.asarray(6.0), bias)
+    X = np.random.default_rng(7).normal(size=(6, G.shape[-2])).astype(G.dtype)
+    given = X
+    if bias is not None:
+        X[:, -1], given = 1, X[:, :-1]
+    inputs = jnp.broadcast_to(given, (*G.shape[:-2], *given.shape))
+    return Samples(inputs, X @ G, jnp.asarray(6.0), bias)
 
 
 def statistics_of(grads: Any, make: Callable[..., Any], bases: Any = None, axes: Any = None) -> Any:
@@ -52,10 +57,15 @@ def fed(factory: Callable[..., Any], make: Callable[..., Any], with_bases: bool 
     def build(*args: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
         tx, axes = factory(*args, **options), options.get("axes")
 
+        def made(grads: Any, state: Any) -> Any:
+            bases = fo.eigenbases(state, grads, axes) if with_bases else None
+            return statistics_of(grads, make, bases, axes)
+
         def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             grads = jax.tree.map(jnp.asarray, grads)
-            bases = fo.eigenbases(state, grads, axes) if with_bases else None
-            return tx.update(grads, state, params, statistics=statistics_of(grads, make, bases, axes), **extra)
+            mesh = explicit_mesh(grads)
+            make_here = made if mesh is None else jax.sharding.auto_axes(made, out_sharding=NamedSharding(mesh, P()))
+            return tx.update(grads, state, params, statistics=make_here(grads, state), **extra)
 
         return optax.GradientTransformationExtraArgs(tx.init, update)
 

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "momentum": {"checks"},
     "matrices": {"matrix_axes"},
     "sharding": {"matrix_axes"},
-    "layers": {"matrices", "matrix_axes"},
+    "layers": {"matrices", "matrix_axes", "sharding"},
     "storage": {"linalg", "types"},
     "curvature": {"layers", "matrix_axes", "storage", "types"},
     "accumulation": {"curvature", "types"},

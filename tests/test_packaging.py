@@ -2,8 +2,10 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -47,14 +49,31 @@ def test_the_oldest_python_is_the_first_classifier() -> None:
     assert pyright["pythonVersion"] == pythons[0]
 
 
-def test_dependencies_are_what_the_package_imports() -> None:
-    """Every third-party module the package imports is declared, and nothing else is."""
-    nodes = [
-        node
-        for path in (ROOT / "fisher_optax").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    ]
+WITH_FLAX = "train_state.py"  # loaded when it is asked for, by those who have Flax
+
+
+def third_party(paths: Iterable[Path]) -> set[str]:
+    """The modules that these files import, without Python's own and ours."""
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
-    third_party = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"fisher_optax"}
-    assert third_party == {re.split(r"[^\w-]", requirement)[0] for requirement in PROJECT["dependencies"]}
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"fisher_optax"}
+
+
+def required(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
+
+
+def test_dependencies_are_what_the_package_imports() -> None:
+    """Every third-party module the package imports is declared, and nothing else is; Flax is an extra."""
+    paths = set((ROOT / "fisher_optax").rglob("*.py"))
+    with_flax = ROOT / "fisher_optax" / WITH_FLAX
+    assert third_party(paths - {with_flax}) == required(PROJECT["dependencies"])
+    assert third_party([with_flax]) - required(PROJECT["dependencies"]) == {"flax"}
+    assert required(PROJECT["optional-dependencies"]["flax"]) == {"flax"}
+
+
+def test_the_package_is_imported_without_flax() -> None:
+    """Only what needs Flax asks for it."""
+    program = "import sys, fisher_optax; sys.exit('flax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

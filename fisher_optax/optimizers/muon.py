@@ -49,7 +49,7 @@ def scale_by_muon(
     Example (NorMuon with cautious decay, as a plain chain):
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1),
-      optax.scale_by_learning_rate(1e-2))
+      ...                  optax.scale_by_learning_rate(1e-2))
     """
     average, polar = _parts(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
     fallback = optax.scale_by_adam() if fallback is None else fallback

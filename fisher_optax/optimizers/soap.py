@@ -64,9 +64,9 @@ def scale_by_soap(
     Example (SOAP, then orthogonalised, after Nesterov momentum, as a plain chain):
       >>> import optax, fisher_optax as fo
       >>> polar = fo.precondition(None, None, fo.applications.orthogonal(scale="match_rms_adamw"),
-      fallback=optax.identity())
+      ...                         fallback=optax.identity())
       >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar,
-      optax.scale_by_learning_rate(3e-3))
+      ...                  optax.scale_by_learning_rate(3e-3))
     """
     return direction("soap", **locals())
 

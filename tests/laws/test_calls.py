@@ -55,7 +55,7 @@ def test_arguments_are_not_mutated(row: Row) -> None:
     assert_same_bits(start, before)
 
 
-@each()
+@each(METHODS)
 def test_an_ensemble_under_vmap_equals_a_loop(row: Row) -> None:
     c = compiled(row)
     params, seeds = standard_params(), (1, 7)

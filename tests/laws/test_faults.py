@@ -178,7 +178,7 @@ def odd_params() -> dict[str, Any]:
     }
 
 
-@each()
+@each(METHODS)
 def test_odd_leaves(row: Row) -> None:
     """Complex, empty, scalar, single-entry and missing leaves, and sides of length one."""
     tx = compiled(row).tx

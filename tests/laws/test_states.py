@@ -63,7 +63,7 @@ def test_state_from_shapes_is_the_state_from_arrays(row: Row) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@each()
+@each(METHODS)
 def test_half_precision_steps_are_finite(row: Row, dtype: str) -> None:
     """Also where the sum of squares of a gradient leaves float16's range."""
     tx = compiled(row).tx
