@@ -32,6 +32,7 @@ def on_layers(
     method: str,
     wants: type[LayerStatistics],
     check: Callable[[Layer, Any, tuple[int, ...]], None] = lambda layer, statistics, shape: None,
+    check_shape: Callable[[Layer, tuple[int, ...]], None] = lambda layer, shape: None,
 ) -> optax.GradientTransformationExtraArgs:
     """``inner`` on the joined matrices of a tree of layers, with each one's statistics in the same order.
 
@@ -42,7 +43,12 @@ def on_layers(
 
     def init(params: Any) -> Any:
         # Without layers, `optax.tree.map_params` asks with a placeholder where the parameters would be.
-        return inner.init(shapes(layers, jax.tree.leaves(params)) if layers else params)
+        if not layers:
+            return inner.init(params)
+        described: Any = shapes(layers, jax.tree.leaves(params))
+        for layer, x in zip(layers, described, strict=True):
+            check_shape(layer, x.shape)
+        return inner.init(described)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         leaves, treedef = jax.tree.flatten(updates)
@@ -132,16 +138,21 @@ def layer_axes(layers: list[Layer]) -> list[MatrixAxes]:
     return [MatrixAxes(1, 2, 0) if layer.axes.batch else MatrixAxes(0, 1) for layer in layers]
 
 
+def whole_sides(method: str, storage: Storage, layer: Layer, shape: tuple[int, ...]) -> None:
+    """A ValueError unless both sides of a matrix of that shape have a basis."""
+    *_, m, n = shape
+    if not all(storage.wanted(m, n)):
+        raise ValueError(
+            f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}, and a side of "
+            "low rank has no whole basis: raise max_precond_dim, or leave the layer to the fallback by axes=."
+        )
+
+
 def same_shapes(
     method: str, storage: Storage, squares: bool, layer: Layer, given: LayerFactors, shape: tuple[int, ...]
 ) -> None:
     """A ValueError unless the statistics are of a matrix of that shape, each side kept as the optimizer keeps it."""
     *_, m, n = shape
-    if squares and not all(storage.wanted(m, n)):
-        raise ValueError(
-            f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}, and a side of "
-            "low rank has no whole basis: raise max_precond_dim, or leave the layer to the fallback by axes=."
-        )
     if squares and given.squares is None:
         raise ValueError(
             f"fo.{method}: statistics of {layer.path!r} have no squares: use fo.KroneckerFactors(squares=True) and "

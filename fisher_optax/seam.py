@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -70,11 +71,23 @@ class Seam:
         )
 
     def describe(self, leaf: LeafAxes) -> dict[str, Any]:
-        """What a report says of a leaf: its matrices, and the flops of renewing their bases."""
+        """What a report says of a leaf: its matrices, the flops of renewing their bases, and which sides have none."""
         assert leaf.axes is not None
-        shapes = matrix_shapes(leaf.shape, leaf.axes, self.storage.block_size)
+        block_size = self.storage.block_size
+        shapes = matrix_shapes(leaf.shape, leaf.axes, block_size)
         flops = sum(math.prod(s[:-2]) * self._refresh_flops(*s[-2:]) for s in shapes)
-        return {"matrices": tuple(shapes), "refresh_flops": flops, "block_size": self.storage.block_size}
+        reason = "; ".join([leaf.reason, *self._too_long(*shapes[0][-2:])])
+        return {"matrices": tuple(shapes), "refresh_flops": flops, "block_size": block_size, "reason": reason}
+
+    def _too_long(self, m: int, n: int) -> Iterator[str]:
+        """What becomes of a side that is longer than a factor may be."""
+        rule, longest = self.factors, self.storage.max_dim
+        if rule is None:
+            return
+        kept = jax.eval_shape(lambda: rule.init(m, n, *self.storage.wanted(m, n), jnp.float32))
+        for d, A in zip((m, n), kept[:2], strict=True):
+            if d > longest:
+                yield f"{d} > max_precond_dim={longest}: {f'{len(A.rows)} rows' if A else 'as it is'}"
 
     def _refresh_flops(self, m: int, n: int) -> int:
         """``A Q`` (2 d³) and a Householder QR with its Q (8/3 d³) a side, 4 mn (m + n) for carrying a momentum."""

@@ -75,6 +75,20 @@ def test_errors_at_construction(options: dict[str, Any], message: str) -> None:
         fo.kfac(0.1, **options)
 
 
+def test_a_side_too_long_for_a_matrix_is_reported() -> None:
+    """By the capture, which samples rows, and by the optimizer, which keeps some; EKFAC needs all and says so."""
+    p = {"dense": {"kernel": jnp.ones((50, 3)), "bias": jnp.ones(3)}}
+    loss = lambda p, x: fo.losses.gaussian(x @ p["dense"]["kernel"] + p["dense"]["bias"], jnp.zeros((20, 3)))  # noqa: E731
+    captured = fo.report(loss, p, jnp.ones((20, 50)), statistics=fo.KroneckerFactors(max_dim=40, rank=8))
+    assert captured.rows[1].reason == "51 > max_dim=40: 8 sampled rows"
+    kept = fo.report(fo.kfac(0.1, max_precond_dim=40, rank=8), p)
+    assert kept.rows[1].reason == "Dense kernel; 50 > max_precond_dim=40: 8 rows"
+    alone = fo.report(fo.soap(0.1, max_precond_dim=40), p)
+    assert alone.rows[1].reason == "Dense kernel; 50 > max_precond_dim=40: as it is"
+    with pytest.raises(ValueError, match=r"'dense/kernel' is 51 x 3.*raise max_precond_dim"):
+        fo.ekfac(0.1, max_precond_dim=40).init(p)
+
+
 def test_axes_must_be_in_the_order_of_statistics() -> None:
     p = {"w": jnp.ones((2, 3, 4))}
     with pytest.raises(ValueError, match="ascending order"):

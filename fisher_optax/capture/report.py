@@ -1,6 +1,7 @@
 """What capture makes of each parameter: a table for people, and axes for optimizers."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,10 +53,19 @@ def capture_report(
     shapes = _shapes(loss_fn, kind, params, args, kwargs) if any(leaf.sites for leaf in leaves) else [()] * len(leaves)
     return CaptureReport(
         tuple(
-            CaptureRow(leaf.path, leaf.shape, leaf.use, has, leaf.axes, len(leaf.sites), leaf.reason)
+            CaptureRow(
+                leaf.path, leaf.shape, leaf.use, has, leaf.axes, len(leaf.sites), leaf.reason or _sampled(kind, has)
+            )
             for leaf, has in zip(leaves, shapes, strict=True)
         )
     )
+
+
+def _sampled(kind: Any, shapes: tuple[tuple[int, ...], ...]) -> str:
+    """Why a side is no matrix."""
+    longest = getattr(kind, "max_dim", math.inf)
+    sides = [shape[-2:] for shape in shapes if len(shape) > 1 and shape[-1] > longest]
+    return "; ".join(f"{d} > max_dim={longest}: {r} sampled rows" for r, d in sides)
 
 
 def _shapes(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 
 from ..applications import damped, eigenvalue_corrected
 from ..checks import at, in_range, scheduled, takes
-from ..curvature import layer_axes, on_layers, same_shapes
+from ..curvature import layer_axes, on_layers, same_shapes, whole_sides
 from ..decay import Mask, visible
 from ..decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
 from ..factors import kronecker, tikhonov
@@ -257,6 +257,7 @@ def _on_layers(
         method=name,
         wants=LayerFactors,
         check=lambda *given: same_shapes(name, method.storage, squares, *given),
+        check_shape=lambda *given: whole_sides(name, method.storage, *given) if squares else None,
     )
 
 
