@@ -93,7 +93,7 @@ def as_if_computed(state: Any) -> Any:
     another way."""
 
     def copied(x: Any) -> Any:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(copied(jax.random.key_data(x)), impl=jax.random.key_impl(x))
         return jnp.array(np.asarray(x))
 
