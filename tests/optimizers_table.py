@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tests.optimizer_rows import FACTORIES as FACTORIES
 from tests.optimizer_rows import METHODS as METHODS
 from tests.optimizer_rows import ROWS as ROWS
+from tests.optimizer_rows import SHAPES as SHAPES
+from tests.optimizer_rows import SOME as SOME
 from tests.optimizer_rows import Row as Row
 from tests.optimizer_rows import build as build
 from tests.optimizer_rows import each as each

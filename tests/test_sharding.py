@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.comparisons import assert_finite, assert_same_bits, assert_updates_close
-from tests.optimizers_table import METHODS, ROWS, Row, build, each, run, updater
+from tests.optimizers_table import METHODS, SHAPES, SOME, Row, build, each, run, updater
 
 # A kernel (8, 8) and a bias in every layout of a 2-D mesh.
 LAYOUTS = {
@@ -45,13 +45,9 @@ def in_mesh(kind: AxisType) -> Iterator[jax.sharding.Mesh]:
         yield mesh
 
 
-OTHER_SHAPES = {"block_size", "factor_storage", "sides", "rank1_second_moment"}  # options that a layout depends on
-LAID_OUT = [row for row in ROWS if row in METHODS or OTHER_SHAPES & row.options.keys()]
-
-
 def on_meshes(explicit: Sequence[Row]) -> Any:
     """Every row whose state has shapes of its own on an Auto mesh, and those given on an Explicit one too."""
-    cases = [(AxisType.Auto, row) for row in LAID_OUT] + [(AxisType.Explicit, row) for row in explicit]
+    cases = [(AxisType.Auto, row) for row in SHAPES] + [(AxisType.Explicit, row) for row in explicit]
     names = [f"{kind.name.lower()}-{row.name}" for kind, row in cases]
     return pytest.mark.parametrize(("kind", "row"), cases, ids=names)
 
@@ -64,8 +60,7 @@ def typeof(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): jax.typeof(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
-# On an Explicit mesh all methods are handed to the compiler in the same way.
-@on_meshes(explicit=[row for row in METHODS if row.name in ("soap", "muon", "kfac", "frog")])
+@on_meshes(explicit=SOME)
 def test_eight_devices_equal_one(kind: AxisType, row: Row) -> None:
     """Jitted and eager, every layout at once; state types hold from `init` on, and parameters stay where they were."""
     tx = build(row)
@@ -88,7 +83,7 @@ def test_eight_devices_equal_one(kind: AxisType, row: Row) -> None:
         assert typeof(jax.jit(tx.init)(params)) == typeof(state)
 
 
-@on_meshes(explicit=LAID_OUT)
+@on_meshes(explicit=SHAPES)
 def test_state_of_sharded_shapes_is_the_state_of_sharded_arrays(kind: AxisType, row: Row) -> None:
     tx = build(row)
     with in_mesh(kind) as mesh:

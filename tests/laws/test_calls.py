@@ -14,8 +14,8 @@ import pytest
 import fisher_optax as fo
 from tests.comparisons import assert_close, assert_same_bits, assert_updates_close
 from tests.optimizers_table import (
+    FACTORIES,
     METHODS,
-    ROWS,
     STEPS,
     Row,
     build,
@@ -83,7 +83,7 @@ def numbers(row: Row) -> dict[str, float]:
     return defaults | {"learning_rate": row.rate_after} | row.options
 
 
-@each(row for row in METHODS if row.static_args)
+@each(row for row in FACTORIES if row.static_args)
 def test_injected_hyperparameters_are_the_ones_used(row: Row) -> None:
     """Every number of the factory is traced (rates, betas, decay), and the rate is a schedule evaluated outside."""
     rate = optax.piecewise_constant_schedule(numbers(row)["learning_rate"], {3: 0.0})
@@ -91,7 +91,7 @@ def test_injected_hyperparameters_are_the_ones_used(row: Row) -> None:
     assert_stops_after_three(row, build(row, wrap=inject, learning_rate=rate))
 
 
-@each(row for row in METHODS if row.scheduled)
+@each(row for row in FACTORIES if row.scheduled)
 def test_schedules_are_the_numbers_they_give(row: Row) -> None:
     """Rates, decay and momentum may be schedules, of the number of the call."""
     schedules = {name: optax.constant_schedule(numbers(row)[name]) for name in row.scheduled}
@@ -142,7 +142,7 @@ def test_partition_by_our_labels_changes_nothing(row: Row) -> None:
     assert_updates_close(points, trajectory(row), row.tolerance)
 
 
-@each(row for row in ROWS if row.takes_axes)
+@each(row for row in METHODS if row.takes_axes)
 def test_stacked_layers_equal_separate_ones(row: Row) -> None:
     """A leaf (2, 4, 4) with a batch axis, as `nn.scan` stores it, moves as two leaves (4, 4)."""
     rng = np.random.default_rng(3)

