@@ -45,9 +45,9 @@ def in_mesh(kind: AxisType) -> Iterator[jax.sharding.Mesh]:
         yield mesh
 
 
-def on_meshes(explicit: Sequence[Row]) -> Any:
-    """Every row whose state has shapes of its own on an Auto mesh, and those given on an Explicit one too."""
-    cases = [(AxisType.Auto, row) for row in SHAPES] + [(AxisType.Explicit, row) for row in explicit]
+def on_meshes(auto: Sequence[Row], explicit: Sequence[Row]) -> Any:
+    """Run a test once a row on a mesh of each kind."""
+    cases = [(AxisType.Auto, row) for row in auto] + [(AxisType.Explicit, row) for row in explicit]
     names = [f"{kind.name.lower()}-{row.name}" for kind, row in cases]
     return pytest.mark.parametrize(("kind", "row"), cases, ids=names)
 
@@ -60,7 +60,7 @@ def typeof(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): jax.typeof(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
-@on_meshes(explicit=SOME)
+@on_meshes(METHODS, SOME)
 def test_eight_devices_equal_one(kind: AxisType, row: Row) -> None:
     """Jitted and eager, every layout at once; state types hold from `init` on, and parameters stay where they were."""
     tx = build(row)
@@ -83,7 +83,7 @@ def test_eight_devices_equal_one(kind: AxisType, row: Row) -> None:
         assert typeof(jax.jit(tx.init)(params)) == typeof(state)
 
 
-@on_meshes(explicit=SHAPES)
+@on_meshes(SHAPES, SHAPES)
 def test_state_of_sharded_shapes_is_the_state_of_sharded_arrays(kind: AxisType, row: Row) -> None:
     tx = build(row)
     with in_mesh(kind) as mesh:
@@ -104,7 +104,7 @@ def test_state_is_spread_like_its_parameter(row: Row) -> None:
             assert not x.sharding.is_fully_replicated, jax.tree_util.keystr(path)
 
 
-@each(METHODS)
+@each(SOME)
 def test_a_side_over_more_devices_than_a_block_has_rows(row: Row) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     tx, kernel = build(row), values(1)["rows"]["kernel"]

@@ -16,6 +16,7 @@ from tests.comparisons import assert_close, assert_same_bits, assert_updates_clo
 from tests.optimizers_table import (
     FACTORIES,
     METHODS,
+    SOME,
     STEPS,
     Row,
     build,
@@ -55,7 +56,7 @@ def test_arguments_are_not_mutated(row: Row) -> None:
     assert_same_bits(start, before)
 
 
-@each(METHODS)
+@each(SOME)
 def test_an_ensemble_under_vmap_equals_a_loop(row: Row) -> None:
     c = compiled(row)
     params, seeds = standard_params(), (1, 7)
@@ -127,7 +128,7 @@ def test_masked_leaves_pass_and_the_others_move_as_before(row: Row) -> None:
         assert_same_bits(point.updates["norm"], grads["norm"])
 
 
-@each(METHODS)
+@each(SOME)
 def test_partition_by_our_labels_changes_nothing(row: Row) -> None:
     """Matrices on one optimizer and the rest on another equal one optimizer for all."""
     params = standard_params()
