@@ -63,6 +63,7 @@ def gpt() -> Task:
         "kfac": (3e-3, 6e-3, 1e-2),
         "ekfac": (3e-3, 6e-3, 1e-2),
         "frog": (3e-3, 6e-3, 1e-2),
+        "kfrog": (1e-4, 3e-4, 1e-3),
     }
     labels = {"title": "808k-parameter character GPT", "ylabel": "validation loss (nats per character)"}
     corpus = text.load_corpus(base.data, base.vocab, base.context)

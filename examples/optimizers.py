@@ -152,6 +152,7 @@ METHODS = {
     "ekfac": Method(as_long_as_adams(fo.ekfac), 3e-3, damping=1e-3, statistics=with_squares, bases=fo.eigenbases),
     "kfac_soap": Method(with_adamw(fo.kfac_soap), 6e-3, statistics=fo.KroneckerFactors),
     "frog": Method(sampled(fo.frog), 3e-3, damping=1e-4, statistics=samples_of_64),
+    "kfrog": Method(sampled(fo.kfrog), 1e-3, damping=1e-2, statistics=samples_of_64),
 }
 
 
