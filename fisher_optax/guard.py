@@ -13,9 +13,9 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
-from .branching import branch
+from .branching import branch, held
 from .sharding import in_auto_mode, on_mesh
-from .types import LayerFactors
+from .types import LayerFactors, Rows
 
 STATE_VERSION = 1  # changes whenever a state saved by an older release can no longer be continued
 
@@ -73,7 +73,7 @@ def guarded(
                 new = jax.tree.map(lambda u, g: jnp.where(finite, u, 0).astype(g.dtype), new, updates)
                 done = finite.astype(jnp.int32)
                 steps, skipped = state.steps + done, state.skipped + 1 - done
-                return new, state._replace(steps=steps, skipped=skipped, inner=_held(finite, inner, state.inner))
+                return new, state._replace(steps=steps, skipped=skipped, inner=held(finite, inner, state.inner))
             act = functools.partial(step, extra=extra)
             return branch(finite, act, skip, updates, state, params)
 
@@ -84,22 +84,21 @@ def guarded(
 
 def _witnesses(statistics: Any) -> Iterator[Array]:
     """Arrays that are finite only where all of the statistics are: of a second moment, its diagonal."""
-    known = lambda x: isinstance(x, LayerFactors)  # noqa: E731
-    for x in jax.tree.leaves(statistics, is_leaf=known):
-        if not known(x):
+    for x in jax.tree.leaves(statistics, is_leaf=lambda x: isinstance(x, LayerFactors)):
+        if not isinstance(x, LayerFactors):
             yield x
             continue
         yield from jax.tree.leaves((x.squares, x.weight))
-        for side in jax.tree.leaves((x.left, x.right)):
-            n = side.shape[-1]
-            square = side.ndim > 1 and side.shape[-2] == n
-            yield side.reshape(*side.shape[:-2], n * n)[..., :: n + 1] if square else side
+        for side in (x.left, x.right):
+            yield from jax.tree.leaves(side) if isinstance(side, Rows | None) else [_diagonal(side)]
 
 
-def _held(go: Array, new: Any, old: Any) -> Any:
-    """The new state where ``go``, the old one elsewhere; parts that saw to that themselves as they are."""
-    done = lambda x: getattr(type(x), "HOLDS_ITSELF", False)  # noqa: E731
-    return jax.tree.map(lambda a, b: a if done(a) else jnp.where(go, a, b), new, old, is_leaf=done)
+def _diagonal(side: Array) -> Array:
+    """Of each square matrix of a stack; all of the diagonal that an embedding's side is."""
+    *batch, n = side.shape
+    if not (batch and batch[-1] == n):
+        return side
+    return side.reshape(*batch[:-1], n * n)[..., :: n + 1]
 
 
 def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .branching import numbers
+from .branching import held, numbers
 from .matrices import canonical_shape, from_stacks, matrix_shapes, sides_to_stacks, stack_key, to_stacks
 from .matrix_axes import LeafAxes, MatrixAxes
 from .refresh import KEEP, START, Policy, renew
@@ -150,7 +150,7 @@ class Seam:
         def one(G: Array, mine: MatrixState, action: Array, seen: Any) -> tuple[Array, MatrixState, Array]:
             U, new, failed = self._one(G, mine, action, seen, extra, go)
             # Nothing touches a basis but an action, and factors held themselves.
-            return U, new._replace(application=_held(go, new.application, mine.application)), failed
+            return U, new._replace(application=held(go, new.application, mine.application)), failed
 
         uniform = self.policy.refresh == "every"
 
@@ -188,7 +188,7 @@ class Seam:
         rule, decomposition, application = self.factors, self.decomposition, self.application
         m, n = G.shape
         factors, basis = self._followed(rule, seen if rule.of_statistics else G, state, m, n, G.dtype)
-        factors = _held(go, factors, state.factors)
+        factors = held(go, factors, state.factors)
         before = state.application
         if application.observe is not None and seen is not None:
             before = application.observe(before, seen, state.basis)
@@ -216,8 +216,3 @@ class Seam:
         old = self.storage.load(state.factors, m, n, dtype)
         basis = state.basis if rule.track is None else rule.track(seen, old, state.basis)
         return self.storage.store(rule.update(seen, old, state.basis)), basis
-
-
-def _held(go: Any, new: Any, old: Any) -> Any:
-    """The new arrays where ``go`` (None: everywhere), the old ones elsewhere."""
-    return new if go is None else jax.tree.map(lambda a, b: a if a is b else jnp.where(go, a, b), new, old)

@@ -75,6 +75,20 @@ def test_errors_at_construction(options: dict[str, Any], message: str) -> None:
         fo.kfac(0.1, **options)
 
 
+def test_rows_that_are_not_finite_skip_the_step() -> None:
+    """Also where there are as many rows as columns, and none on the diagonal."""
+    p = {"w": jnp.ones((6, 3))}
+    loss = lambda p, x: fo.losses.gaussian(x @ p["w"], jnp.zeros((9, 3)))  # noqa: E731
+    kind = fo.KroneckerFactors(max_dim=5, rank=6)
+    _, grads, stats = fo.value_and_grad(loss, kind)(p, jnp.ones((9, 6)))
+    rows = stats["w"].left.rows
+    assert rows.shape == (6, 6)
+    bad = dataclasses.replace(stats["w"], left=stats["w"].left._replace(rows=rows.at[0, 1].set(jnp.nan)))
+    tx = fo.kfac(0.1, max_precond_dim=5, rank=6)
+    _, state = tx.update(grads, tx.init(p), p, statistics={"w": bad})
+    assert fo.health(state).skipped == 1
+
+
 def test_a_side_too_long_for_a_matrix_is_reported() -> None:
     """By the capture, which samples rows, and by the optimizer, which keeps some; EKFAC needs all and says so."""
     p = {"dense": {"kernel": jnp.ones((50, 3)), "bias": jnp.ones(3)}}

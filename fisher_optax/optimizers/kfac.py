@@ -276,7 +276,8 @@ def _once_seen(inner: Any, clip: Any, learning_rate: Any) -> optax.GradientTrans
         return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], bool), inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
-        U, new = inner.update(G := updates, state.inner, params, **extra)
+        G = updates
+        U, new = inner.update(G, state.inner, params, **extra)
         seen = state.seen | (extra["statistics"] is not None)
         ν: Any = 1.0
         if clip is not None:
