@@ -2,9 +2,7 @@
 count. Nothing is run, so it holds on every machine of the platform.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -16,9 +14,6 @@ import fisher_optax as fo
 from benchmarks.capture_cost import Model, gpt, of_flax, peak_bytes
 from benchmarks.flops import count_matmul_flops
 from benchmarks.harness import nbytes
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 from models.gpt import Block
 
 LAYERS, WIDTH, BATCH, CONTEXT = 6, 384, 64, 256  # 10.7M parameters

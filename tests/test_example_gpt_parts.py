@@ -4,7 +4,6 @@ import argparse
 import doctest
 import hashlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import text
 from models import gpt

@@ -18,15 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 import fisher_optax as fo
 import image_batches
 import images
 import optimizers
 from images import Images, Part
 from models import cnn, resnet
-from tests.test_example_train_gpt import quickly_compiled as quickly_compiled
+from tests.example_runs import quickly_compiled as quickly_compiled
 
 RNG = np.random.default_rng(0)
 

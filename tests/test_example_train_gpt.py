@@ -3,46 +3,29 @@
 import argparse
 import dataclasses
 import doctest
+import functools
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib.image
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import run_folder
 import train_gpt
 from gpt_config import Config
 from optimizers import METHODS, Method
+from tests.example_runs import ENVIRONMENT, assert_same_run, flags, interrupt, last_checkpoint, metrics, refusal
+from tests.example_runs import quickly_compiled as quickly_compiled
 
 SCRIPT = train_gpt.__file__
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 TINY = dict(layers=1, width=32, heads=2, context=16, batch=4, eval_batches=4, steps=20, eval_every=5)
-
-
-def flags(**options: Any) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly_compiled() -> Iterator[None]:
-    """Half the time to compile; scripts the same, as it changes rounding. How fast a step is, no test asks."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -53,43 +36,12 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    file = out / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+fail = functools.partial(refusal, train_gpt.main)
 
 
-def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-
-
-def last_checkpoint(out: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """Step and leaves by path of what the run saved last, read without any of the example's code."""
-    manager = ocp.CheckpointManager((out / "checkpoints").absolute())
-    step = manager.latest_step()
-    leaves = jax.tree_util.tree_leaves_with_path(manager.restore(step, args=ocp.args.StandardRestore()))
-
-    def as_numbers(leaf: jax.Array) -> np.ndarray:
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-
-    return step, {jax.tree_util.keystr(path): as_numbers(leaf) for path, leaf in leaves}
-
-
-def assert_same_run(out: Path, reference: Path) -> None:
-    (step, ours), (wanted_step, wanted) = last_checkpoint(out), last_checkpoint(reference)
-    assert step == wanted_step
-    assert ours.keys() == wanted.keys()
-    assert [name for name in ours if not np.array_equal(ours[name], wanted[name])] == []
-    assert without_seconds(metrics(out)) == without_seconds(metrics(reference))
+def same_run(out: Path, reference: Path) -> None:
+    assert_same_run(out, reference)
     assert (out / "sample.txt").read_text() == (reference / "sample.txt").read_text()
-
-
-def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr with which a command line is refused."""
-    with pytest.raises(SystemExit) as stop:
-        train_gpt.main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_script_runs_end_to_end(tmp_path: Path, data: Path) -> None:
@@ -124,22 +76,13 @@ def test_an_interrupted_run_goes_on_bitwise_as_if_it_had_not_been(
     arguments = flags(**{**TINY, "eval_every": 7}, data=data, optimizer=optimizer)
     train_gpt.main([*arguments, f"--out={tmp_path / 'whole'}"])
 
-    # Stopped after the line of step 14 is written and before its checkpoint is: the worst moment.
-    save = ocp.CheckpointManager.save
-
-    def save_until_14(self: ocp.CheckpointManager, step: int, **kwargs: Any) -> bool:
-        if step == 14:
-            raise KeyboardInterrupt
-        return save(self, step, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "save", save_until_14)
-        with pytest.raises(SystemExit, match="go on with --resume"):
-            train_gpt.main([*arguments, f"--out={tmp_path / 'parts'}"])
+    compiled = train_gpt.advance._cache_size()
+    interrupt(train_gpt.main, [*arguments, f"--out={tmp_path / 'parts'}"], 14, monkeypatch)
     assert [row["step"] for row in metrics(tmp_path / "parts")] == [0, 7, 14]
     assert last_checkpoint(tmp_path / "parts")[0] == 7
     train_gpt.main(["--resume", f"--out={tmp_path / 'parts'}"])
-    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    same_run(tmp_path / "parts", tmp_path / "whole")
+    assert train_gpt.advance._cache_size() == compiled  # which another program would round in another way
 
 
 def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path: Path, data: Path) -> None:
@@ -161,7 +104,7 @@ def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path: Path, data
         file.write('{"step": 5')  # what a kill in the middle of a line leaves
     train_gpt.main(["--resume", f"--out={out}"])
     train_gpt.main([*arguments, f"--out={tmp_path / 'whole'}"])
-    assert_same_run(out, tmp_path / "whole")
+    same_run(out, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("optimizer", [name for name, row in METHODS.items() if row.statistics])
@@ -261,7 +204,9 @@ def test_a_bad_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str],
 
 
 def test_a_folder_without_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"no .txt, .md, .rst, .py file in '{tmp_path}'" in fail(capsys, *flags(data=tmp_path, out=tmp_path / "run"))
+    assert f"no .txt, .md, .rst, .py file in '{tmp_path}'" in refusal(
+        train_gpt.main, capsys, *flags(data=tmp_path, out=tmp_path / "run")
+    )
 
 
 def test_a_run_is_neither_lost_nor_mixed_with_another(

@@ -11,11 +11,8 @@ from typing import Any
 import jax
 import matplotlib.image
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import image_batches
 import train_images
@@ -24,11 +21,12 @@ from images_config import Config
 from models.cnn import CNN
 from models.resnet import ResNet
 from optimizers import IMAGE_METHODS
+from tests.example_runs import ENVIRONMENT, assert_same_run, flags, interrupt, last_checkpoint, metrics, refusal
+from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.test_example_image_parts import TINY, random_part, write_cifar, write_mnist
-from tests.test_example_train_gpt import ENVIRONMENT, flags, last_checkpoint, metrics, without_seconds
-from tests.test_example_train_gpt import quickly_compiled as quickly_compiled
 
 SCRIPT = train_images.__file__
+fail = functools.partial(refusal, train_images.main)
 
 
 class SmallCNN(nn.Module):
@@ -65,14 +63,6 @@ def cifar(tmp_path: Path) -> Path:
     return folder
 
 
-def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr with which a command line is refused."""
-    with pytest.raises(SystemExit) as stop:
-        train_images.main(arguments)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def test_the_script_learns_the_digits(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, SCRIPT, *flags(optimizer="sgd", epochs=3, out=out)]
@@ -88,7 +78,7 @@ def test_the_script_learns_the_digits(tmp_path: Path) -> None:
     assert "66/66" in done.stderr
     assert "images/s" in done.stderr
     config = json.loads((out / "config.json").read_text())
-    assert (config["lr"], config["weight_decay"]) == (0.1, 5e-4)
+    assert (config["lr"], config["weight_decay"]) == (0.03, 5e-4)
     picture = matplotlib.image.imread(out / "loss.png")
     assert picture.shape[:2] == (675, 1650)
     assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 50  # two panels of curves, grid, text
@@ -102,27 +92,14 @@ def test_an_interrupted_run_goes_on_bitwise_as_if_it_had_not_been(
     train_images.main([*arguments, f"--out={tmp_path / 'whole'}"])
     steps = [row["step"] for row in metrics(tmp_path / "whole")]
 
-    # Stopped after the line of the third evaluation is written and before its checkpoint is: the worst moment.
-    save = ocp.CheckpointManager.save
-
-    def save_until_third(self: ocp.CheckpointManager, step: int, **kwargs: Any) -> bool:
-        if step == steps[2]:
-            raise KeyboardInterrupt
-        return save(self, step, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "save", save_until_third)
-        with pytest.raises(SystemExit, match="go on with --resume"):
-            train_images.main([*arguments, f"--out={tmp_path / 'parts'}"])
+    interrupt(train_images.main, [*arguments, f"--out={tmp_path / 'parts'}"], steps[2], monkeypatch)
     assert last_checkpoint(tmp_path / "parts")[0] == steps[1]
     train_images.main(["--resume", f"--out={tmp_path / 'parts'}"])
 
-    (step, ours), (wanted_step, wanted) = (last_checkpoint(tmp_path / name) for name in ("parts", "whole"))
-    assert step == wanted_step == steps[-1]
-    assert ours.keys() == wanted.keys()
-    assert [name for name in ours if not np.array_equal(ours[name], wanted[name])] == []
-    assert any("batch_stats" in name for name in ours)
-    assert without_seconds(metrics(tmp_path / "parts")) == without_seconds(metrics(tmp_path / "whole"))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    step, arrays = last_checkpoint(tmp_path / "parts")
+    assert step == steps[-1]
+    assert any("batch_stats" in name for name in arrays)
 
 
 @pytest.mark.parametrize("optimizer", IMAGE_METHODS)
@@ -237,7 +214,9 @@ def test_a_run_is_not_mixed_with_another(tmp_path: Path, mnist: Path, capsys: py
     train_images.main(arguments)
     before = metrics(out)
     assert "already holds a run" in fail(capsys, *arguments)
-    assert "optimizer is 'sgd' there and 'adamw' here" in fail(capsys, "--resume", f"--out={out}", "--optimizer=adamw")
+    assert "optimizer is 'sgd' there and 'adamw' here" in refusal(
+        train_images.main, capsys, "--resume", f"--out={out}", "--optimizer=adamw"
+    )
     data = load_images(str(mnist))
     write_mnist(mnist, Images("", data.test, data.train))
     assert "images_sha256 is" in fail(capsys, "--resume", f"--out={out}")
