@@ -5,6 +5,7 @@ from typing import Any as _Any
 from . import applications as applications
 from . import decompositions as decompositions
 from . import factors as factors
+from . import fisher as fisher
 from . import linalg as linalg
 from .accumulation import accumulate_statistics
 from .applications import in_eigenbasis
@@ -58,6 +59,7 @@ __all__ = [
     "eigenbases",
     "ekfac",
     "factors",
+    "fisher",
     "frog",
     "from_adam",
     "graft",

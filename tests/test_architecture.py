@@ -59,7 +59,9 @@ MAY_IMPORT = {
         *("layers", "linalg", "matrices", "momentum", "precondition", "routing", "seam", "types"),
     },
     "train_state": set(),
-    "fisher": {"capture", "factors", "linalg", "types"},
+    "fisher": {
+        *("axes", "capture", "checks", "factors", "layers", "linalg", "matrices", "matrix_axes", "tables", "types"),
+    },
     "compression": {"capture", "fisher", "linalg", "types"},
     "__init__": {EVERYTHING},
 }

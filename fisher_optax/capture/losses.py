@@ -24,14 +24,15 @@ from .tracing import LOSS
 class Distribution(NamedTuple):
     """How one loss reads its logits ``(*positions, C)``.
 
-    ``score(z, y)`` is the gradient of each example's loss; ``sample(key, z)`` draws labels from the model;
-    ``root(z, ct)`` is ``J ct`` for a C x K matrix J with ``J Jᵀ`` the Fisher of z, ``K = rank(C)``.
+    ``score(z, y)`` is the gradient of each example's loss; ``sample(key, z, τ)`` draws labels from the model at
+    temperature τ (logits z / τ; of a Gaussian, variance τ); ``root(z, ct, τ)`` is ``J ct`` for a C x C matrix J, with
+    ``J Jᵀ`` the mean of ``score scoreᵀ`` over such labels: at τ = 1 the Fisher of z.
     """
 
     losses: Callable[[Array, Array], Array]
     score: Callable[[Array, Array], Array]
-    sample: Callable[[Array, Array], Array]
-    root: Callable[[Array, Array], Array]
+    sample: Callable[[Array, Array, Any], Array]
+    root: Callable[[Array, Array, Any], Array]
 
 
 def _softmax_losses(z: Array, y: Array) -> Array:
@@ -45,36 +46,39 @@ def _softmax_score(z: Array, y: Array) -> Array:
     return jax.nn.softmax(z) - jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
 
 
-def _softmax_root(z: Array, ct: Array) -> Array:
-    p = jax.nn.softmax(z)
-    r = jnp.sqrt(p)
-    return r * ct - p * jnp.sum(r * ct, -1, keepdims=True)
+def _softmax_root(z: Array, ct: Array, τ: Any) -> Array:
+    r = jnp.sqrt(jax.nn.softmax(z / τ))
+    return r * ct - jax.nn.softmax(z) * jnp.sum(r * ct, -1, keepdims=True)
 
 
 def _sigmoid_losses(z: Array, y: Array) -> Array:
     return jnp.sum(jax.nn.softplus(z) - y * z, -1)
 
 
-def _sigmoid_root(z: Array, ct: Array) -> Array:
-    s = jax.nn.sigmoid(z)
-    return jnp.sqrt(s * (1 - s)) * ct
+def _sigmoid_root(z: Array, ct: Array, τ: Any) -> Array:
+    s, warm = jax.nn.sigmoid(z), jax.nn.sigmoid(z / τ)
+    # Scores at another temperature have a mean, m, and J Jᵀ = diag(v) + m mᵀ.
+    v, m = warm * (1 - warm), s - warm
+    u = m / jnp.sqrt(jnp.maximum(v, 1e-12))
+    α = 1 / (1 + jnp.sqrt(1 + jnp.sum(u * u, -1, keepdims=True)))
+    return jnp.sqrt(v) * ct + m * α * jnp.sum(u * ct, -1, keepdims=True)
 
 
 DISTRIBUTIONS = {
     "softmax_cross_entropy": Distribution(
-        _softmax_losses, _softmax_score, lambda key, z: jax.random.categorical(key, z), _softmax_root
+        _softmax_losses, _softmax_score, lambda key, z, τ: jax.random.categorical(key, z / τ), _softmax_root
     ),
     "sigmoid_cross_entropy": Distribution(
         _sigmoid_losses,
         lambda z, y: jax.nn.sigmoid(z) - y,
-        lambda key, z: jax.random.bernoulli(key, jax.nn.sigmoid(z)).astype(z.dtype),
+        lambda key, z, τ: jax.random.bernoulli(key, jax.nn.sigmoid(z / τ)).astype(z.dtype),
         _sigmoid_root,
     ),
     "gaussian": Distribution(
         lambda z, y: jnp.sum(jnp.square(z - y), -1) / 2,
         lambda z, y: z - y,
-        lambda key, z: z + jax.random.normal(key, z.shape, z.dtype),
-        lambda z, ct: jnp.broadcast_to(ct, z.shape),
+        lambda key, z, τ: z + τ**0.5 * jax.random.normal(key, z.shape, z.dtype),
+        lambda z, ct, τ: τ**0.5 * jnp.broadcast_to(ct, z.shape),
     ),
 }
 
@@ -189,8 +193,8 @@ def pseudo_loss(name: str, fisher: str, samples: int, key: Any, z: Array, _: Any
         w = example_weights(full, *weights)
         share = jnp.sqrt(w / total(w))[..., None]
         if fisher == "true":
-            return ((share * p.root(full, ct)).astype(z.dtype),)
-        drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full)))(jax.random.split(key, samples))
+            return ((share * p.root(full, ct, 1)).astype(z.dtype),)
+        drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full, 1)))(jax.random.split(key, samples))
         return ((share * jnp.tensordot(ct, drawn, 1) / samples**0.5).astype(z.dtype),)
 
     zeros.defvjp(lambda z: (zeros(z), z), backward)

@@ -1,0 +1,93 @@
+"""What a model says of its labels: the logits, labels and weights that its loss hands to `fo.losses`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from . import jaxprs
+from .gradients import Traced, trace
+from .losses import DISTRIBUTIONS, Distribution, example_weights, total
+from .marked import losses_in
+from .statistics import KroneckerFactors
+from .tracing import Plan
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("logits", "labels", "weights"), meta_fields=("name",)
+)
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One call of `fo.losses`."""
+
+    name: str
+    logits: Array  # (*positions, C), in float32 at least; 0 where the weight is
+    labels: Array
+    weights: Array  # (*positions,)
+
+    @property
+    def distribution(self) -> Distribution:
+        """Which the logits are of."""
+        return DISTRIBUTIONS[self.name]
+
+    @property
+    def shares(self) -> Array:
+        """Of each position in the mean: its weight over the sum of them all."""
+        return self.weights / total(self.weights)
+
+
+def outputs(
+    loss_fn: Callable[..., Any], params: Any, *args: Any, shifts: Sequence[Any] | None = None
+) -> tuple[list[Output], Any]:
+    """What ``loss_fn(params, *args)`` hands to `fo.losses`, and what it returns with ``shifts`` added to the logits.
+
+    Raises:
+      ValueError: where there is no such call, or one in a loop, a branch or a vmap.
+    """
+    traced = trace(loss_fn, KroneckerFactors(), params, args, {})
+    counted = losses_in(traced.program, traced.plan, traced.operands)
+    if counted.hidden:
+        raise ValueError(f"a loss of fo.losses stands inside a {counted.hidden}: compute it outside.")
+    if not counted.logits:
+        raise ValueError(
+            "the Fisher is that of a distribution: compute the loss by fo.losses.softmax_cross_entropy, "
+            "sigmoid_cross_entropy or gaussian; none was found in loss_fn."
+        )
+    return _evaluated(traced, shifts)
+
+
+def _evaluated(traced: Traced, shifts: Sequence[Any] | None) -> tuple[list[Output], Any]:
+    found: dict[int, Output] = {}
+
+    def at_loss(name: str, number: int, values: list[Any]) -> list[Any]:
+        z, y, *weights = values
+        z = z if shifts is None else z + shifts[number].astype(z.dtype)
+        w, logits = example_weights(z, *weights), z.astype(jnp.promote_types(z.dtype, jnp.float32))
+        # What is left out may be NaN.
+        logits, labels = (jnp.where((w == 0).reshape(*w.shape, *[1] * (x.ndim - w.ndim)), 0, x) for x in (logits, y))
+        found[number] = Output(name, logits, labels, w)
+        return [z, y, *weights]
+
+    value, *_ = _run(traced.program, traced.plan, traced.operands, at_loss)
+    return [found[number] for number in sorted(found)], value
+
+
+def _run(
+    program: jaxprs.Program, plan: Plan, operands: Sequence[Any], at_loss: Callable[[str, int, list[Any]], list[Any]]
+) -> list[Any]:
+    """The results of a program whose losses are given other operands."""
+    env = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
+    env.update(zip(program.jaxpr.invars, operands, strict=True))
+    for i, eqn in enumerate(program.jaxpr.eqns):
+        values = [jaxprs.read(env, v) for v in eqn.invars]
+        inner = plan.inner.get(i, [])
+        if any(p.has_losses() for p in inner):
+            out = _run(jaxprs.body(eqn), inner[0], values, at_loss)
+        else:
+            out = jaxprs.bind(eqn, at_loss(*plan.losses[i], values) if i in plan.losses else values)
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [jaxprs.read(env, v) for v in program.jaxpr.outvars]
