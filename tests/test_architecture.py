@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "guard": {"branching", "sharding", "types"},
     "refresh": {"branching", "linalg", "types"},
     # Statistics from a model know nothing of optimizers.
-    "capture": {"linalg", "matrix_axes", "tables", "types"},
+    "capture": {"linalg", "matrices", "matrix_axes", "tables", "types"},
     "reporting": {"axes", "capture", "guard", "matrix_axes", "tables"},
     "routing": {"axes", "layers", "matrix_axes", "reporting"},
     # What a preconditioner is put together from: these never import each other.

@@ -17,17 +17,15 @@ from .statistics import KroneckerFactors
 from .tracing import Plan
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("logits", "labels", "weights"), meta_fields=("name",)
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("logits", "labels", "weights"), meta_fields=("name",))
 @dataclasses.dataclass(frozen=True)
 class Output:
     """One call of `fo.losses`."""
 
     name: str
-    logits: Array  # (*positions, C), in float32 at least; 0 where the weight is
-    labels: Array
-    weights: Array  # (*positions,)
+    logits: Any  # (*positions, C), in float32 at least; 0 where the weight is
+    labels: Any
+    weights: Any  # (*positions,)
 
     @property
     def distribution(self) -> Distribution:
@@ -46,17 +44,11 @@ def outputs(
     """What ``loss_fn(params, *args)`` hands to `fo.losses`, and what it returns with ``shifts`` added to the logits.
 
     Raises:
-      ValueError: where there is no such call, or one in a loop, a branch or a vmap.
+      ValueError: for such a call in a loop, a branch or a vmap.
     """
     traced = trace(loss_fn, KroneckerFactors(), params, args, {})
-    counted = losses_in(traced.program, traced.plan, traced.operands)
-    if counted.hidden:
-        raise ValueError(f"a loss of fo.losses stands inside a {counted.hidden}: compute it outside.")
-    if not counted.logits:
-        raise ValueError(
-            "the Fisher is that of a distribution: compute the loss by fo.losses.softmax_cross_entropy, "
-            "sigmoid_cross_entropy or gaussian; none was found in loss_fn."
-        )
+    if hidden := losses_in(traced.program, traced.plan, traced.operands).hidden:
+        raise ValueError(f"a loss of fo.losses stands inside a {hidden}: compute it outside.")
     return _evaluated(traced, shifts)
 
 

@@ -59,7 +59,7 @@ def through(view: View, name: str, params: dict[str, Any], shape: tuple[int, ...
         new = _reshaped(dims, shape)
         return None if new is None else view._replace(dims=new)
     if name == "broadcast_in_dim":
-        return view._replace(dims=_broadcast(dims, shape, params["broadcast_dimensions"]))
+        return view._replace(dims=_broadcast(dims, shape, tuple(map(int, params["broadcast_dimensions"]))))
     if name == "slice" and params["strides"] is None:
         return _sliced(view, params["start_indices"], params["limit_indices"])
     return None

@@ -26,11 +26,14 @@ from jaxtyping import Array
 
 from ..capture.outputs import Output, outputs
 from ..capture.sums import check_counts
-from ..checks import in_range
 from .operators import Operator, Rule
 
 FISHERS = ("true", "mc", "empirical")
 KINDS = (*FISHERS, "ggn", "hessian")
+NO_LOSS = (
+    "the Fisher is that of a distribution: compute the loss by fo.losses.softmax_cross_entropy, sigmoid_cross_entropy "
+    "or gaussian; none was found in loss_fn."
+)
 
 
 def operator(
@@ -63,12 +66,12 @@ def operator(
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
-      >>> loss = lambda W, x, y: fo.losses.softmax_cross_entropy(x @ W, y)
-      >>> F = fo.fisher.operator(loss, jnp.zeros((3, 2)), jnp.ones((4, 3)), jnp.array([0, 1, 1, 1]))
+      >>> loss = lambda W, x, y: fo.losses.gaussian(x @ W, y)
+      >>> F = fo.fisher.operator(loss, jnp.zeros((3, 2)), jnp.ones((4, 3)), jnp.ones((4, 2)))
       >>> print(F @ jnp.array([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]))
-      [[ 0.25 -0.25]
-       [ 0.25 -0.25]
-       [ 0.25 -0.25]]
+      [[1. 0.]
+       [1. 0.]
+       [1. 0.]]
     """
     if fisher not in KINDS:
         raise ValueError(f"fisher must be one of {', '.join(map(repr, KINDS))}; got {fisher!r}.")
@@ -76,7 +79,7 @@ def operator(
         what = "pass key=jax.random.key(0)" if fisher == "mc" else f"key is for 'mc' only; this is {fisher!r}"
         raise ValueError(f"fisher='mc' draws labels from the model: {what}.")
     check_counts("operator", n_samples=n_samples)
-    in_range("temperature", temperature, 0)
+    check_temperature(temperature)
     if temperature != 1 and fisher not in ("true", "mc"):
         raise ValueError(f"temperature is of labels from the model, for 'true' and 'mc'; this is {fisher!r}.")
     batch = jax.tree.map(jnp.asarray, batch)
@@ -91,8 +94,9 @@ def operator(
 
 def check_outputs(loss_fn: Callable[..., Any], params: Any, batch: Any) -> None:
     """A ValueError for labels that are no class, and for weights that are all 0; not of traced batches."""
+    if not jax.eval_shape(lambda p, b: outputs(loss_fn, p, *b)[0], params, batch):
+        raise ValueError(NO_LOSS)
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, batch))):
-        jax.eval_shape(lambda p, b: outputs(loss_fn, p, *b)[0], params, batch)
         return
     for out in jax.jit(lambda p, b: outputs(loss_fn, p, *b)[0])(params, batch):
         weights, labels, classes = np.asarray(out.weights), np.asarray(out.labels), out.logits.shape[-1]
@@ -104,6 +108,12 @@ def check_outputs(loss_fn: Callable[..., Any], params: Any, batch: Any) -> None:
                 f"labels are classes 0 to {classes - 1}; got {wrong[0]}. Give padding the weight 0: "
                 "fo.losses.softmax_cross_entropy(logits, labels, weights=labels >= 0)."
             )
+
+
+def check_temperature(temperature: Any) -> None:
+    """A ValueError unless it is a number above 0."""
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a number above 0; got {temperature!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,16 +73,16 @@ class Operator:
         return cls.on("matvec", Matvec(matvec), (), like)
 
     @classmethod
-    def from_dense(cls, matrix: Float[Array, "d d"], like: Any, name: str = "dense") -> "Operator":
-        """From its entries, in the order of `jax.flatten_util.ravel_pytree`.
+    def from_dense(cls, matrix: Any, like: Any, name: str = "dense") -> "Operator":
+        """From its D x D entries, in the order of `jax.flatten_util.ravel_pytree`.
 
         Raises:
           ValueError: where its size is not that of ``like``.
         """
-        made = cls.on(name, Dense(), matrix, like)
-        if matrix.shape != (made.size, made.size):
+        made = cls.on(name, Dense(), jnp.asarray(matrix), like)
+        if jnp.shape(matrix) != (made.size, made.size):
             wanted = f"{made.size} x {made.size}"
-            raise ValueError(f"a tree of {made.size} numbers needs a {wanted} matrix; got shape {matrix.shape}.")
+            raise ValueError(f"a tree of {made.size} numbers needs a {wanted} matrix; got shape {jnp.shape(matrix)}.")
         return made
 
     @property
@@ -141,19 +141,13 @@ class Operator:
         """
         if not self.has_rows:
             raise ValueError(f"{self.name} is no sum of outer products: use matvec or dense.")
-        return self.rule.rows(self.data)
+        return _rows(self)
 
     def dense(self, batch_size: int = 32) -> Float[Array, "d d"]:
         """All D² entries: for small models. From the rows where they are fewer than D, else D products, ``batch_size``
         at a time.
         """
-        if isinstance(self.rule, Dense):
-            return self.data
-        if self.has_rows and jax.eval_shape(lambda: self.rows()).shape[0] < self.size:
-            R = self.rows()
-            return jnp.matmul(R.T, R, precision=Precision.HIGHEST)
-        A = jax.lax.map(lambda e: self.ravel(self @ self.unravel(e)), jnp.eye(self.size), batch_size=batch_size)
-        return (A + A.T) / 2
+        return _dense(self, batch_size)
 
     def block(self, paths: str | Sequence[str]) -> "Operator":
         """The diagonal block of the leaves below these paths (``"head"``, ``"Block_0/attention"``), on a list of them.
@@ -172,6 +166,22 @@ class Operator:
         rule = Block(self.rule, self.structure, self.leaves, chosen)
         name, structure = f"{self.name} of {', '.join(paths)}", jax.tree.structure([0] * len(names))
         return Operator(name, rule, self.data, structure, names, leaves)
+
+
+@jax.jit
+def _rows(F: Operator) -> Array:
+    return F.rule.rows(F.data)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dense(F: Operator, batch_size: int) -> Array:
+    if isinstance(F.rule, Dense):
+        return F.data
+    if F.has_rows and jax.eval_shape(lambda: F.rows()).shape[0] < F.size:
+        R = F.rows()
+        return jnp.matmul(R.T, R, precision=Precision.HIGHEST)
+    A = jax.lax.map(lambda e: F.ravel(F @ F.unravel(e)), jnp.eye(F.size, dtype=F.dtype), batch_size=batch_size)
+    return (A + A.T) / 2
 
 
 @dataclasses.dataclass(frozen=True)
