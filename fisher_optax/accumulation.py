@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from .curvature import is_statistics
-from .types import LayerFactors, Rows, Samples
+from .types import LayerFactors, Logits, Rows, Samples
 
 
 def accumulate_statistics(so_far: Any, new: Any) -> Any:
@@ -52,6 +52,9 @@ def _both(a: Any, b: Any) -> Any:
     def mean(x: Any, y: Any) -> Any:
         if x is None:
             return None
+        if isinstance(x, Logits):
+            x, y = (t._replace(weights=s * t.weights / t.weights.sum()) for t, s in ((x, share_a), (y, share_b)))
+            return jax.tree.map(lambda *pair: jax.numpy.concatenate(pair), x, y)
         if isinstance(x, Rows):
             return Rows(jax.numpy.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
         return share_a * x + share_b * y

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from .branching import branch, held
 from .sharding import in_auto_mode, on_mesh
-from .types import LayerFactors, Rows
+from .types import LayerFactors
 
 STATE_VERSION = 1  # changes whenever a state saved by an older release can no longer be continued
 
@@ -90,7 +90,7 @@ def _witnesses(statistics: Any) -> Iterator[Array]:
             continue
         yield from jax.tree.leaves((x.squares, x.weight))
         for side in (x.left, x.right):
-            yield from jax.tree.leaves(side) if isinstance(side, Rows | None) else [_diagonal(side)]
+            yield from [_diagonal(side)] if hasattr(side, "ndim") else jax.tree.leaves(side)
 
 
 def _diagonal(side: Array) -> Array:

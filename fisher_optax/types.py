@@ -116,6 +116,14 @@ class Rows(NamedTuple):
     rows: Float[Array, "*batch r d"]
 
 
+class Logits(NamedTuple):
+    """Some tokens of a softmax cross-entropy, in the place of the right side of the layer that gave their logits."""
+
+    logits: Float[Array, "r V"]
+    labels: Any  # (r,) numbers of classes, or (r, V) probabilities
+    weights: Float[Array, " r"]
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=("left", "right", "squares", "weight"), meta_fields=("bias",)
 )
@@ -128,7 +136,7 @@ class LayerFactors:
     """
 
     left: Any  # (*batch, m, m); of an embedding, its diagonal (V,); or `Rows`
-    right: Any  # (*batch, n, n), or `Rows`
+    right: Any  # (*batch, n, n), `Rows` or `Logits`
     squares: Any  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
     weight: Any  # (): how many inputs it is the mean of
     bias: str | None = None

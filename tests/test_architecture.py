@@ -55,8 +55,9 @@ MAY_IMPORT = {
     "warm_start": {"applications", "axes", "linalg", "matrices", "momentum", "reporting", "seam", "types"},
     # A named optimizer is the seam called with parts; nothing but the package itself imports one.
     "optimizers": {
-        *("applications", "axes", "checks", "curvature", "decay", "decompositions", "factors", "grafting", "guard"),
-        *("layers", "linalg", "matrices", "momentum", "precondition", "routing", "seam", "types"),
+        *("applications", "axes", "axes_rules", "checks", "curvature", "decay", "decompositions", "factors", "fisher"),
+        *("grafting", "guard", "layers", "linalg", "matrices", "matrix_axes", "momentum", "precondition", "routing"),
+        *("seam", "types"),
     },
     "train_state": set(),
     "fisher": {

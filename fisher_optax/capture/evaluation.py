@@ -35,6 +35,7 @@ class Watch(NamedTuple):
     fisher: str
     samples: int
     key: Any
+    seen: list[Any] | None = None  # what losses were given, by their numbers
 
 
 def run(
@@ -58,6 +59,8 @@ def run(
             name, number = plan.losses[i]
             key = None if watch.key is None else jax.random.fold_in(watch.key, number)
             pseudo = _plus(pseudo, losses.pseudo_loss(name, watch.fisher, watch.samples, key, *values))
+        if i in plan.losses and watch.seen is not None:
+            watch.seen.append((plan.losses[i][1], values))
         env.update(zip(eqn.outvars, out, strict=True))
     return [jaxprs.read(env, v) for v in program.jaxpr.outvars], pseudo
 
@@ -117,7 +120,8 @@ def _remat(eqn: JaxprEqn, plans: Any, entries: Any, values: Any, scope: Scope, w
     keys = list(scope)
 
     def again(values: Any, kept: Any) -> Any:
-        return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, kept, strict=True)), watch)
+        inner = watch._replace(seen=None)
+        return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, kept, strict=True)), inner)
 
     p = eqn.params
     return jax.checkpoint(again, policy=p["policy"], prevent_cse=p["prevent_cse"])(values, list(scope.values()))

@@ -12,6 +12,7 @@ from ..types import LayerFactors, Samples
 from . import jaxprs, losses
 from .bases import bases_of
 from .evaluation import Watch, run, zeros
+from .heads import marked_heads, tokens_of
 from .leaves import LeafPlan, leaf_plans
 from .marked import Counted, losses_in
 from .statistics import KroneckerFactors
@@ -163,7 +164,7 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
     _check(traced, has_aux, strict)
     counted = losses_in(traced.program, traced.plan, traced.operands)
     _check_losses(counted, fisher, normalizer)
-    watched = [leaf._replace(batch_axis=batch_axis) for leaf in traced.leaves if leaf.sites]
+    watched = marked_heads([leaf._replace(batch_axis=batch_axis) for leaf in traced.leaves if leaf.sites], kind)
     for leaf in watched:
         if why := kind.unavailable_for(leaf, fisher):
             raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
@@ -177,10 +178,14 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
     probes = [zeros(kind, leaf, keep, Q) for leaf, Q in zip(watched, given, strict=True)]
     by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
     slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
-    watch = Watch(kind, by_site, slots, keep, fisher, n_samples, key)
+    watch = Watch(kind, by_site, slots, keep, fisher, n_samples, key, [])
     passes = 0 if fisher == "empirical" else losses.passes(fisher, n_samples, counted.logits[0])
-    (value, aux), grads, raw = _differentiate(traced, watched, probes, given, watch, passes)
+    (value, aux), grads, raw, given_losses = _differentiate(traced, watched, probes, given, watch, passes)
     done = {leaf.number: kind.finish(leaf, seen, N) for leaf, seen in zip(watched, raw, strict=True)}
+    for leaf in watched:
+        if leaf.head is not None:
+            right = tokens_of(given_losses, leaf, kind.head_rows)
+            done[leaf.number] = dataclasses.replace(done[leaf.number], right=right)
     stats = [_with_path(done.get(leaf.number), leaf, traced.leaves) for leaf in traced.leaves]
     value = (value, aux[0]) if has_aux else value
     return value, traced.treedef.unflatten(grads), traced.treedef.unflatten(stats)
@@ -188,8 +193,8 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
 
 def _differentiate(
     traced: Traced, watched: list[LeafPlan], probes: Any, given: Any, watch: Watch, passes: int
-) -> tuple[Any, Any, Any]:
-    """The value and what else the loss returns, its gradients, and what the taps returned."""
+) -> tuple[Any, Any, Any, dict[int, Any]]:
+    """The value and what else the loss returns, its gradients, what the taps returned, and what losses were given."""
     count = len(traced.leaves)
 
     def loss(values: Any, probes: Any) -> Any:
@@ -197,9 +202,10 @@ def _differentiate(
         out, pseudo = run(traced.program, traced.plan, [*values, *traced.operands[count:]], scope, watch)
         value, *aux = out
         pseudo = jnp.zeros(0) if pseudo is None else pseudo
-        return (value, pseudo), aux
+        return (value, pseudo), (aux, {number: given for number, given in (watch.seen or ()) if number in wanted})
 
-    (value, pseudo), pull, aux = jax.vjp(loss, traced.operands[:count], probes, has_aux=True)
+    wanted = {leaf.head for leaf in watched if leaf.head is not None}
+    (value, pseudo), pull, (aux, given_losses) = jax.vjp(loss, traced.operands[:count], probes, has_aux=True)
     grads, raw = pull((jnp.ones_like(value), jnp.zeros_like(pseudo)))
     if passes:
         basis = jnp.eye(passes, dtype=pseudo.dtype)
@@ -216,7 +222,7 @@ def _differentiate(
             raw = _mean_of_inputs(total, passes)
     structure = jax.tree.unflatten(traced.outputs, [value, *aux])
     rest = structure[1:] if isinstance(structure, tuple) else ()
-    return (value, rest), grads, raw
+    return (value, rest), grads, raw, given_losses
 
 
 def _mean_of_inputs(total: Any, passes: int) -> Any:

@@ -25,6 +25,7 @@ class LeafPlan(NamedTuple):
     use: str  # "dense", "convolution", "embedding", "bias of ...", or what else is done with it
     reason: str  # why it does not get more
     batch_axis: int = 0  # which axis of a layer's positions counts examples
+    head: int | None = None  # the loss whose logits it gives
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -96,7 +97,8 @@ def _leaf(i: int, path: str, dtype: Any, uses: Uses, unavailable: Callable[[tupl
         return plan._replace(reason=why)
     inputs, outputs, batch = _roles(first)
     axes = MatrixAxes(inputs, outputs, tuple(sorted(batch)))
-    return plan._replace(sites=alike, axes=axes)
+    head = uses.heads.get(alike[0].number) if len(alike) == 1 else None
+    return plan._replace(sites=alike, axes=axes, head=head)
 
 
 def _roles(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

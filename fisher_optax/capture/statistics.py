@@ -40,6 +40,8 @@ class KroneckerFactors:
       max_dim: a longer side gets ``rank`` rows instead of a matrix: a sample of its vectors, whose second moment is the
         estimate.
       rank: how many rows.
+      head_rows: the layer whose outputs are the logits of `fo.losses.softmax_cross_entropy` gets, in place of its right
+        side, so many tokens' logits, labels and weights: what ``fo.kfac(head=...)`` takes. None: it is as any other.
 
     Raises:
       ValueError: for an unknown mode, or a number below 1.
@@ -58,11 +60,15 @@ class KroneckerFactors:
     squares: bool = False
     max_dim: int = 4096
     rank: int = 256
+    head_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("expand", "reduce"):
             raise ValueError(f"KroneckerFactors: mode must be 'expand' or 'reduce'; got {self.mode!r}.")
         check_counts("KroneckerFactors", max_examples=self.max_examples, max_dim=self.max_dim, rank=self.rank)
+        check_counts("KroneckerFactors", head_rows=self.head_rows)
+        if self.squares and self.head_rows is not None:
+            raise ValueError("KroneckerFactors: head_rows= is for fo.kfac; squares=True is for fo.ekfac.")
 
     sides = ("left", "right")
 
@@ -89,8 +95,13 @@ class KroneckerFactors:
         site = plan.sites[0]
         lengths = {"left": site.m + (plan.bias is not None), "right": site.n}
         return [
-            side for side in self.sides if lengths[side] > self.max_dim and (side, site.how) != ("left", "embedding")
+            side
+            for side in self._sides(plan)
+            if lengths[side] > self.max_dim and (side, site.how) != ("left", "embedding")
         ]
+
+    def _sides(self, plan: LeafPlan) -> tuple[str, ...]:
+        return self.sides if plan.head is None else ("left",)
 
     def collect(self, plan: LeafPlan, site: Site, seen: Seen) -> dict[str, Array]:
         """The sums over one product's positions."""
@@ -109,7 +120,7 @@ class KroneckerFactors:
             out["left"] = kept if weights is None else kept * weights[chosen, None].astype(dtype)
         else:
             out["left"] = (scale * self._moment(plan, X, weights)).astype(dtype)
-        if "right" not in self.sides:
+        if "right" not in self._sides(plan):
             return out
         if "right" in by_rows:
             out["right"] = D[..., chosen, :].astype(dtype) * math.sqrt(scale * share)

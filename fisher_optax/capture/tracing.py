@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class Uses:
     others: dict[int, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     count: int = 0
     losses: int = 0
+    heads: dict[int, int] = dataclasses.field(default_factory=dict)  # by number of the site: the loss it gives logits
     # By number of the site: which operand of the program its input is, unchanged, and the axes of its result.
     products: dict[int, tuple[int, Dims] | None] = dataclasses.field(default_factory=dict)
 
@@ -85,6 +87,8 @@ class _Step:
         name, params = self.eqn.primitive.name, self.eqn.params
         if name in jaxprs.CALLS and str(params.get("name", "")).startswith(LOSS):
             self.plan.losses[self.i] = params["name"].removeprefix(LOSS), self.uses.losses
+            if params["name"] == f"{LOSS}softmax_cross_entropy" and (site := _logits_of(self.views[0])) is not None:
+                self.uses.heads[site.number] = self.uses.losses
             self.uses.losses += 1
             self.uses.other(self.views, "a loss")
             return []
@@ -219,6 +223,15 @@ class _Step:
             self.uses.other(self.views, f"{self.eqn.primitive.name} of more than a product")
             return []
         return [self._found(site._replace(x=known[0], number=self.uses.count), out.dims)]
+
+
+def _logits_of(view: View | None) -> Site | None:
+    """The product that logits are, whole and with its outputs along their last axis, if they are one."""
+    if view is None or view.root[0] != "product":
+        return None
+    site, outputs = view.root[1], [a for d in view.dims for a in d if a.source is not None and a.source >= 0]
+    last = view.dims[-1] if view.dims else ()
+    return site if list(last) == outputs and site.n == math.prod(a.size for a in last) and not site.batch else None
 
 
 def _is_bias(p: View, b: View) -> bool:

@@ -31,8 +31,8 @@ class EmpiricalHead:
        [-0.25  0.25]]
     """
 
-    rows: Float[Array, "r V"]  # U: sqrt(s_t) δ_t
-    total: Float[Array, ""]  # Σ w
+    rows: Any  # (r, V): U, rows sqrt(s_t) δ_t
+    total: Any  # (): Σ w
 
     @classmethod
     def from_gradients(cls, gradients: Any, weights: Any = None) -> "EmpiricalHead":

@@ -55,10 +55,10 @@ class SoftmaxHead:
       [ 2. -2.]
     """
 
-    mean: Float[Array, " V"]  # p̄
-    rows: Float[Array, "r V"]  # p_t, or C
-    weights: Float[Array, " r"] | None  # w_t; None for C
-    total: Float[Array, ""]  # Σ w
+    mean: Any  # (V,): p̄
+    rows: Any  # (r, V): p_t, or C
+    weights: Any  # (r,): w_t; None for C
+    total: Any  # (): Σ w
     tokens: bool  # the rows are single tokens, in their order
 
     @classmethod

@@ -12,15 +12,12 @@ Sources: Martens and Grosse 2015 (arXiv 1503.05671); convolutions: Grosse and Ma
   George et al. 2018 (arXiv 1806.03884); KL clipping: Ba et al. 2017 (distributed K-FAC), as in kfac-jax.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
 
 from ..applications import damped, eigenvalue_corrected
-from ..checks import at, in_range, scheduled, takes
+from ..checks import in_range, scheduled, takes
 from ..curvature import layer_axes, on_layers, same_shapes, whole_sides
 from ..decay import Mask, visible
 from ..decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
@@ -32,6 +29,8 @@ from ..precondition import seam
 from ..routing import by_layers
 from ..seam import Seam
 from ..types import LayerFactors
+from .clipping import once_seen
+from .softmax_head import apart, check_head, describing, for_heads, is_head
 
 KINDS = ("matrix", "head")
 DECOMPOSITIONS = ("eigh", "qr", "inverse")
@@ -55,6 +54,7 @@ def scale_by_kfac(
     factor_dtype: Any = None,
     factor_storage: str = "full",
     mesh_axis: str | None = None,
+    head: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction D or U of `kfac`, without clipping, momentum, rate and decay; ``fallback`` is a direction too,
     default ``optax.scale_by_adam()``.
@@ -89,6 +89,7 @@ def kfac(
     factor_dtype: Any = None,
     factor_storage: str = "full",
     mesh_axis: str | None = None,
+    head: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC (see the top of this file for the rule).
 
@@ -122,6 +123,10 @@ def kfac(
       factor_dtype: storage of factors and bases, default float32.
       factor_storage: "full", or "packed": half of each symmetric factor.
       mesh_axis: share the refreshes out over this axis of the mesh in scope.
+      head: how the right side of the layer named head, lm_head or logits is treated. None: as any other's. "true": it
+        is the softmax's own Fisher, exact for ``rank`` tokens, whatever labels the others' statistics are of, and every
+        word is in it; "empirical": that of the data's labels. Both are solved, never formed, for any vocabulary, with
+        exponent -1 and factored damping (`softmax_head`), and need ``fo.KroneckerFactors(head_rows=rank)``.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without
@@ -166,16 +171,17 @@ def ekfac(**options: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _direction(
-    name: str, fallback: Any, axes: Any, grafting: Any, **options: Any
+    name: str, fallback: Any, axes: Any, grafting: Any, head: str | None, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     method = _seam(name, **options)
+    of_heads = for_heads(name, head, grafting, **options)
     magnitude = None if grafting is None else magnitude_of(grafting)
     fallback = optax.scale_by_adam() if fallback is None else fallback
 
     def build(layers: list[Layer]) -> optax.GradientTransformation:
-        return _on_layers(name, method, magnitude, None, 0.0, layers)
+        return _on_layers(name, method, of_heads, magnitude, None, 0.0, layers)
 
-    routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe)
+    routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads))
     return guarded(routed, in_place=True)
 
 
@@ -189,9 +195,11 @@ def _complete(
     mask: Mask,
     fallback: Any,
     axes: Any,
+    head: str | None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     method = _seam(name, **options)
+    of_heads = for_heads(name, head, grafting, **options)
     in_range("learning_rate", learning_rate, 0)
     in_range("momentum", momentum, 0, 1)
     in_range("weight_decay", weight_decay, 0)
@@ -202,11 +210,11 @@ def _complete(
     )
 
     def build(layers: list[Layer]) -> optax.GradientTransformation:
-        direction = _on_layers(name, method, magnitude, kl_clip, learning_rate, layers)
+        direction = _on_layers(name, method, of_heads, magnitude, kl_clip, learning_rate, layers)
         return optax.chain(direction, scheduled(optax.trace, decay=momentum), after)
 
     fallback = optax.chain(optax.scale_by_adam(), after) if fallback is None else fallback
-    routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe)
+    routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads))
     return guarded(routed, in_place=True)
 
 
@@ -243,49 +251,29 @@ def _seam(
 
 
 def _on_layers(
-    name: str, method: Seam, magnitude: Any, clip: Any, learning_rate: Any, layers: list[Layer]
+    name: str, method: Seam, of_heads: Any, magnitude: Any, clip: Any, learning_rate: Any, layers: list[Layer]
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of a tree of layers: preconditioned, then grafted, then clipped."""
     axes = layer_axes(layers)
-    inner = method.on_matrices(axes)
+    heads = [i for i, layer in enumerate(layers) if of_heads and is_head(layer.path)]
+    inner = method.on_matrices([a for i, a in enumerate(axes) if i not in heads])
+    if of_heads and heads:
+        inner = apart(heads, of_heads[1], inner)
     if magnitude is not None:
         inner = graft_on(inner, magnitude, list(axes))
     squares = name == "ekfac"
+
+    def check(layer: Layer, given: Any, shape: tuple[int, ...]) -> None:
+        if of_heads and is_head(layer.path):
+            check_head(name, of_heads[0], layer, given, shape)
+        else:
+            same_shapes(name, method.storage, squares, layer, given, shape)
+
     return on_layers(
-        _once_seen(inner, clip, learning_rate),
+        once_seen(inner, clip, learning_rate),
         layers,
         method=name,
         wants=LayerFactors,
-        check=lambda *given: same_shapes(name, method.storage, squares, *given),
+        check=check,
         check_shape=lambda *given: whole_sides(name, method.storage, *given) if squares else None,
     )
-
-
-class ClipState(NamedTuple):
-    """State of the last stage on layers: how often it was called, and whether there were statistics yet."""
-
-    count: Int[Array, ""]
-    seen: Bool[Array, ""]
-    inner: Any
-
-
-def _once_seen(inner: Any, clip: Any, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
-    """``ν U``, and 0 as long as no statistics have come."""
-
-    def init(params: Any) -> ClipState:
-        return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], bool), inner.init(params))
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
-        G = updates
-        U, new = inner.update(G, state.inner, params, **extra)
-        seen = state.seen | (extra["statistics"] is not None)
-        ν: Any = 1.0
-        if clip is not None:
-            dots = (jnp.vdot(u, g.astype(u.dtype)) for u, g in zip(jax.tree.leaves(U), jax.tree.leaves(G), strict=True))
-            change = at(learning_rate, state.count) ** 2 * jnp.abs(sum(dots, jnp.zeros([])))
-            ν = jnp.minimum(1, jnp.sqrt(at(clip, state.count) / jnp.where(change > 0, change, 1)))
-            ν = jnp.where(change > 0, ν, 1)
-        U = jax.tree.map(lambda u: jnp.where(seen, (ν * u).astype(u.dtype), 0), U)
-        return U, ClipState(state.count + 1, seen, new)
-
-    return optax.GradientTransformationExtraArgs(init, update)
