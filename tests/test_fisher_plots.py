@@ -136,5 +136,5 @@ def test_errors_say_what_to_do(call: Callable[[], Any], message: str) -> None:
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"pip install 'fisher_optax\[plots\]'"):
         spectrum_plot(SPECTRUM)

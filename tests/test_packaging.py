@@ -49,7 +49,8 @@ def test_the_oldest_python_is_the_first_classifier() -> None:
     assert pyright["pythonVersion"] == pythons[0]
 
 
-WITH_FLAX = "train_state.py"  # loaded when it is asked for, by those who have Flax
+# Files that need more than the package does, loaded when they are used: the extra, and what it installs.
+OPTIONAL = {"train_state.py": ("flax", "flax"), "fisher/plots.py": ("plots", "matplotlib")}
 
 
 def third_party(paths: Iterable[Path]) -> set[str]:
@@ -65,15 +66,15 @@ def required(requirements: list[str]) -> set[str]:
 
 
 def test_dependencies_are_what_the_package_imports() -> None:
-    """Every third-party module the package imports is declared, and nothing else is; Flax is an extra."""
-    paths = set((ROOT / "fisher_optax").rglob("*.py"))
-    with_flax = ROOT / "fisher_optax" / WITH_FLAX
-    assert third_party(paths - {with_flax}) == required(PROJECT["dependencies"])
-    assert third_party([with_flax]) - required(PROJECT["dependencies"]) == {"flax"}
-    assert required(PROJECT["optional-dependencies"]["flax"]) == {"flax"}
+    """Every third-party module the package imports is declared, and nothing else is; Flax and matplotlib are extras."""
+    paths, own = set((ROOT / "fisher_optax").rglob("*.py")), required(PROJECT["dependencies"])
+    apart = {ROOT / "fisher_optax" / name: extra for name, extra in OPTIONAL.items()}
+    assert third_party(paths - apart.keys()) == own
+    for path, (extra, package) in apart.items():
+        assert third_party([path]) - own == required(PROJECT["optional-dependencies"][extra]) == {package}
 
 
-def test_the_package_is_imported_without_flax() -> None:
-    """Only what needs Flax asks for it."""
-    program = "import sys, fisher_optax; sys.exit('flax' in sys.modules)"
+def test_the_package_is_imported_without_flax_and_matplotlib() -> None:
+    """Only what needs them asks for them."""
+    program = "import sys, fisher_optax; sys.exit('flax' in sys.modules or 'matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -2,7 +2,9 @@
 
 from . import geometry as geometry
 from . import plots as plots
+from .approximations import approximate, dense
 from .capacity import BlockSpectrum, block_spectra, effective_rank, participation_ratio
+from .comparison import Comparison, compare
 from .diagonal_fisher import DiagonalFisher
 from .diagonals import diagonal
 from .empirical_head import EmpiricalHead
@@ -15,6 +17,7 @@ from .spectra import Density, Spectrum, density, spectrum
 
 __all__ = [
     "BlockSpectrum",
+    "Comparison",
     "Density",
     "DiagonalFisher",
     "EmpiricalHead",
@@ -23,7 +26,10 @@ __all__ = [
     "Operator",
     "SoftmaxHead",
     "Spectrum",
+    "approximate",
     "block_spectra",
+    "compare",
+    "dense",
     "density",
     "diagonal",
     "effective_rank",

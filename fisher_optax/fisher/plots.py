@@ -1,7 +1,7 @@
 """Pictures of a Fisher: its largest eigenvalues, its density, its blocks, the importance of parameters, its entries.
 
 Each function returns a `matplotlib.figure.Figure`, drawn without pyplot (no display, no global state), and saves it
-where ``path`` is given. All need matplotlib (``pip install matplotlib``), and raise an ImportError that says so.
+where ``path`` is given. All need matplotlib (``pip install 'fisher_optax[plots]'``), and raise an ImportError that says so.
 """
 
 import math
@@ -235,18 +235,22 @@ def _draw_boundaries(axes: Any, boundaries: Mapping[str, int], first: bool) -> N
     for end in ends[:-1]:
         axes.axhline(end, color="white", linewidth=0.4)
         axes.axvline(end, color="white", linewidth=0.4)
-    roomy = sizes >= 0.04 * ends[-1]
-    named = [name for name, fits in zip(boundaries, roomy, strict=True) if fits]
-    axes.set(xticks=[], yticks=(ends - sizes / 2)[roomy] if first else [])
+    centres, roomy = ends - sizes / 2, []
+    for i, centre in enumerate(centres):
+        if not roomy or centre - centres[roomy[-1]] >= 0.04 * ends[-1]:
+            roomy.append(i)
+    axes.set(xticks=[], yticks=centres[roomy] if first else [])
     if first:
-        axes.set_yticklabels(named, fontsize=8)
+        axes.set_yticklabels([list(boundaries)[i] for i in roomy], fontsize=8)
 
 
 def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
-        raise ImportError("pictures need matplotlib, which is not installed: pip install matplotlib") from missing
+        raise ImportError(
+            "pictures need matplotlib, which is not installed: pip install 'fisher_optax[plots]'"
+        ) from missing
     return Figure(figsize=(width, height), layout="constrained")
 
 
