@@ -239,3 +239,20 @@ def test_squares_of_a_stack_use_each_matrix_s_own_bases() -> None:
     delta, inputs = jax.grad(by_hand, argnums=1, has_aux=True)(W, jnp.zeros((3, 5, 4)))
     for i in range(3):
         assert_near(stats.squares[i], squares_by_hand(inputs[i], 5 * delta[i], (bases.left[i], bases.right[i])))
+
+
+def test_true_fisher_where_positions_mix_is_unbiased_not_their_sum() -> None:
+    """A layer below a causal mean feeds the losses of all later positions, whose scores are uncorrelated. Columns of one
+    class at all positions at once would be several times too large.
+    """
+    N, T, H, C = 40, 6, 4, 5
+    params = {"below": normal(0, 3, H), "above": normal(1, H, C)}
+    x, y = normal(2, N, T, 3), jnp.zeros((N, T), int)
+    mixed = lambda h: jnp.cumsum(h, -2) / jnp.arange(1, T + 1)[:, None]  # noqa: E731
+    logits = lambda p, x, shift: mixed(jnp.tanh(x @ p["below"] + shift)) @ p["above"]  # noqa: E731
+    loss = lambda p, x, y: capture.losses.softmax_cross_entropy(logits(p, x, 0.0), y)  # noqa: E731
+    J = np.asarray(jax.vmap(jax.jacrev(logits, 2), (None, 0, None))(params, x, jnp.zeros((T, H))))  # (N, T, C, T, H)
+    F = output_fisher("softmax_cross_entropy", np.asarray(logits(params, x, 0.0)).reshape(N * T, C)).reshape(N, T, C, C)
+    wanted = np.einsum("ntcsh,ntcd,ntdsg->hg", J, F, J) / (N * T)
+    right = jax.jit(capture.value_and_grad(loss, fisher="true"))(params, x, y)[2]["below"].right
+    assert relative(right, wanted) < 0.15

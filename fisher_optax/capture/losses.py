@@ -179,8 +179,10 @@ def pseudo_loss(name: str, fisher: str, samples: int, key: Any, z: Array, _: Any
     """K zeros whose gradients with respect to the logits are, one after the other, what the Fisher is made of.
 
     For "mc", the scores of K = ``samples`` draws of labels from the model; for "true", the K columns of a root of the
-    Fisher of the logits; each example's times ``sqrt(w_i / (Σ w K))`` or ``sqrt(w_i / Σ w)``, so that the sum of the
-    outer products of gradients is the weighted mean over examples.
+    Fisher of the logits, each position's with signs of its own; each example's times ``sqrt(w_i / (Σ w K))`` or
+    ``sqrt(w_i / Σ w)``, so that the sum of the outer products of gradients is the weighted mean over examples. Where
+    a layer's position feeds the losses of several (attention), products of columns of different positions enter too:
+    scores are uncorrelated, and signs at random make these products cancel in the mean.
     """
     p = DISTRIBUTIONS[name]
 
@@ -193,7 +195,8 @@ def pseudo_loss(name: str, fisher: str, samples: int, key: Any, z: Array, _: Any
         w = example_weights(full, *weights)
         share = jnp.sqrt(w / total(w))[..., None]
         if fisher == "true":
-            return ((share * p.root(full, ct, 1)).astype(z.dtype),)
+            signs = jax.random.rademacher(jax.random.key(0), z.shape, full.dtype)
+            return ((share * p.root(full, signs * ct, 1)).astype(z.dtype),)
         drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full, 1)))(jax.random.split(key, samples))
         return ((share * jnp.tensordot(ct, drawn, 1) / samples**0.5).astype(z.dtype),)
 

@@ -1,7 +1,7 @@
 """Pictures of a Fisher: its largest eigenvalues, its density, its blocks, the importance of parameters, its entries.
 
 Each function returns a `matplotlib.figure.Figure`, drawn without pyplot (no display, no global state), and saves it
-where ``path`` is given. All need matplotlib (``pip install 'fisher_optax[plots]'``), and raise an ImportError that says so.
+where ``path`` is given. All need matplotlib (``pip install 'fisher_optax[plots]'``); the ImportError says so.
 """
 
 import math
