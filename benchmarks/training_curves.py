@@ -3,9 +3,10 @@
     python -m benchmarks.training_curves --task gpt --seeds 3
 
 `digits` is the CNN of `examples/train_images.py` on scikit-learn's digits, 10 epochs; `gpt` the 808k-parameter GPT of
-`examples/train_gpt.py`, 300 steps. A method's rate is the one of its grid with the lowest final held-out loss on seed
-0; digits and the pair SOAP and KFAC-SOAP then go on with the other seeds. The file is written after each run, and a run
-that it holds is not repeated. Writes ``results/training_curves_<task>.json`` and ``.png``.
+`examples/train_gpt.py`, 300 steps; `gpt_head` the same with an output layer of its own, for K-FAC's ways with that. A
+method's rate is the one of its grid with the lowest final held-out loss on seed 0; digits, `gpt_head` and the pair SOAP
+and KFAC-SOAP then go on with the other seeds. The file is written after each run, and a run that it holds is not
+repeated. Writes ``results/training_curves_<task>.json`` and ``.png``.
 """
 
 import argparse
@@ -33,9 +34,10 @@ import train_images  # noqa: E402
 from benchmarks import harness  # noqa: E402
 from loop import Diverged  # noqa: E402
 
-PAIR = ("kfac_soap", "soap")  # compared seed by seed
+PAIR = ("kfac_soap", "soap")
 REFERENCES = ("sgd", "adamw", "muon", "soap")  # drawn dashed
-COLORED = ("adamw", "muon", "soap", "kfac_soap", "kfac", "ekfac", "frog", "sgd", "kfrog")  # the same in both pictures
+COLORED = ("adamw", "muon", "soap", "kfac_soap", "kfac", "ekfac", "frog", "sgd", "kfrog", "kfac_true_head")
+COLORS = {name: f"C{i}" for i, name in enumerate(COLORED)} | {"kfac_empirical_head": "C2"}  # the same in all pictures
 
 Run = dict[str, Any]  # method, rate, seed and rows, the entries of `train`; or, without rows, why it diverged
 
@@ -49,6 +51,7 @@ class Task(NamedTuple):
     loss: str  # the held-out loss in the entries
     rates: dict[str, tuple[float, ...]]  # a grid a method
     repeated: Sequence[str]  # the methods that run on every seed
+    pair: tuple[str, str]  # of them, compared seed by seed
     labels: dict[str, Any]  # of the picture
 
 
@@ -67,7 +70,7 @@ def gpt() -> Task:
     }
     labels = {"title": "808k-parameter character GPT", "ylabel": "validation loss (nats per character)"}
     corpus = text.load_corpus(base.data, base.vocab, base.context)
-    return Task(base, corpus, train_gpt.train, "val_loss", rates, PAIR, {**labels, "ylim": (1.7, 3.0)})
+    return Task(base, corpus, train_gpt.train, "val_loss", rates, PAIR, PAIR, {**labels, "ylim": (1.7, 3.0)})
 
 
 def digits() -> Task:
@@ -84,10 +87,19 @@ def digits() -> Task:
         "kfrog": (1e-4, 3e-4, 1e-3),
     }
     labels = {"title": "CNN on scikit-learn's digits", "ylabel": "test loss (nats per image)", "yscale": "log"}
-    return Task(base, images.load_images(base.data), train_images.train, "test_loss", rates, tuple(rates), labels)
+    return Task(base, images.load_images(base.data), train_images.train, "test_loss", rates, tuple(rates), PAIR, labels)
 
 
-TASKS = {"gpt": gpt, "digits": digits}
+def gpt_head() -> Task:
+    """K-FAC with three right sides for a head of the GPT's own."""
+    tied = gpt()
+    base = dataclasses.replace(tied.base, head="own")
+    rates = dict.fromkeys(("kfac", "kfac_true_head", "kfac_empirical_head"), (6e-3, 1e-2)) | {"adamw": (3e-3,)}
+    labels = {**tied.labels, "title": "GPT with its own head"}
+    return tied._replace(base=base, rates=rates, repeated=tuple(rates), pair=("kfac_true_head", "kfac"), labels=labels)
+
+
+TASKS = {"gpt": gpt, "gpt_head": gpt_head, "digits": digits}
 
 
 class Results:
@@ -139,8 +151,8 @@ class Results:
         return sorted(rows, key=lambda row: row["loss"])
 
     def difference(self) -> list[dict[str, float]]:
-        """How much lower or higher KFAC-SOAP's loss is than SOAP's at each evaluation, by seed and on average."""
-        ours, theirs = (self.best(name) if self.of(name) else [] for name in PAIR)
+        """How much lower or higher the first of the pair's loss is at each evaluation, by seed and on average."""
+        ours, theirs = (self.best(name) if self.of(name) else [] for name in self.task.pair)
         both = [(a["rows"], b["rows"]) for a, b in zip(ours, theirs, strict=False) if "rows" in a and "rows" in b]
         found = []
         for pairs in zip(*(zip(a, b, strict=True) for a, b in both), strict=True):
@@ -149,7 +161,7 @@ class Results:
         return found
 
     def write(self) -> None:
-        derived = {"table": self.table(), f"{PAIR[0]} minus {PAIR[1]}": self.difference()}
+        derived = {"table": self.table(), " minus ".join(self.task.pair): self.difference()}
         payload = {"environment": self.environment, **self.fixed, **derived, "runs": self.runs}
         part = self.path.with_suffix(".part")
         part.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
@@ -176,7 +188,7 @@ def draw(axes: Axes, results: Results, methods: Sequence[str], *, every_seed: bo
                 [row["step"] for row in run["rows"]],
                 [row[results.task.loss] for row in run["rows"]],
                 "--" if name in REFERENCES else "-",
-                color=f"C{COLORED.index(name)}",
+                color=COLORS[name],
                 linewidth=1.6,
                 alpha=0.85,
                 label=f"{name}, rate {run['rate']:g}: {results.final(run):.3g}" if i == 0 else None,
@@ -192,10 +204,10 @@ def picture(results: Results, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     order = [row["method"] for row in results.table()]
     draw(left, results, order, every_seed=False)
-    draw(right, results, [name for name in PAIR if name in order], every_seed=True)
+    draw(right, results, [name for name in results.task.pair if name in order], every_seed=True)
     labels = dict(results.task.labels)
     left.set(**{**labels, "title": f"{labels.pop('title')}, seed 0: the best rate of each method, and its final loss"})
-    right.set(**labels, title=f"{' and '.join(PAIR)}, every seed")
+    right.set(**labels, title=f"{' and '.join(results.task.pair)}, every seed")
     figure.savefig(path, dpi=150)
 
 

@@ -7,6 +7,7 @@ from optimizers import METHODS, find_method
 from options import option, require
 
 DTYPES = ("float32", "bfloat16")
+HEADS = ("tied", "own")
 COUNTS = ("steps", "batch", "context", "layers", "width", "heads", "vocab", "refresh", "eval_every", "eval_batches")
 
 
@@ -28,6 +29,7 @@ class Config:
     layers: int = option(4, "transformer blocks")
     width: int = option(128, "width of the residual stream")
     heads: int = option(4, "attention heads")
+    head: str = option("tied", "the output layer: tied to the embedding, or own")
     dropout: float = option(0.0, "dropout rate")
     dtype: str = option("float32", f"type of the computation, {' or '.join(DTYPES)}; parameters stay float32")
     vocab: int = option(96, "characters with a symbol of their own; all rarer ones share one")
@@ -70,4 +72,7 @@ def check(config: Config) -> None:
     require(config, 0 <= config.weight_decay < math.inf, "weight_decay", "zero or a positive number")
     require(config, 0 <= config.dropout < 1, "dropout", "at least 0 and less than 1")
     require(config, 0 <= config.seed < 2**31, "seed", "at least 0 and less than 2^31")
+    require(config, config.head in HEADS, "head", " or ".join(HEADS))
+    if find_method(config.optimizer).own_head:
+        require(config, config.head == "own", "head", f"own: {config.optimizer} treats it apart")
     require(config, config.dtype in DTYPES, "dtype", " or ".join(DTYPES))

@@ -37,6 +37,7 @@ class Method(NamedTuple):
     statistics: Callable[[], Any] | None = None  # of the layers, for `fo.value_and_grad`; None: gradients are enough
     fisher: str = "empirical"  # "mc": the statistics are of labels drawn from the model
     bases: Callable[[Any, Any], Any] | None = None  # from its state and the parameters: where statistics are taken
+    own_head: bool = False  # the output layer must not be the embedding too
 
 
 def decayed(params: optax.Params) -> optax.Params:
@@ -82,6 +83,7 @@ def sgd(rate: optax.Schedule, settings: Settings) -> optax.GradientTransformatio
 
 
 with_squares = functools.partial(fo.KroneckerFactors, squares=True)
+with_tokens = functools.partial(fo.KroneckerFactors, head_rows=256)
 samples_of_64 = functools.partial(fo.LayerSamples, 64)
 
 
@@ -105,6 +107,12 @@ def as_long_as_adams(make: Callable[..., optax.GradientTransformation]) -> Calla
     return build
 
 
+def kfac_with_head(head: str) -> Method:
+    """K-FAC for the GPT, and the softmax's own Fisher for its head."""
+    build = as_long_as_adams(functools.partial(fo.kfac, head=head))
+    return Method(build, 6e-3, damping=1e-3, statistics=with_tokens, own_head=True)
+
+
 # For characters and the default GPT, 128 wide: the best rates of benchmarks/results/training_curves_gpt.json, and of
 # steps_to_target.json; those of Shampoo, DyKAF and the KL methods are not tuned.
 METHODS = {
@@ -118,6 +126,8 @@ METHODS = {
     "optax_muon": Method(optax_muon, 3e-2),
     "kfac": Method(as_long_as_adams(fo.kfac), 6e-3, damping=1e-3, statistics=fo.KroneckerFactors),
     "ekfac": Method(as_long_as_adams(fo.ekfac), 6e-3, damping=1e-3, statistics=with_squares, bases=fo.eigenbases),
+    "kfac_true_head": kfac_with_head("true"),
+    "kfac_empirical_head": kfac_with_head("empirical"),
     "kfac_soap": Method(with_adamw(fo.kfac_soap, "refresh"), 1e-2, statistics=fo.KroneckerFactors),
     "frog": Method(with_adamw(fo.frog, "damping"), 6e-3, damping=1e-4, statistics=samples_of_64),
     "kfrog": Method(with_adamw(fo.kfrog, "damping"), 1e-3, damping=1e-2, statistics=samples_of_64),

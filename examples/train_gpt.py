@@ -57,7 +57,9 @@ def program_of(config: Config) -> Config:
 
 def make_model(config: Config, symbols: int) -> GPT:
     c = config
-    return GPT(symbols, c.context, c.layers, c.width, c.heads, c.dropout, dtype=jnp.dtype(c.dtype))
+    return GPT(
+        symbols, c.context, c.layers, c.width, c.heads, c.dropout, dtype=jnp.dtype(c.dtype), tied=c.head == "tied"
+    )
 
 
 def make_optimizer(program: Config, peak: Scalar | float) -> optax.GradientTransformationExtraArgs:

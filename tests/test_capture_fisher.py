@@ -242,8 +242,8 @@ def test_squares_of_a_stack_use_each_matrix_s_own_bases() -> None:
 
 
 def test_true_fisher_where_positions_mix_is_unbiased_not_their_sum() -> None:
-    """A layer below a causal mean feeds the losses of all later positions, whose scores are uncorrelated. Columns of one
-    class at all positions at once would be several times too large.
+    """A layer below a causal mean feeds the losses of all later positions, whose scores are uncorrelated: columns of
+    one class at all positions at once would be several times too large.
     """
     N, T, H, C = 40, 6, 4, 5
     params = {"below": normal(0, 3, H), "above": normal(1, H, C)}

@@ -150,7 +150,11 @@ def test_a_pickle_may_not_act(tmp_path: Path) -> None:
         ("t10k-images-idx3-ubyte", idx(np.zeros((15, 8, 8)))[:-1], "959 bytes after the header for 15 x 8 x 8 numbers"),
         ("t10k-labels-idx1-ubyte", idx(np.zeros(14)), "15 images and 14 labels"),
         ("t10k-labels-idx1-ubyte", None, "lacks t10k-labels-idx1-ubyte"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.zeros((40, 8, 8))), mtime=0)[:-9], "it cannot be decompressed"),
+        (
+            "train-images-idx3-ubyte.gz",
+            gzip.compress(idx(np.zeros((40, 8, 8))), mtime=0)[:-9],
+            "cannot be decompressed",
+        ),
         ("test_batch.bin", bytes(3072), "3072 bytes are not a multiple of 3073"),
         ("test_batch.bin", b"", "0 images and 0 labels"),
         ("data_batch_1.bin", bytes([10]) + bytes(3072), "labels from 10 to 10, not from 0 to 9"),

@@ -110,7 +110,9 @@ def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(tmp_path: Path, data
 @pytest.mark.parametrize("optimizer", [name for name, row in METHODS.items() if row.statistics])
 def test_a_method_of_layers_statistics_lowers_the_loss(data: Path, optimizer: str) -> None:
     """In few steps, with the row's own rate and damping: what it asks of the layers is what it takes."""
-    config = Config(**{**TINY, "steps": 4, "warmup": 1, "eval_every": 4}, data=str(data), optimizer=optimizer)
+    head = "own" if METHODS[optimizer].own_head else "tied"
+    steps = {**TINY, "steps": 4, "warmup": 1, "eval_every": 4}
+    config = Config(**steps, data=str(data), optimizer=optimizer, head=head)
     before, after = train_gpt.train(config)
     assert after["train_loss"] < before["train_loss"]
 
@@ -171,6 +173,8 @@ def test_the_docstring_example_runs() -> None:
         ({"weight_decay": -1}, "--weight-decay must be zero or a positive number, not -1.0"),
         ({"optimizer": "kfac", "damping": 0}, "--damping must be a positive number, not 0.0"),
         ({"damping": 0.1}, "--damping must be left out: soap has none, not 0.1"),
+        ({"head": "none"}, "--head must be tied or own, not none"),
+        ({"optimizer": "kfac_true_head"}, "--head must be own: kfac_true_head treats it apart, not tied"),
         ({"dropout": 1}, "--dropout must be at least 0 and less than 1, not 1.0"),
         ({"seed": -1}, "--seed must be at least 0 and less than 2^31, not -1"),
         ({"dtype": "float16"}, "--dtype must be float32 or bfloat16, not float16"),

@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer whose output layer is its embedding matrix (tied).
+    """Decoder-only transformer whose output layer is its embedding matrix (``tied``), or a Dense layer ``head``.
 
     Each weight matrix is the kernel of a `flax.linen.Dense` (``qkv``, ``proj``, ``up``, ``down``), inputs first; the
     embeddings are `flax.linen.Embed`. Parameters and logits are float32 whatever ``dtype`` is.
@@ -64,6 +64,7 @@ class GPT(nn.Module):
         dropout: rate on embeddings, attention weights and both branches; with ``train=True`` it needs
             ``rngs={"dropout": key}``.
         bias: give the dense layers and the norms a bias. Off by default, as in nanoGPT: faster and no worse.
+        tied: the output layer is the embedding, as in nanoGPT; otherwise one of its own.
         dtype: of the computation: ``jnp.float32`` or, on hardware that has it, ``jnp.bfloat16``.
 
     Example:
@@ -85,6 +86,7 @@ class GPT(nn.Module):
     dropout: float = 0.0
     bias: bool = False
     dtype: jnp.dtype = jnp.dtype("float32")
+    tied: bool = True
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "batch time"], train: bool = False) -> Float[Array, "batch time vocabulary"]:
@@ -98,4 +100,8 @@ class GPT(nn.Module):
         for layer in range(self.layers):
             x = Block(self.layers, self.heads, self.dropout, self.bias, self.dtype, name=f"block_{layer}")(x, train)
         x = nn.LayerNorm(use_bias=self.bias, dtype=self.dtype, name="norm")(x)
-        return embed.attend(x).astype(jnp.float32)
+        if self.tied:
+            return embed.attend(x).astype(jnp.float32)
+        init = nn.initializers.normal(init_std(self.width))
+        head = nn.Dense(self.vocabulary, use_bias=False, dtype=self.dtype, kernel_init=init, name="head")
+        return head(x).astype(jnp.float32)
