@@ -83,6 +83,7 @@ class SmallCNN(nn.Module):
 class Trained(NamedTuple):
     """A model after training, and the examples that its Fishers are of."""
 
+    data: str  # the name of the images, wherever they lie
     loss: Any  # of parameters, images and labels
     params: Any
     images: Array
@@ -122,7 +123,7 @@ def train(config: Config, data: Images) -> Trained:
     few = evenly_spaced(data.train, config.examples)
     x, y = standardize(jnp.asarray(few.images), scale), jnp.asarray(few.labels)
     tests = standardize(jnp.asarray(data.test.images), scale), jnp.asarray(data.test.labels)
-    return Trained(loss, params, x, y, float(jax.jit(loss)(params, x, y)), accuracy(x, y), accuracy(*tests))
+    return Trained(data.name, loss, params, x, y, float(jax.jit(loss)(params, x, y)), accuracy(x, y), accuracy(*tests))
 
 
 def measure(trained: Trained) -> tuple[dict[str, Any], dict[str, dict[str, Comparison]]]:
@@ -158,8 +159,8 @@ def ordering(params: Any) -> tuple[np.ndarray, dict[str, int]]:
 def as_markdown(config: Config, trained: Trained, errors: dict[str, dict[str, Comparison]]) -> str:
     near, count = errors["true"]["empirical Fisher"], sum(x.size for x in jax.tree.leaves(trained.params))
     lines = [
-        f"{count:,} parameters after {config.epochs} epochs on {config.data}. Of {len(trained.labels)} training images "
-        f"{trained.train_accuracy:.1%} are recognised, at a loss of {trained.train_loss:.4f} nats, and "
+        f"{count:,} parameters after {config.epochs} epochs on {trained.data}. Of {len(trained.labels)} training "
+        f"images {trained.train_accuracy:.1%} are recognised, at a loss of {trained.train_loss:.4f} nats, and "
         f"{trained.test_accuracy:.1%} of the test images. The empirical Fisher is {near.relative_error:.3g} of the "
         f"true one's norm away from it, at a cosine of {near.cosine:.3f}.",
     ]
@@ -186,11 +187,12 @@ def write(out: Path, config: Config, trained: Trained, matrices: Any, errors: di
         }
         for fisher, rows in errors.items()
     }
-    payload = {"config": dataclasses.asdict(config), "versions": versions, "model": numbers, "errors": measured}
+    settings = {**dataclasses.asdict(config), "data": trained.data}
+    payload = {"config": settings, "versions": versions, "model": numbers, "errors": measured}
     (out / "gallery.json").write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
     (out / "gallery.md").write_text(as_markdown(config, trained, errors), encoding="utf-8")
     order, sizes = ordering(trained.params)
-    title = f"log |F| of a CNN, {len(order):,} parameters, {config.data}; approximations are of the true Fisher"
+    title = f"log |F| of a CNN, {len(order):,} parameters, {trained.data}; approximations are of the true Fisher"
     matrices_plot(matrices, order=order, boundaries=sizes, title=title, path=out / "gallery.png")
 
 

@@ -28,3 +28,17 @@ def x64() -> Iterator[None]:
     """Runs the test in double precision."""
     with jax.enable_x64(True):
         yield
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 25_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs() -> Iterator[None]:
+    """Compiled programs are maps of memory. Linux gives a process 65,530 and aborts what asks for more; a worker that
+    compiles all that these tests do would come there.
+    """
+    yield
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()

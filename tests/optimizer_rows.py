@@ -234,6 +234,8 @@ FACTORIES = tuple(row for row in ROWS if FIRST.get(row.static_args, row.name) ==
 METHODS = tuple(row for row in FACTORIES if not row.name.startswith("scale_by_"))  # of which the others are a part
 # What a framework or a mesh does with all methods in the same way is seen on these.
 SOME = tuple(row for row in METHODS if row.name in ("soap", "muon", "kfac", "frog"))
+# One of each kind of state.
+STATES = tuple(row for row in METHODS if row in SOME or row.name in ("shampoo", "ekfac", "normuon"))
 # Whatever depends on the shapes of a state.
 OTHER_SHAPES = {"block_size", "factor_storage", "factor_dtype", "sides", "rank1_second_moment"}
 SHAPES = tuple(row for row in ROWS if row in METHODS or OTHER_SHAPES & row.options.keys())

@@ -14,6 +14,7 @@ from tests.optimizer_rows import METHODS as METHODS
 from tests.optimizer_rows import ROWS as ROWS
 from tests.optimizer_rows import SHAPES as SHAPES
 from tests.optimizer_rows import SOME as SOME
+from tests.optimizer_rows import STATES as STATES
 from tests.optimizer_rows import Row as Row
 from tests.optimizer_rows import build as build
 from tests.optimizer_rows import each as each

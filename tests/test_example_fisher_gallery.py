@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 import fisher_gallery
 from fisher_optax.fisher.approximations import METHODS
+from images import load_images
 from tests.example_runs import flags, refusal
 from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.test_example_image_parts import TINY, random_part, write_mnist
@@ -79,7 +80,7 @@ def test_a_small_run(
     assert matplotlib.image.imread(out / "gallery.png").shape[0] > 500
 
     saved: dict[str, Any] = json.loads((out / "gallery.json").read_text())
-    assert saved["config"] == {"data": str(mnist), "epochs": 1, "examples": 5, "seed": 0}
+    assert saved["config"] == {"data": load_images(str(mnist)).name, "epochs": 1, "examples": 5, "seed": 0}
     assert saved["versions"]["jax"] == jax.__version__
     assert set(saved["errors"]["empirical"]) == set(shown)
     assert set(saved["errors"]["true"]) == {*shown, "empirical Fisher"}

@@ -86,14 +86,13 @@ def test_the_other_layers_are_as_without_a_head_apart() -> None:
     moved = []
     for head, kind in ((None, fo.KroneckerFactors()), ("true", fo.KroneckerFactors(head_rows=T))):
         tx = fo.scale_by_kfac(damping=1e-2, head=head)
-        _, grads, stats = fo.value_and_grad(loss, kind)(params, *batch)
-        moved.append(tx.update(grads, tx.init(params), params, statistics=stats)[0])
+        _, grads, stats = jax.jit(fo.value_and_grad(loss, kind))(params, *batch)
+        moved.append(jax.jit(tx.update)(grads, tx.init(params), params, statistics=stats)[0])
     assert relative(moved[1]["body"]["kernel"], moved[0]["body"]["kernel"]) < 1e-12
     assert relative(moved[1]["lm_head"]["kernel"], moved[0]["lm_head"]["kernel"]) > 0.05
 
 
-@pytest.mark.parametrize("fisher", ("true", "empirical"))
-@pytest.mark.parametrize("labels", ("numbers", "probabilities"))
+@pytest.mark.parametrize(("fisher", "labels"), (("true", "numbers"), ("empirical", "probabilities")))
 def test_it_trains_skips_bad_steps_and_stays_finite(fisher: str, labels: str) -> None:
     """In float32, with few rows, grafting and Adam's exponent on the other layers."""
     params, (x, y, w) = arrays(PARAMS), arrays(BATCHES[0])
@@ -129,7 +128,7 @@ def test_the_fisher_of_the_head_asks_for_no_labels() -> None:
     found = []
     for fisher, labels, key in (("empirical", y, None), ("mc", (y + 1) % V, jax.random.key(0)), ("true", y, None)):
         kind = fo.KroneckerFactors(head_rows=T)
-        seen = fo.value_and_grad(loss, kind, fisher=fisher)(params, x, labels, w, fisher_key=key)[2]
+        seen = jax.jit(fo.value_and_grad(loss, kind, fisher=fisher))(params, x, labels, w, fisher_key=key)[2]
         found.append(fo.fisher.SoftmaxHead.from_logits(*seen["lm_head"]["kernel"].right[::2]).dense())
         assert seen["body"]["kernel"].right.shape == (M, M)
     wanted = dense_sides("true", params, *BATCHES[0])[1]

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.comparisons import assert_finite, assert_same_bits, assert_updates_close
-from tests.optimizers_table import METHODS, SHAPES, SOME, Row, build, each, run, updater
+from tests.optimizers_table import SHAPES, SOME, STATES, Row, build, each, run, updater
 
 # A kernel (8, 8) and a bias in every layout of a 2-D mesh.
 LAYOUTS = {
@@ -60,7 +60,7 @@ def typeof(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): jax.typeof(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
-@on_meshes(METHODS, SOME)
+@on_meshes(STATES, SOME)
 def test_eight_devices_equal_one(kind: AxisType, row: Row) -> None:
     """Jitted and eager, every layout at once; state types hold from `init` on, and parameters stay where they were."""
     tx = build(row)

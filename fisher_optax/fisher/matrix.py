@@ -14,6 +14,7 @@ good fit, and is no curvature elsewhere. Sources: Martens 2020 (arXiv 1412.1193)
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -94,12 +95,13 @@ def operator(
 
 def check_outputs(loss_fn: Callable[..., Any], params: Any, batch: Any) -> None:
     """A ValueError for labels that are no class, and for weights that are all 0; not of traced batches."""
-    if not jax.eval_shape(lambda p, b: outputs(loss_fn, p, *b)[0], params, batch):
+    found = jax.eval_shape(lambda p, b: outputs(loss_fn, p, *b)[0], params, batch)
+    if not found:
         raise ValueError(NO_LOSS)
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, batch))):
         return
-    for out in jax.jit(lambda p, b: outputs(loss_fn, p, *b)[0])(params, batch):
-        weights, labels, classes = np.asarray(out.weights), np.asarray(out.labels), out.logits.shape[-1]
+    for out, given in zip(found, _weights_and_labels(loss_fn, params, batch), strict=True):
+        weights, labels, classes = *map(np.asarray, given), out.logits.shape[-1]
         if not np.any(weights > 0):
             raise ValueError("every weight in the loss is 0: the batch has no example to take a Fisher of.")
         wrong = labels[(weights > 0) & ((labels < 0) | (labels >= classes))] if labels.ndim == weights.ndim else []
@@ -108,6 +110,12 @@ def check_outputs(loss_fn: Callable[..., Any], params: Any, batch: Any) -> None:
                 f"labels are classes 0 to {classes - 1}; got {wrong[0]}. Give padding the weight 0: "
                 "fo.losses.softmax_cross_entropy(logits, labels, weights=labels >= 0)."
             )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights_and_labels(loss_fn: Callable[..., Any], params: Any, batch: Any) -> list[tuple[Array, Array]]:
+    """Of each loss; the compiler drops the logits, and so the model."""
+    return [(o.weights, o.labels) for o in outputs(loss_fn, params, *batch)[0]]
 
 
 def check_temperature(temperature: Any) -> None:

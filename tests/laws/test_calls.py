@@ -17,6 +17,7 @@ from tests.optimizers_table import (
     FACTORIES,
     METHODS,
     SOME,
+    STATES,
     STEPS,
     Row,
     build,
@@ -31,7 +32,7 @@ from tests.optimizers_table import (
 )
 
 
-@each()
+@each(FACTORIES)
 def test_unknown_arguments_are_accepted_and_nothing_compiles_twice(row: Row) -> None:
     """Six steps, refreshes among them, from a state made eagerly."""
     assert len(trajectory(row)) == STEPS
@@ -100,7 +101,7 @@ def test_schedules_are_the_numbers_they_give(row: Row) -> None:
     assert_stops_after_three(row, build(row, **schedules))
 
 
-@each(METHODS)
+@each(STATES)
 def test_micro_steps_of_multisteps_do_nothing(row: Row) -> None:
     """Three of four calls give zero; the fourth gives the update of the mean gradient."""
     c = compiled(row)
@@ -114,7 +115,7 @@ def test_micro_steps_of_multisteps_do_nothing(row: Row) -> None:
         assert_close(point.updates, wanted, row.tolerance)
 
 
-@each(METHODS)
+@each(STATES)
 def test_masked_leaves_pass_and_the_others_move_as_before(row: Row) -> None:
     params = standard_params()
     mask = jax.tree.map(lambda _: False, params) | jax.tree.map(lambda _: True, matrices_of(params))

@@ -14,8 +14,8 @@ from flax.training.train_state import TrainState
 from tests.comparisons import assert_close, assert_finite, assert_same_bits, types
 from tests.optimizers_table import (
     METHODS,
-    SHAPES,
     SOME,
+    STATES,
     Row,
     build,
     compiled,
@@ -62,7 +62,7 @@ def test_state_from_shapes_is_the_state_from_arrays(row: Row) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@each(METHODS)
+@each(STATES)
 def test_half_precision_steps_are_finite(row: Row, dtype: str) -> None:
     """Also where the sum of squares of a gradient leaves float16's range."""
     tx = compiled(row).tx
@@ -88,7 +88,7 @@ def test_map_params_reaches_the_state(row: Row) -> None:
     assert seen
 
 
-@each(SHAPES)
+@each(METHODS)
 def test_a_run_resumed_from_a_checkpoint_is_the_same_run(row: Row, tmp_path: Path) -> None:
     """Bitwise, from Orbax, in the middle."""
     half, full = trajectory(row)[2], trajectory(row)
