@@ -149,7 +149,7 @@ def costs(batch: int = 4, context: int = 64) -> dict[str, float]:
     mean_loss = lambda p, t: jnp.mean(jax.vmap(example_loss, (None, 0))(p, t))  # noqa: E731
     gradient, found = count_matmul_flops(jax.jit(jax.grad(mean_loss)), params, tokens).most, {}
     for unit in ("position", "sequence", "token"):
-        rule = diagonals.Rule(example_loss, unit, Labels(), None, None, batch)
+        rule = diagonals.Settings(example_loss, unit, Labels(), None, None, batch)
         state = jax.eval_shape(lambda p, t, r=rule: diagonals._start(r, p, t, None), params, tokens)
         step = lambda *args, r=rule: diagonals._step(r, *args, None)  # noqa: E731
         found[unit] = count_matmul_flops(jax.jit(step), state, params, tokens).most / gradient

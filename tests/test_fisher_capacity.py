@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import fisher_optax as fo
 from fisher_optax.fisher.capacity import block_spectra, effective_rank, participation_ratio
-from fisher_optax.fisher.operators import Operator, Rule
+from fisher_optax.fisher.operators import Operator, RowRule
 from fisher_optax.fisher.spectra import spectrum
 
 RNG = np.random.default_rng(0)
@@ -30,16 +30,12 @@ CALLS = []
 
 
 @dataclasses.dataclass(frozen=True)
-class Sum(Rule):
+class Sum(RowRule):
     """Of outer products of the rows it is given."""
 
     def product(self, data: Any, v: Any) -> Any:
         flat, unravel = ravel_pytree(v)
         return unravel(data.T @ (data @ flat))
-
-    @property
-    def has_rows(self) -> bool:
-        return True
 
     def rows(self, data: Any) -> Any:
         CALLS.append(data.shape)

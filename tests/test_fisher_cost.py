@@ -31,7 +31,7 @@ def gpt(layers: int, length: int, batch: int = MICROBATCH) -> tuple[Any, Any, An
 
 def step_of(unit: str, groups: Any, example_loss: Any, params: Any, tokens: Any) -> tuple[Any, ...]:
     """The step of `fo.fisher.diagonal`, and its arguments."""
-    rule = diagonals.Rule(example_loss, unit, Labels(), groups, None, MICROBATCH)
+    rule = diagonals.Settings(example_loss, unit, Labels(), groups, None, MICROBATCH)
     state = jax.eval_shape(lambda p, t: diagonals._start(rule, p, t, None), params, tokens)
     return (lambda *args: diagonals._step(rule, *args, None)), state, params, tokens
 

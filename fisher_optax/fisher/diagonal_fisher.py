@@ -133,8 +133,7 @@ class DiagonalFisher(NamedTuple):
         """Lower and upper end by group, by Student's t with ``n_eff - 1`` degrees of freedom; never below 0. Not under
         `jit`.
 
-        Squares are skewed, so that with few examples the true level is somewhat lower: about 92 % of a nominal 95 %
-        with twenty.
+        Squares are skewed, so that with few examples the true level is somewhat lower.
 
         Raises:
           ValueError: for a level outside of (0, 1).

@@ -29,7 +29,7 @@ UNITS = ("sequence", "token", "position")
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Settings:
     """All that a step's program depends on but shapes."""
 
     loss_fn: Callable[..., Any]
@@ -101,7 +101,7 @@ def diagonal(
     """
     labels = _labels(unit, fisher, n_samples, temperature, key)
     check_counts("diagonal", microbatch=microbatch)
-    rule = Rule(example_loss_fn, unit, labels, groups, axes, microbatch)
+    settings = Settings(example_loss_fn, unit, labels, groups, axes, microbatch)
     state, read = resume, 0
     for i, batch in enumerate(batches if progress is None else progress(batches)):
         batch = jax.tree.map(jnp.asarray, batch)
@@ -112,8 +112,8 @@ def diagonal(
         # A key an example, by its place in all batches, so that labels do not depend on how these are cut.
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, read))
         if state is None:
-            state = _start(rule, params, batch, keys)
-        state = _step(rule, state, params, batch, keys)
+            state = _start(settings, params, batch, keys)
+        state = _step(settings, state, params, batch, keys)
         if on_batch is not None:
             on_batch(state)
     if state is None:
@@ -150,36 +150,36 @@ def _count(batch: Any, i: int) -> int:
     return shapes[0][0]
 
 
-def _microbatch_squares(rule: Rule, params: Any, batch: Any, keys: Any) -> tuple[Any, Array, Array]:
+def _microbatch_squares(settings: Settings, params: Any, batch: Any, keys: Any) -> tuple[Any, Array, Array]:
     """Stacked squares and weights of independent draws, and how many examples are wrong that these do not show."""
-    reduce = grouping(rule.groups, params, rule.axes)
-    if rule.unit == "position":
-        x, w, wrong = position_squares(rule.loss_fn, rule.labels, params, batch, keys)
+    reduce = grouping(settings.groups, params, settings.axes)
+    if settings.unit == "position":
+        x, w, wrong = position_squares(settings.loss_fn, settings.labels, params, batch, keys)
         return jax.tree.map(lambda s: s[None], reduce(x)), w[None], wrong
 
     def one(example: Any, key: Any) -> tuple[Any, Array]:
-        made = example_of(rule.loss_fn, rule.labels, params, example, key)
-        return squares(rule.unit, rule.labels.fisher == "true", reduce, params, made)
+        made = example_of(settings.loss_fn, settings.labels, params, example, key)
+        return squares(settings.unit, settings.labels.fisher == "true", reduce, params, made)
 
     x, w = jax.vmap(one)(batch, keys)
     return x, w, jnp.zeros([], jnp.int32)
 
 
-def _start(rule: Rule, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
+def _start(settings: Settings, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
     one, key = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), (batch, keys))
-    x = jax.eval_shape(functools.partial(_microbatch_squares, rule), params, one, key)[0]
+    x = jax.eval_shape(functools.partial(_microbatch_squares, settings), params, one, key)[0]
     return DiagonalFisher.zeros(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), x))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(rule: Rule, state: DiagonalFisher, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
+def _step(settings: Settings, state: DiagonalFisher, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
     """One batch: whole microbatches in a loop, then what is left."""
     count = len(jax.tree.leaves(batch)[0])
-    size = min(rule.microbatch, count)
+    size = min(settings.microbatch, count)
     steps = count // size
 
     def add(state: DiagonalFisher, given: Any) -> tuple[DiagonalFisher, None]:
-        x, w, wrong = _microbatch_squares(rule, params, *given)
+        x, w, wrong = _microbatch_squares(settings, params, *given)
         state = state.update(x, w)
         return state._replace(skipped=state.skipped + wrong), None
 

@@ -27,7 +27,7 @@ from jaxtyping import Array
 
 from ..capture.outputs import Output, outputs
 from ..capture.sums import check_counts
-from .operators import Operator, Rule
+from .operators import Operator, RowRule, Rule
 
 FISHERS = ("true", "mc", "empirical")
 KINDS = (*FISHERS, "ggn", "hessian")
@@ -148,7 +148,7 @@ class _GaussNewton(Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fisher(Rule):
+class _Fisher(RowRule):
     loss_fn: Callable[..., Any]
     fisher: str
     n_samples: int
@@ -160,10 +160,6 @@ class _Fisher(Rule):
         _, Jv = jax.jvp(logits, (params,), (v,))
         pull = jax.vjp(logits, params)[1]
         return pull([self._middle(o, i, key, u) for i, (o, u) in enumerate(zip(found, Jv, strict=True))])[0]
-
-    @property
-    def has_rows(self) -> bool:
-        return True
 
     def rows(self, data: Any) -> Array:
         """One for each position and label."""

@@ -1,5 +1,6 @@
 """A symmetric matrix as large as a model's parameters: what it does to a tree, never its entries."""
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -17,21 +18,20 @@ from jaxtyping import Array, Float
 from ..matrix_axes import path_names
 
 
-class Rule:
+class Rule(abc.ABC):
     """How an operator acts. Equal rules are one program, so they are frozen dataclasses."""
 
+    @abc.abstractmethod
     def product(self, data: Any, v: Any) -> Any:
         """Of the matrix and a tree."""
-        raise NotImplementedError
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether there is `rows`."""
-        return False
 
+class RowRule(Rule):
+    """How one acts that is a sum of outer products."""
+
+    @abc.abstractmethod
     def rows(self, data: Any) -> Array:
         """R of (rows, D) with ``RᵀR`` the matrix."""
-        raise NotImplementedError
 
 
 @functools.partial(
@@ -131,7 +131,7 @@ class Operator:
     @property
     def has_rows(self) -> bool:
         """Whether it is given as a sum of outer products, one a row of `rows`."""
-        return self.rule.has_rows
+        return isinstance(self.rule, RowRule)
 
     def rows(self) -> Float[Array, "r d"]:
         """R with ``RᵀR`` the matrix: scores of single labels and examples, scaled. As many backward passes as rows.
@@ -139,9 +139,9 @@ class Operator:
         Raises:
           ValueError: where the matrix is not given as such a sum.
         """
-        if not self.has_rows:
+        if not isinstance(self.rule, RowRule):
             raise ValueError(f"{self.name} is no sum of outer products: use matvec or dense.")
-        return _rows(self)
+        return _rows(self.rule, self.data)
 
     def dense(self, batch_size: int = 32) -> Float[Array, "d d"]:
         """All D² entries: for small models. From the rows where they are fewer than D, else D products, ``batch_size``
@@ -163,14 +163,15 @@ class Operator:
         chosen = tuple(i for i, path in enumerate(self.paths) if any(inside(path, of) for of in paths))
         names = tuple(self.paths[i] for i in chosen)
         leaves = tuple(self.leaves[i] for i in chosen)
-        rule = Block(self.rule, self.structure, self.leaves, chosen)
+        cut = RowBlock if self.has_rows else Block
+        rule = cut(self.rule, self.structure, self.leaves, chosen)
         name, structure = f"{self.name} of {', '.join(paths)}", jax.tree.structure([0] * len(names))
         return Operator(name, rule, self.data, structure, names, leaves)
 
 
-@jax.jit
-def _rows(F: Operator) -> Array:
-    return F.rule.rows(F.data)
+@functools.partial(jax.jit, static_argnums=0)
+def _rows(rule: RowRule, data: Any) -> Array:
+    return rule.rows(data)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -208,7 +209,7 @@ class Dense(Rule):
 class Block(Rule):
     """The leaves ``chosen`` of another operator's, as a list."""
 
-    whole: Rule
+    whole: Any  # the rule of that operator
     structure: Any
     leaves: tuple[jax.ShapeDtypeStruct, ...]
     chosen: tuple[int, ...]
@@ -220,9 +221,10 @@ class Block(Rule):
         out = jax.tree.leaves(self.whole.product(data, jax.tree.unflatten(self.structure, full)))
         return [out[i] for i in self.chosen]
 
-    @property
-    def has_rows(self) -> bool:
-        return self.whole.has_rows
+
+@dataclasses.dataclass(frozen=True)
+class RowBlock(Block, RowRule):
+    """The same of one that has rows: their entries there."""
 
     def rows(self, data: Any) -> Array:
         ends = [0, *itertools.accumulate(math.prod(x.shape) for x in self.leaves)]

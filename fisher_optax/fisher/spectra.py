@@ -159,7 +159,7 @@ class Density:
         """Student's interval for the trace, with P - 1 degrees of freedom, and room for rounding.
 
         It takes the estimates for normal. Where one eigenvalue makes up nearly all of the trace they are as skew as the
-        square of a normal number, and 95% is 88% in truth with 16 vectors, 92% with 32.
+        square of a normal number, and few vectors give intervals that hold it less often than they say.
         """
         if not 0 < level < 1:
             raise ValueError(f"trace_interval: level is {level}; wanted a probability between 0 and 1.")
