@@ -11,10 +11,8 @@ one, with the data's labels).
 import argparse
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import math
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +35,7 @@ from image_batches import evenly_spaced, scale_of, shuffled, standardize
 from images import Images, load_images
 from loop import Diverged, require_finite
 from options import option, require
+from run_folder import versions
 
 BATCH, RATE, AT_ONCE = 64, 3e-3, 16
 SHOWN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -172,13 +171,6 @@ def as_markdown(config: Config, trained: Trained, errors: dict[str, dict[str, Co
 
 
 def write(out: Path, config: Config, trained: Trained, matrices: Any, errors: dict[str, dict[str, Comparison]]) -> None:
-    packages = ("fisher_optax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            versions[name] = "not installed"
     numbers = {name: value for name, value in trained._asdict().items() if isinstance(value, float)}
     # JSON has no NaN.
     measured = {
@@ -188,7 +180,12 @@ def write(out: Path, config: Config, trained: Trained, matrices: Any, errors: di
         for fisher, rows in errors.items()
     }
     settings = {**dataclasses.asdict(config), "data": trained.data}
-    payload = {"config": settings, "versions": versions, "model": numbers, "errors": measured}
+    payload = {
+        "config": settings,
+        "versions": versions("flax", "optax", "numpy", "scipy"),
+        "model": numbers,
+        "errors": measured,
+    }
     (out / "gallery.json").write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
     (out / "gallery.md").write_text(as_markdown(config, trained, errors), encoding="utf-8")
     order, sizes = ordering(trained.params)

@@ -1,22 +1,20 @@
 """What `lm_head.py` says: its numbers as JSON, its tables as Markdown, and a summary for the screen."""
 
 import dataclasses
-import importlib.metadata
-import platform
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import scipy.stats
 
 import fisher_optax as fo
 from lm_head_parts import Measured, Trained
 from lm_head_text import Text, code
+from run_folder import versions
 
 EXTREMES = 15  # tokens at either end of the table of importances
 OFTEN = (0, 1, 10, 100, np.inf)  # bounds of the classes of frequency
 CLASSES = ("never", "1 to 9 times", "10 to 99 times", "100 times or more")
-PACKAGES = ("fisher_optax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "matfree")
+PACKAGES = ("flax", "optax", "orbax-checkpoint", "numpy", "scipy", "matfree")
 
 
 class Findings(NamedTuple):
@@ -121,7 +119,7 @@ def payload(found: Findings, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
     λ = m.spectrum
     return {
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "config": dataclasses.asdict(found.config),
         "seconds": round(seconds, 1),
         "steps_trained": found.trained.step,
@@ -143,16 +141,6 @@ def payload(found: Findings, seconds: float) -> dict[str, Any]:
         "blocks": blocks,
         "blocks_labels": m.drawn,
     }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "backend": jax.default_backend()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            found[name] = "not installed"
-    return found
 
 
 def names_of(rows: list[dict[str, Any]]) -> str:

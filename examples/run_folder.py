@@ -1,7 +1,9 @@
 """A training run on disk: written as it goes, safe to kill, resumed from its last checkpoint."""
 
 import dataclasses
+import importlib.metadata
 import json
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
 Row = dict[str, Any]  # one evaluation, a line of metrics.jsonl
 Draw = Callable[[list[Row], str, Path], None]  # a picture of the evaluations, with a title, into a PNG file
 Config = TypeVar("Config", bound="DataclassInstance")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, of JAX and what it runs on, of the package, and of these."""
+    found = {"python": platform.python_version(), "backend": jax.default_backend()}
+    for name in ("fisher_optax", "jax", "jaxlib", *packages):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout
+            found[name] = "not installed"
+    return found
 
 
 class RunFolder:
