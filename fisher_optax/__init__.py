@@ -3,6 +3,7 @@
 from typing import Any as _Any
 
 from . import applications as applications
+from . import compression as compression
 from . import decompositions as decompositions
 from . import factors as factors
 from . import fisher as fisher
@@ -54,6 +55,7 @@ __all__ = [
     "add_decay_after_step",
     "applications",
     "check_state",
+    "compression",
     "decompositions",
     "dykaf",
     "eigenbases",

@@ -63,7 +63,9 @@ MAY_IMPORT = {
     "fisher": {
         *("axes", "capture", "checks", "factors", "layers", "linalg", "matrices", "matrix_axes", "tables", "types"),
     },
-    "compression": {"capture", "fisher", "linalg", "types"},
+    "compression": {
+        *("axes", "capture", "checks", "fisher", "linalg", "matrices", "matrix_axes", "tables", "types"),
+    },
     "__init__": {EVERYTHING},
 }
 

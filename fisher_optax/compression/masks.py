@@ -1,0 +1,144 @@
+"""Which weights go: the k of smallest score, ties to the lower index, or all but N of each M inputs.
+
+A mask is True where a weight stays. Kernels and scores are ``(*batch, inputs, outputs)``, as Flax stores kernels. A
+sparsity is a share of weights to remove, in [0, 1), which removes ``k = ⌈s n⌉`` of the n in each scope; or "N:M", which
+keeps N of every M consecutive inputs of an output (NVIDIA's reading: "2:4" and "1:4" keep 2 and 1 of 4).
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+Sparsity = Any  # a share, a traced share, or "N:M"
+SCOPES = ("matrix", "output")
+WANTED = "a share of weights to remove, at least 0 and below 1, or 'N:M' to keep N of every M inputs, as '2:4'"
+
+
+class Pattern(NamedTuple):
+    """``keep`` of every ``of`` consecutive inputs stay."""
+
+    keep: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        """Of the weights that go."""
+        return 1 - self.keep / self.of
+
+
+def as_sparsity(sparsity: Sparsity) -> Any:
+    """A number, a traced number or a `Pattern`, from what a user gives.
+
+    Raises:
+      TypeError, ValueError: for anything else, and a share outside of [0, 1).
+
+    >>> as_sparsity("2:4")
+    Pattern(keep=2, of=4)
+    """
+    if isinstance(sparsity, Pattern):
+        return sparsity
+    if isinstance(sparsity, str):
+        found = re.fullmatch(r"(\d+):(\d+)", sparsity)
+        if not found or not 0 < int(found[1]) <= int(found[2]):
+            raise ValueError(f"sparsity must be {WANTED}; got {sparsity!r}.")
+        return Pattern(int(found[1]), int(found[2]))
+    if isinstance(sparsity, jax.core.Tracer):
+        return sparsity
+    if isinstance(sparsity, bool) or np.ndim(sparsity) or not np.issubdtype(np.result_type(sparsity), np.number):
+        raise TypeError(f"sparsity must be {WANTED}; got {sparsity!r}.")
+    if not 0 <= float(sparsity) < 1:
+        raise ValueError(f"sparsity must be {WANTED}; got {sparsity!r}.")
+    return float(sparsity)
+
+
+def check_pattern(pattern: Pattern, inputs: int) -> None:
+    """Raises ``ValueError`` where groups of M do not fill the inputs."""
+    if inputs % pattern.of:
+        raise ValueError(
+            f"{pattern.keep}:{pattern.of} needs inputs in groups of {pattern.of}; this kernel has {inputs}, which "
+            f"{pattern.of} does not divide. Leave the layer out by layers=, or give it a share."
+        )
+
+
+def count(sparsity: Any, n: int) -> Any:
+    """``⌈s n⌉``, never one more for the rounding of s: 0.55 of 100 is 55. A traced s is rounded as float32 has it."""
+    if isinstance(sparsity, int | float):
+        return math.ceil(sparsity * n * (1 - 1e-12))
+    return jnp.ceil(sparsity * n * (1 - 2e-7)).astype(jnp.int32)
+
+
+def mask(
+    scores: Float[Array, "*batch inputs outputs"], sparsity: Sparsity, scope: str = "matrix"
+) -> Bool[Array, "*batch inputs outputs"]:
+    """True for the weights that stay: all but the k of smallest score, ties by index.
+
+    Args:
+      scores: larger for what matters more. NaN counts as the largest.
+      sparsity: a share or "N:M" (see the top of this file). A share may be traced.
+      scope: what k is counted in: "matrix" (each matrix; ties in row-major order) or "output" (each output's inputs, as
+        Wanda does). "N:M" is by output.
+
+    Raises:
+      TypeError, ValueError: for another sparsity or scope, and an M that does not divide the inputs.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> scores = jnp.array([[1.0, 4.0], [1.0, 3.0], [2.0, 9.0], [0.0, 2.0]])
+      >>> print(fo.compression.mask(scores, 0.5).astype(int).T)
+      [[0 0 0 0]
+       [1 1 1 1]]
+      >>> print(fo.compression.mask(scores, "2:4").astype(int).T)
+      [[0 1 1 0]
+       [1 0 1 0]]
+    """
+    scores, sparsity = jnp.asarray(scores), as_sparsity(sparsity)
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}; got {scope!r}.")
+    *batch, m, n = scores.shape
+    if isinstance(sparsity, Pattern):
+        check_pattern(sparsity, m)
+        groups = scores.reshape(*batch, m // sparsity.of, sparsity.of, n)
+        stays = keep_largest(groups.mT, sparsity.of - sparsity.keep).mT
+    elif scope == "output":
+        stays = keep_largest(scores.mT, count(sparsity, m)).mT
+    else:
+        stays = keep_largest(scores.reshape(*batch, m * n), count(sparsity, m * n))
+    return stays.reshape(scores.shape)
+
+
+def keep_largest(scores: Float[Array, "*batch n"], k: Any) -> Bool[Array, "*batch n"]:
+    """False for exactly the k smallest along the last axis, the first of those that are equal."""
+    order = jnp.argsort(scores, axis=-1, stable=True)
+    stays = jnp.broadcast_to(jnp.arange(scores.shape[-1]) >= k, scores.shape)
+    return jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, stays, axis=-1, inplace=False)
+
+
+def global_masks(scores: Any, sparsity: Sparsity) -> Any:
+    """Masks for a tree of scores (None where nothing is pruned), k counted over all of them together.
+
+    Ties go to the earlier leaf, in the order of `jax.tree.leaves`.
+
+    Raises:
+      TypeError, ValueError: for a sparsity that is no share.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> masks = fo.compression.global_masks({"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}, 0.5)
+      >>> print(masks["a"], masks["b"])
+      [False False] [ True  True]
+    """
+    share = as_sparsity(sparsity)
+    if isinstance(share, Pattern):
+        raise ValueError(f"a pattern is by output, not over all layers: give a share, not {sparsity!r}.")
+    leaves, structure = jax.tree.flatten(scores)
+    if not leaves:
+        return scores
+    flat = jnp.concatenate([jnp.ravel(x) for x in leaves])
+    stays = keep_largest(flat, count(share, flat.size))
+    ends = np.cumsum([x.size for x in leaves])[:-1]
+    return structure.unflatten([part.reshape(x.shape) for part, x in zip(jnp.split(stays, ends), leaves, strict=True)])
