@@ -20,14 +20,14 @@ import jax
 import numpy as np
 
 from lm_head_folder import Results
-from lm_head_parts import Trained, load_trained, measure, read_settings
+from lm_head_parts import measure
 from lm_head_plots import draw
 from lm_head_report import find, markdown, payload, summary
 from lm_head_text import Text, load_texts, shown
 from loop import ending_with_a_message
 from options import make_parser, option, require
 from run_folder import read_config_as
-from text import load_corpus
+from trained_gpt import Trained, corpus_of, load_trained, read_settings
 
 UNITS = ("sequence", "token")
 
@@ -77,13 +77,13 @@ def prepare(given: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> 
     config = dataclasses.replace(read_config_as(Config, out) if resume else Config(), **given)
     run = Path(config.run)
     settings, saved = read_settings(run)
+    if settings.head != "tied":
+        raise ValueError(
+            f"the run in {config.run!r} has --head {settings.head}; wanted one whose head is its embedding, tied."
+        )
     config = dataclasses.replace(config, context=settings.context if config.context is None else config.context)
     check(config, settings.context)
-    corpus = load_corpus(settings.data, settings.vocab, settings.context)
-    if corpus.sha256 != saved["text_sha256"]:
-        raise ValueError(
-            f"{settings.data!r} is no longer the text that the run in {config.run!r} has its symbols from."
-        )
+    corpus = corpus_of(run, settings, saved)
     texts = load_texts(corpus, settings.data, (config.text, config.other), (config.sequences, config.context))
     trained = load_trained(run, settings, len(corpus.characters))
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained.params))

@@ -7,24 +7,21 @@ the row of token v is ``E_t[p_tv (1 - p_tv) |h_t|²]`` in closed form, the truth
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 import fisher_optax as fo
 from fisher_optax.fisher import BlockSpectrum, Density, DiagonalFisher, SoftmaxHead, Spectrum
-from gpt_config import Config as GPTConfig
 from lm_head_folder import Results
 from lm_head_text import Text
 from models.gpt import GPT
-from run_folder import as_if_computed, read_config
-from train_gpt import Params, make_model, mean_loss
+from train_gpt import Params, mean_loss
+from trained_gpt import Trained
 
 EMBEDDING = "embed/embedding"
 BATCH = 8  # sequences
@@ -33,15 +30,6 @@ DENSITY_PRODUCTS = 20
 # Scores of single tokens that the blocks' spectra are made of, each as long as the parameters; fewer where they fill
 # more than a gigabyte.
 ROWS, ROWS_NUMBERS = 256, 2**28
-
-
-class Trained(NamedTuple):
-    """A GPT from a folder of `train_gpt.py`."""
-
-    config: GPTConfig
-    model: GPT
-    params: Params
-    step: int
 
 
 class Measured(NamedTuple):
@@ -58,41 +46,6 @@ class Measured(NamedTuple):
     density: Density
     blocks: dict[str, BlockSpectrum]
     drawn: int  # labels that the blocks are of
-
-
-def read_settings(run: Path) -> tuple[GPTConfig, dict[str, Any]]:
-    """Of a folder of `train_gpt.py`.
-
-    Raises:
-        FileNotFoundError, ValueError: it is none.
-    """
-    advice = f"Train one: python examples/train_gpt.py --optimizer soap --out {run}"
-    if not (run / "config.json").exists():
-        raise FileNotFoundError(f"no run in {str(run)!r}. {advice}")
-    saved = read_config(run)
-    if not {"vocab", "context", "text_sha256"} <= saved.keys():
-        raise ValueError(f"{str(run)!r} holds no run of train_gpt.py. {advice}")
-    if (head := saved.get("head", "tied")) != "tied":
-        raise ValueError(
-            f"the run in {str(run)!r} has --head {head}; wanted one whose head is its embedding, --head tied."
-        )
-    names = GPTConfig.__dataclass_fields__
-    return GPTConfig(**{name: value for name, value in saved.items() if name in names}), saved
-
-
-def load_trained(run: Path, config: GPTConfig, symbols: int) -> Trained:
-    """The newest checkpoint, computed with in float32.
-
-    Raises:
-        FileNotFoundError: there is none yet.
-    """
-    folder = run / "checkpoints"
-    options = ocp.CheckpointManagerOptions(create=False)
-    manager = ocp.CheckpointManager(folder.absolute(), options=options) if folder.exists() else None
-    if manager is None or (step := manager.latest_step()) is None:
-        raise FileNotFoundError(f"the run in {str(run)!r} has no checkpoint yet: train_gpt.py saves one a validation.")
-    params = as_if_computed(manager.restore(step, args=ocp.args.StandardRestore())["params"])
-    return Trained(config, make_model(config, symbols).clone(dtype=jnp.dtype("float32")), params, step)
 
 
 def token_rows(path: str, squares: Array) -> Any:

@@ -7,9 +7,10 @@ import numpy as np
 import scipy.stats
 
 import fisher_optax as fo
-from lm_head_parts import Measured, Trained
+from lm_head_parts import Measured
 from lm_head_text import Text, code
 from run_folder import versions
+from trained_gpt import Trained
 
 EXTREMES = 15  # tokens at either end of the table of importances
 OFTEN = (0, 1, 10, 100, np.inf)  # bounds of the classes of frequency

@@ -27,6 +27,7 @@ import lm_head_plots
 import lm_head_report
 import lm_head_text
 import train_gpt
+import trained_gpt
 from tests.example_runs import flags, interrupt, refusal
 from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.reference.curvature import relative
@@ -70,14 +71,14 @@ def by_token(out: Path, column: str) -> np.ndarray:
 
 
 @functools.cache
-def setting(out: Path) -> tuple[lm_head_parts.Trained, list[str], np.ndarray]:
+def setting(out: Path) -> tuple[trained_gpt.Trained, list[str], np.ndarray]:
     """Parameters, names of tokens and windows of the first text, read anew."""
     run = Path(json.loads((out / "config.json").read_text())["run"])
-    config = lm_head_parts.read_settings(run)[0]
+    config = trained_gpt.read_settings(run)[0]
     corpus = train_gpt.load_corpus(config.data, config.vocab, config.context)
     windows = lm_head_text.evenly_spaced("--text", corpus.validation, TINY["sequences"], TINY["context"])
     names = [lm_head_text.shown(character) for character in corpus.characters]
-    return lm_head_parts.load_trained(run, config, len(names)), names, windows
+    return trained_gpt.load_trained(run, config, len(names)), names, windows
 
 
 def test_everything_is_written_and_said(whole: Path) -> None:

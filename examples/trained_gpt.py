@@ -1,0 +1,65 @@
+"""A GPT that `train_gpt.py` has trained, from its folder."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from gpt_config import Config
+from models.gpt import GPT
+from run_folder import as_if_computed, read_config
+from text import Corpus, load_corpus
+from train_gpt import Params, make_model
+
+
+class Trained(NamedTuple):
+    """A GPT from a folder of `train_gpt.py`."""
+
+    config: Config
+    model: GPT
+    params: Params
+    step: int
+
+
+def read_settings(run: Path) -> tuple[Config, dict[str, Any]]:
+    """Of a folder of `train_gpt.py`.
+
+    Raises:
+        FileNotFoundError, ValueError: it is none.
+    """
+    advice = f"Train one: python examples/train_gpt.py --optimizer soap --out {run}"
+    if not (run / "config.json").exists():
+        raise FileNotFoundError(f"no run in {str(run)!r}. {advice}")
+    saved = read_config(run)
+    if not {"vocab", "context", "text_sha256"} <= saved.keys():
+        raise ValueError(f"{str(run)!r} holds no run of train_gpt.py. {advice}")
+    names = Config.__dataclass_fields__
+    return Config(**{name: value for name, value in saved.items() if name in names}), saved
+
+
+def load_trained(run: Path, config: Config, symbols: int) -> Trained:
+    """The newest checkpoint, computed with in float32.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+    """
+    folder = run / "checkpoints"
+    options = ocp.CheckpointManagerOptions(create=False)
+    manager = ocp.CheckpointManager(folder.absolute(), options=options) if folder.exists() else None
+    if manager is None or (step := manager.latest_step()) is None:
+        raise FileNotFoundError(f"the run in {str(run)!r} has no checkpoint yet: train_gpt.py saves one a validation.")
+    params = as_if_computed(manager.restore(step, args=ocp.args.StandardRestore())["params"])
+    return Trained(config, make_model(config, symbols).clone(dtype=jnp.dtype("float32")), params, step)
+
+
+def corpus_of(run: Path, config: Config, saved: dict[str, Any]) -> Corpus:
+    """The text that the run was trained on, in its symbols.
+
+    Raises:
+        ValueError, OSError: it is no longer there, or another one.
+    """
+    corpus = load_corpus(config.data, config.vocab, config.context)
+    if corpus.sha256 != saved["text_sha256"]:
+        raise ValueError(f"{config.data!r} is no longer the text that the run in {str(run)!r} has its symbols from.")
+    return corpus
