@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from .matrix_axes import MatrixAxes
 
@@ -55,7 +55,7 @@ def matrix_shapes(shape: tuple[int, ...], axes: MatrixAxes, block_size: int | No
     ]
 
 
-def to_matrices(x: Float[Array, "..."], axes: MatrixAxes, block_size: int | None = None) -> tuple[Array, ...]:
+def to_matrices(x: Shaped[Array, "..."], axes: MatrixAxes, block_size: int | None = None) -> tuple[Array, ...]:
     """The matrices of a leaf, each ``(m, n)`` or ``(N, m, n)``."""
     x = jnp.transpose(x, axes.batch + axes.inputs + axes.outputs).reshape(canonical_shape(x.shape, axes))
     m, n = x.shape[-2:]
@@ -76,7 +76,7 @@ def from_matrices(
     return jnp.transpose(x.reshape([shape[a] for a in order]), [order.index(a) for a in range(len(shape))])
 
 
-def _block(x: Float[Array, "*batch r c"], rows: Cut, columns: Cut) -> Array:
+def _block(x: Shaped[Array, "*batch r c"], rows: Cut, columns: Cut) -> Array:
     if rows.count == columns.count == 1:
         return x
     x = x.reshape(*x.shape[:-2], rows.count, rows.size, columns.count, columns.size)

@@ -64,7 +64,8 @@ MAY_IMPORT = {
         *("axes", "capture", "checks", "factors", "layers", "linalg", "matrices", "matrix_axes", "tables", "types"),
     },
     "compression": {
-        *("axes", "capture", "checks", "fisher", "linalg", "matrices", "matrix_axes", "tables", "types"),
+        *("axes", "branching", "capture", "checks", "fisher", "guard", "linalg", "matrices", "matrix_axes", "tables"),
+        "types",
     },
     "__init__": {EVERYTHING},
 }

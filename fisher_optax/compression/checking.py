@@ -2,15 +2,15 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 
 def require_finite(name: str, x: Any, what: str, advice: str) -> None:
     """Raises ``ValueError`` for NaN or infinity; under `jit` there is nothing to look at yet."""
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return
     bad = int(np.sum(~np.isfinite(np.asarray(x, np.float64))))
     if bad:
@@ -47,6 +47,7 @@ def gram(name: str, H: Any, W: Array) -> Array:
             f"its inputs x; got {H.shape}."
         )
     require_finite(name, H, "H", "Look for NaN or infinity in the calibration data.")
-    if not isinstance(H, jax.core.Tracer) and bool(jnp.any(jnp.diagonal(H, axis1=-2, axis2=-1) < 0)):
+    negative = jnp.any(jnp.diagonal(H, axis1=-2, axis2=-1) < 0)
+    if not isinstance(negative, Tracer) and bool(negative):
         raise ValueError(f"{name}: H has a negative diagonal, so it is no second moment: pass the mean of x xᵀ.")
     return H

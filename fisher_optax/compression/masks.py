@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 Sparsity = Any  # a share, a traced share, or "N:M"
@@ -47,13 +48,14 @@ def as_sparsity(sparsity: Sparsity) -> Any:
         if not found or not 0 < int(found[1]) <= int(found[2]):
             raise ValueError(f"sparsity must be {WANTED}; got {sparsity!r}.")
         return Pattern(int(found[1]), int(found[2]))
-    if isinstance(sparsity, jax.core.Tracer):
+    if isinstance(sparsity, Tracer):
         return sparsity
-    if isinstance(sparsity, bool) or np.ndim(sparsity) or not np.issubdtype(np.result_type(sparsity), np.number):
+    if isinstance(sparsity, bool) or np.ndim(sparsity) or np.asarray(sparsity).dtype.kind not in "iuf":
         raise TypeError(f"sparsity must be {WANTED}; got {sparsity!r}.")
-    if not 0 <= float(sparsity) < 1:
+    share = float(str(np.asarray(sparsity)))  # a float32 of 0.55 is meant as 0.55
+    if not 0 <= share < 1:
         raise ValueError(f"sparsity must be {WANTED}; got {sparsity!r}.")
-    return float(sparsity)
+    return share
 
 
 def check_pattern(pattern: Pattern, inputs: int) -> None:
@@ -61,7 +63,7 @@ def check_pattern(pattern: Pattern, inputs: int) -> None:
     if inputs % pattern.of:
         raise ValueError(
             f"{pattern.keep}:{pattern.of} needs inputs in groups of {pattern.of}; this kernel has {inputs}, which "
-            f"{pattern.of} does not divide. Leave the layer out by layers=, or give it a share."
+            f"{pattern.of} does not divide. Leave the layer out, or give it a share."
         )
 
 
@@ -72,13 +74,11 @@ def count(sparsity: Any, n: int) -> Any:
     return jnp.ceil(sparsity * n * (1 - 2e-7)).astype(jnp.int32)
 
 
-def mask(
-    scores: Float[Array, "*batch inputs outputs"], sparsity: Sparsity, scope: str = "matrix"
-) -> Bool[Array, "*batch inputs outputs"]:
+def mask(scores: Any, sparsity: Sparsity, scope: str = "matrix") -> Bool[Array, "*batch inputs outputs"]:
     """True for the weights that stay: all but the k of smallest score, ties by index.
 
     Args:
-      scores: larger for what matters more. NaN counts as the largest.
+      scores: ``(*batch, inputs, outputs)``, larger for what matters more. NaN counts as the largest.
       sparsity: a share or "N:M" (see the top of this file). A share may be traced.
       scope: what k is counted in: "matrix" (each matrix; ties in row-major order) or "output" (each output's inputs, as
         Wanda does). "N:M" is by output.
