@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.compression.masks import count
+from fisher_optax.compression.masks import count, keep_largest
 from tests.reference import pruning_scores as reference
 
 RNG = np.random.default_rng(0)
@@ -100,3 +100,18 @@ def test_other_errors() -> None:
         fo.compression.mask(jnp.ones((4, 2)), 0.5, "row")
     with pytest.raises(ValueError, match="by output, not over all layers"):
         fo.compression.global_masks({"a": jnp.ones(4)}, "2:4")
+
+
+@pytest.mark.parametrize("axis", [0, -1, None])
+def test_the_smallest_are_those_of_a_stable_sort(axis: int | None) -> None:
+    """With ties, zeros of both signs, subnormal numbers and infinities; NaN counts as the largest."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, (9, 5)).astype(np.float32)
+    x[0, 0], x[3, 1], x[8, 2], x[1, 1], x[4, :2], x[5, 3] = np.nan, np.inf, 1e-40, -np.inf, 0.5, -0.0
+    find = jax.jit(lambda x, k: keep_largest(x, k, axis))
+    for k in (0, 1, 4, 5) if axis is not None else (0, 7, 22, 45):
+        order = np.argsort(x, axis=axis, kind="stable")
+        wanted = np.ones(order.shape, bool)
+        gone = order[:k] if axis != -1 else order[:, :k]
+        np.put_along_axis(wanted, gone, False, axis=0 if axis is None else axis)
+        np.testing.assert_array_equal(find(x, k), wanted.reshape(x.shape))

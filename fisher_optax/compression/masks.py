@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt
 
 Sparsity = Any  # a share, a traced share, or "N:M"
 SCOPES = ("matrix", "output")
@@ -103,19 +103,60 @@ def mask(scores: Any, sparsity: Sparsity, scope: str = "matrix") -> Bool[Array, 
     if isinstance(sparsity, Pattern):
         check_pattern(sparsity, m)
         groups = scores.reshape(*batch, m // sparsity.of, sparsity.of, n)
-        stays = keep_largest(groups.mT, sparsity.of - sparsity.keep).mT
+        stays = keep_largest(groups, sparsity.of - sparsity.keep, -2)
     elif scope == "output":
-        stays = keep_largest(scores.mT, count(sparsity, m)).mT
+        stays = keep_largest(scores, count(sparsity, m), -2)
     else:
         stays = keep_largest(scores.reshape(*batch, m * n), count(sparsity, m * n))
     return stays.reshape(scores.shape)
 
 
-def keep_largest(scores: Float[Array, "*batch n"], k: Any) -> Bool[Array, "*batch n"]:
-    """False for exactly the k smallest along the last axis, the first of those that are equal."""
-    order = jnp.argsort(scores, axis=-1, stable=True)
-    stays = jnp.broadcast_to(jnp.arange(scores.shape[-1]) >= k, scores.shape)
-    return jnp.put_along_axis(jnp.zeros(scores.shape, bool), order, stays, axis=-1, inplace=False)
+def keep_largest(scores: Float[Array, "..."], k: Any, axis: int | None = -1) -> Bool[Array, "..."]:
+    """False for exactly the k smallest along an axis (None: of all), the first of those that are equal.
+
+    The bits of floats, taken as whole numbers, are in the floats' order, so that the k-th is found bit by bit: on a CPU
+    in a tenth of the time of sorting.
+
+    >>> print(keep_largest(jnp.array([2.0, 0.0, 1.0, 1.0]), 2))
+    [ True False False  True]
+    """
+    keys = _in_order(scores)
+    size = scores.size if axis is None else scores.shape[axis]
+    v, below = _kth(keys, k, axis, keys.dtype.itemsize * 8)
+    # All below v go, and of those equal to v the first, by their place.
+    shape = scores.shape if axis is None else [size if a == axis % scores.ndim else 1 for a in range(scores.ndim)]
+    place = jnp.arange(size, dtype=keys.dtype).reshape(shape)
+    ties = keys == v
+    first, _ = _kth(jnp.where(ties, place, size), k - below, axis, size.bit_length())
+    return (keys > v) | (ties & (place >= first))
+
+
+def _in_order(x: Float[Array, "..."]) -> UInt[Array, "..."]:
+    """Whole numbers that are ordered as x, NaN last and -0 with 0."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    word = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint64
+    bits, sign = jax.lax.bitcast_convert_type(x, word), jnp.ones([], word) << (x.dtype.itemsize * 8 - 1)
+    keys = jnp.where((bits < sign) | (bits == sign), bits | sign, ~bits)
+    return jnp.where(jnp.isnan(x), ~jnp.zeros([], word), keys)
+
+
+def _kth(keys: UInt[Array, "..."], k: Any, axis: int | None, bits: int) -> tuple[Array, Array]:
+    """A number with exactly k keys below it, or else the largest with fewer; and how many are below it."""
+
+    def goes_on(carry: Any) -> Array:
+        bit, _, below = carry
+        return (bit > 0) & jnp.any(below < k)
+
+    def refine(carry: Any) -> Any:
+        bit, v, below = carry
+        larger = v | (jnp.ones([], keys.dtype) << (bit - 1))
+        smaller_keys = jnp.sum(keys < larger, axis, jnp.int32, keepdims=True)
+        fits = smaller_keys <= k
+        return bit - 1, jnp.where(fits, larger, v), jnp.where(fits, smaller_keys, below)
+
+    v = jnp.zeros_like(jnp.min(keys, axis, keepdims=True))
+    _, v, below = jax.lax.while_loop(goes_on, refine, (jnp.asarray(bits, keys.dtype), v, v.astype(jnp.int32)))
+    return v, below
 
 
 def global_masks(scores: Any, sparsity: Sparsity) -> Any:

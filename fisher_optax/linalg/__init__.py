@@ -1,6 +1,7 @@
 """Pure functions of arrays: orthogonalisation, eigenbases that follow a matrix, symmetric storage."""
 
 from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration, project
+from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
 from .low_rank import range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
@@ -19,6 +20,7 @@ __all__ = [
     "direct_flops",
     "eigenbasis",
     "gram_flops",
+    "inverse_cholesky",
     "jordan",
     "keep_last_good",
     "matrix_power",
