@@ -1,7 +1,8 @@
-"""One set-up for every test: eight CPU devices, one BLAS thread, a lasting compilation cache, float64 on request."""
+"""One set-up for every test: eight CPU devices, one BLAS thread, quick and lasting compilation, float64 on request."""
 
 import os
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,14 @@ import pytest
 # LAPACK's threads and XLA's would fight over the same cores.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # Eight devices take turns on two cores: one that waits long for the others is not stuck.
-flags = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_cpu_collective_call_terminate_timeout_seconds=600"]
+# Tests compile far longer than they run, and what makes programs fast is three quarters of it. As users compile them:
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS=--xla_cpu_use_fusion_emitters=true pytest
+FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
+if metadata.version("jaxlib").startswith("0.10."):  # later ones have no others, and end at a flag they do not know
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()  # the last of two counts
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

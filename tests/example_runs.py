@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 Main = Callable[[list[str]], None]  # of a script
 
 
 def flags(**options: Any) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly_compiled() -> Iterator[None]:
-    """Half the time to compile; scripts the same, as it changes rounding. How fast a step is, no test asks."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import pytest
 
 from fisher_optax.compression import Merged, add_task_vectors, dare, merge, task_vector, ties
 from fisher_optax.fisher import DiagonalFisher, Operator
-from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.reference import merging as reference
 
 D = 14  # numbers of a model

@@ -12,7 +12,6 @@ import pytest
 import fisher_optax as fo
 from fisher_optax.compression import removal_bias, removal_loss_change, remove_tokens, tokens_to_remove
 from models.gpt import GPT
-from tests.example_runs import quickly_compiled as quickly_compiled
 
 V, GONE = 11, [0, 4, 10, 4]
 KEPT = [1, 2, 3, 5, 6, 7, 8, 9]

@@ -18,7 +18,6 @@ import fisher_gallery
 from fisher_optax.fisher.approximations import METHODS
 from images import load_images
 from tests.example_runs import flags, refusal
-from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.test_example_image_parts import TINY, random_part, write_mnist
 
 fail = functools.partial(refusal, fisher_gallery.main)

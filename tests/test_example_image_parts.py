@@ -24,7 +24,6 @@ import images
 import optimizers
 from images import Images, Part
 from models import cnn, resnet
-from tests.example_runs import quickly_compiled as quickly_compiled
 
 RNG = np.random.default_rng(0)
 

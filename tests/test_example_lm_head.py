@@ -29,7 +29,6 @@ import lm_head_text
 import train_gpt
 import trained_gpt
 from tests.example_runs import flags, interrupt, refusal
-from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.reference.curvature import relative
 from tests.reference.diagonal import interval, of_sequence
 from tests.reference.softmax_head import kernel_diagonal, softmax

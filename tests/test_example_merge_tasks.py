@@ -15,7 +15,6 @@ import merge_tasks_parts
 import merge_tasks_report
 from images import load_images
 from tests.example_runs import flags, refusal
-from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.test_example_image_parts import TINY, write_mnist
 
 fail = functools.partial(refusal, merge_tasks.main)

@@ -22,7 +22,6 @@ import train_gpt
 from gpt_config import Config
 from optimizers import METHODS, Method
 from tests.example_runs import ENVIRONMENT, assert_same_run, flags, interrupt, last_checkpoint, metrics, refusal
-from tests.example_runs import quickly_compiled as quickly_compiled
 
 SCRIPT = train_gpt.__file__
 TINY = dict(layers=1, width=32, heads=2, context=16, batch=4, eval_batches=4, steps=20, eval_every=5)

@@ -22,7 +22,6 @@ from models.cnn import CNN
 from models.resnet import ResNet
 from optimizers import IMAGE_METHODS
 from tests.example_runs import ENVIRONMENT, assert_same_run, flags, interrupt, last_checkpoint, metrics, refusal
-from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.test_example_image_parts import TINY, random_part, write_cifar, write_mnist
 
 SCRIPT = train_images.__file__

@@ -12,7 +12,6 @@ from jax.flatten_util import ravel_pytree
 import fisher_optax as fo
 from fisher_optax.fisher.approximations import METHODS, approximate
 from tests.capture_models import unseen, watched
-from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.reference import approximations as reference
 from tests.reference.curvature import factors, relative, windows
 

@@ -10,7 +10,6 @@ import pytest
 import fisher_optax as fo
 from fisher_optax.fisher import approximations
 from fisher_optax.fisher.approximations import approximate, dense
-from tests.example_runs import quickly_compiled as quickly_compiled
 from tests.reference.curvature import relative
 
 D = 12  # parameters of the embedding, the first leaf
