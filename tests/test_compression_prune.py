@@ -102,6 +102,12 @@ def test_fisher_and_obert_take_what_they_need() -> None:
     wanted = fo.compression.fisher(params["first"]["kernel"], F.mean["first"]["kernel"], 0.5)
     assert_same_bits(pruned["first"]["kernel"], wanted.weights)
     assert report.layers[0].removed == 16
+    upper = F.confidence_interval(0.95)[1]
+    threshold = float(jnp.median(upper["first"]["kernel"] * params["first"]["kernel"] ** 2)) / 4
+    gated = dict(fisher=F, upper=upper, threshold=threshold, layers="first")
+    removed = prune(apply_fn, params, BATCHES, "fisher", 0.5, **gated).report.layers[0].removed
+    certain = upper["first"]["kernel"] * params["first"]["kernel"] ** 2 / 2 < threshold
+    assert removed == int(certain.sum()) < 16
     g = jax.vmap(jax.grad(loss), (None, 0))(params, X)["first"]["kernel"]
     pruned = prune(apply_fn, params, BATCHES, "obert", 0.5, loss_fn=loss, layers="first", block=8).params
     wanted = fo.compression.obert(params["first"]["kernel"], g, 0.5, block=8)
@@ -143,6 +149,7 @@ ERRORS = [
     (dict(scope="global", sequential=False, method="obs"), ValueError, "obs has no scores"),
     (dict(method="obert"), ValueError, "obert needs gradients: pass loss_fn"),
     (dict(method="fisher"), ValueError, "fisher needs fisher="),
+    (dict(upper=1.0), ValueError, "upper= must be a tree like params"),
     (dict(method="fisher", fisher={"first": jnp.ones(3)}), ValueError, "fisher= must be a tree like params"),
 ]
 

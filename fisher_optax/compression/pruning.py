@@ -3,9 +3,7 @@
 Source: reconstruction layer by layer as in Frantar and Alistarh 2023 (arXiv 2301.00774), section 3.
 """
 
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +12,12 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from ..fisher import DiagonalFisher
-from .calibration import gradient_summary, input_gram, rereadable
+from .calibration import input_gram, rereadable
 from .layers import Layer, Layers, find_layers
 from .masks import Pattern, as_sparsity, check_pattern, global_masks
 from .methods import Method, find_method
-from .pruned import output_error
-from .reports import PrunedLayer, PruningReport
+from .one_layer import Calibration, knowledge, prune_layer
+from .reports import PruningReport
 
 
 class PrunedModel(NamedTuple):
@@ -28,16 +26,6 @@ class PrunedModel(NamedTuple):
     params: Any
     masks: Any  # like params: True where a weight stays, None for what was not pruned
     report: PruningReport
-
-
-class Calibration(NamedTuple):
-    """Where a method's knowledge comes from."""
-
-    apply_fn: Callable[..., Any]
-    loss_fn: Callable[..., Any] | None
-    batches: Iterable[Any]
-    mask: Any
-    fisher: list[Any] | None  # leaves
 
 
 def prune(
@@ -54,6 +42,7 @@ def prune(
     mask: Callable[[Any], Any] | None = None,
     loss_fn: Callable[..., Any] | None = None,
     fisher: Any = None,
+    upper: Any = None,
     **options: Any,
 ) -> PrunedModel:
     """Removes weights of a model's dense and convolutional layers; the parameters given stay as they are.
@@ -80,6 +69,8 @@ def prune(
       mask: of a batch, True for the positions that count (as in `fo.value_and_grad`), to leave padding out.
       loss_fn: ``loss_fn(params, example)`` -> a scalar, of one example of a batch; for methods that need gradients.
       fisher: a tree of F like params, or a `fo.fisher.DiagonalFisher` of single parameters.
+      upper: a tree of upper ends of F, as ``fisher.confidence_interval(0.95)[1]``; with ``threshold=``, method "fisher"
+        removes only what is certainly below, be it fewer than asked for.
       **options: of the method, as ``damping=``.
 
     Returns:
@@ -104,6 +95,10 @@ def prune(
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("batches is empty: pruning needs calibration data, one batch at least.")
+    if scope == "global" and upper is not None:
+        raise ValueError(
+            "upper= decides weight by weight, and scope='global' by rank over all layers: give one of them."
+        )
     if scope == "global" and sequential:
         raise ValueError("scope='global' ranks all layers at once, by the model as given: pass sequential=False.")
     if scope not in (None, "global"):
@@ -111,7 +106,8 @@ def prune(
     chosen, found = find_method(method, options), find_layers(apply_fn, params, first, layers)
     shares = sparsities(sparsity, found)
     leaves, structure = jax.tree.flatten(params)
-    data = Calibration(apply_fn, loss_fn, batches, mask, _fisher_leaves(fisher, structure, leaves))
+    trees = (_like_params(name, x, structure, leaves) for name, x in (("fisher", fisher), ("upper", upper)))
+    data = Calibration(apply_fn, loss_fn, batches, mask, *trees)
     _check(chosen, data)
     ranked = _ranked(chosen, data, params, found, shares, progress) if scope == "global" else None
 
@@ -120,7 +116,7 @@ def prune(
     for layer in tqdm(found, method, disable=not progress, unit="layer"):
         source = structure.unflatten(values) if sequential else params
         stays = None if ranked is None else ranked[layer.name]
-        new, mask_here, row = _one_layer(chosen, data, source, layer, values[layer.leaf], shares[layer.name], stays)
+        new, mask_here, row = prune_layer(chosen, data, source, layer, values[layer.leaf], shares[layer.name], stays)
         values[layer.leaf] = layer.written(values[layer.leaf], new)
         before = jnp.ones(jnp.shape(leaves[layer.leaf]), bool) if masks[layer.leaf] is None else masks[layer.leaf]
         masks[layer.leaf] = layer.written(before, mask_here)
@@ -152,42 +148,29 @@ def sparsities(sparsity: Any, layers: Sequence[Layer]) -> dict[str, Any]:
 
 
 def _check(method: Method, data: Calibration) -> None:
+    if data.upper is not None and method.name != "fisher":
+        raise ValueError(f"upper= is for method 'fisher', with threshold=; this is {method.name!r}.")
     if callable(method.needs) and data.loss_fn is None:
         raise ValueError(f"{method.name} needs gradients: pass loss_fn(params, example), the loss of one example.")
     if method.needs == "fisher" and data.fisher is None:
         raise ValueError(f"{method.name} needs fisher=, as from fo.fisher.diagonal(example_loss, params, batches).")
 
 
-def _fisher_leaves(fisher: Any, structure: Any, leaves: Sequence[Any]) -> list[Any] | None:
-    if fisher is None:
+def _like_params(name: str, tree: Any, structure: Any, leaves: Sequence[Any]) -> list[Any] | None:
+    if tree is None:
         return None
-    tree = fisher.mean if isinstance(fisher, DiagonalFisher) else fisher
+    tree = tree.mean if isinstance(tree, DiagonalFisher) else tree
     try:
         found = structure.flatten_up_to(tree)
     except ValueError as error:
-        raise ValueError(f"fisher= must be a tree like params, or a DiagonalFisher by parameter: {error}") from None
+        raise ValueError(f"{name}= must be a tree like params, or a DiagonalFisher by parameter: {error}") from None
     for F, W in zip(found, leaves, strict=True):
         if F is not None and jnp.shape(F) != jnp.shape(W):
             raise ValueError(
-                f"fisher= has an entry of shape {jnp.shape(F)} for a parameter of {jnp.shape(W)}: take it by "
+                f"{name}= has an entry of shape {jnp.shape(F)} for a parameter of {jnp.shape(W)}: take it by "
                 "fo.fisher.diagonal(..., groups=None)."
             )
     return found
-
-
-def _knowledge(method: Method, data: Calibration, params: Any, layer: Layer, H: Array) -> list[tuple[Any, ...]]:
-    """What the method is told of each of a layer's matrices besides its weights."""
-    if method.needs == "weights":
-        return [()] * len(layer.members)
-    if method.needs == "inputs":
-        return [(one,) for one in H]
-    if method.needs == "fisher":
-        F = data.fisher[layer.leaf] if data.fisher else None
-        if F is None:
-            raise ValueError(f"fisher= has nothing for {layer.name!r}: leave it out by layers=.")
-        return [(one,) for one in layer.read(jnp.asarray(F))]
-    assert data.loss_fn is not None
-    return [(one,) for one in gradient_summary(data.loss_fn, params, data.batches, layer, method.needs)]
 
 
 def _ranked(
@@ -203,58 +186,7 @@ def _ranked(
         H = jnp.zeros([len(layer.members)])
         if method.needs == "inputs":
             H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
-        known = _knowledge(method, data, params, layer, H)
+        known = knowledge(method, data, params, layer, H)
         W = layer.read(jnp.asarray(leaves[layer.leaf]))
         found[layer.name] = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])
     return global_masks(found, next(iter(shares.values())))
-
-
-def _one_layer(
-    method: Method, data: Calibration, params: Any, layer: Layer, leaf: Array, sparsity: Any, stays: Any
-) -> tuple[Array, Array, PrunedLayer]:
-    began = time.perf_counter()
-    W = layer.read(leaf)
-    H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
-    if stays is not None:
-        new, kept, damping = jnp.where(stays, W, 0), stays, None
-    else:
-        known = _knowledge(method, data, params, layer, H)
-        each, masks, dampings = zip(*_pieces(method, layer, W, known, sparsity), strict=True)
-        new, kept = jnp.stack(each), jnp.stack(masks)
-        damping = max((x for x in dampings if x is not None), default=None)
-    error, whole = (float(jnp.sum(output_error(W, x, H))) for x in (new, jnp.zeros_like(W)))
-    dead = int(jnp.sum(jnp.diagonal(H, axis1=-2, axis2=-1) == 0))
-    row = PrunedLayer(
-        layer.name,
-        layer.shape,
-        layer.size,
-        layer.size - int(jnp.sum(kept)),
-        error,
-        error / whole if whole > 0 else 0.0,
-        dead,
-        damping,
-        time.perf_counter() - began,
-    )
-    return new, kept, row
-
-
-def _pieces(
-    method: Method, layer: Layer, W: Array, known: Sequence[tuple[Any, ...]], sparsity: Any
-) -> Iterator[tuple[Array, Array, float | None]]:
-    """New weights, mask and damping of each matrix."""
-    for w, X in zip(W, known, strict=True):
-        new, kept, *rest = method.prune(w, *X, sparsity)
-        damping = float(rest[0]) if rest else None
-        if jnp.shape(new) != w.shape or jnp.shape(kept) != w.shape or not bool(jnp.isfinite(new).all()):
-            raise ValueError(
-                f"{method.name} on {layer.name!r}, {layer.shape[0]} inputs by {layer.shape[1]} outputs, returned "
-                f"weights of {jnp.shape(new)}, finite: {bool(jnp.isfinite(new).all())}, and a mask of "
-                f"{jnp.shape(kept)}. Its matrix cannot be inverted at any damping tried, or it is no such method."
-            )
-        if damping is not None and method.damping is not None and damping > method.damping * (1 + 1e-5):
-            warnings.warn(
-                f"{layer.name!r}: its matrix was not positive definite at damping {method.damping:g}, which was raised "
-                f"to {damping:g}. More calibration data, or a larger damping=, avoids this.",
-                stacklevel=4,
-            )
-        yield jnp.asarray(new), jnp.asarray(kept, bool), damping
