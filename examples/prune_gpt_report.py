@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from run_folder import versions
 
@@ -129,50 +130,62 @@ def summary(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+LINES: dict[str, Any] = {"given": "-", "pruned": ":", "owl": "--"}  # of the variants that are drawn
+
+
 def draw(data: dict[str, Any], path: Path) -> None:
     """Perplexity against the share removed, and of the patterns beside each other."""
-    shares = sorted({float(x["sparsity"]) for x in data["table"] if ":" not in x["sparsity"]})
-    patterns = list(dict.fromkeys(x["sparsity"] for x in data["table"] if ":" in x["sparsity"]))
+    table = data["table"]
+    shares = sorted({float(x["sparsity"]) for x in table if ":" not in x["sparsity"]})
+    patterns = list(dict.fromkeys(x["sparsity"] for x in table if ":" in x["sparsity"]))
+    methods = [method for method in TITLES if any(x["method"] == method for x in table)]
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    methods = [m for m in TITLES if any(x["method"] == m for x in data["table"])]
     for method in methods:
         for variant in LINES:
-            rows = [x for x in data["table"] if (x["method"], x["variant"]) == (method, variant)]
-            draw_line(left, rows, method, variant)
+            draw_line(left, [x for x in table if (x["method"], x["variant"]) == (method, variant)], method, variant)
     for i, method in enumerate(methods):
-        x = np.arange(len(patterns)) + (i - (len(methods) - 1) / 2) * 0.2
-        values = [found["perplexity"] for p in patterns if (found := entry(data["table"], method, p, "given"))]
-        right.bar(x, [v["mean"] for v in values], 0.18, color=COLOURS[method], yerr=error_bars(values), capsize=2)
-        for place, value in zip(x, values, strict=True):
-            right.annotate(f"{value['mean']:.2f}", (place, value["most"]), ha="center", va="bottom", fontsize=8)
+        draw_bars(right, table, method, patterns, (i - (len(methods) - 1) / 2) * 0.2)
+    highest = max(x["perplexity"]["most"] for x in table if x["variant"] in LINES)
     for axes in (left, right):
-        axes.axhline(data["dense"], color="black", linewidth=0.8, linestyle=":")
-        axes.set_yscale("log")
-    left.annotate(f"dense {data['dense']:.2f}", (0.01, data["dense"]), xycoords=("axes fraction", "data"), va="bottom")
-    ticks = [t for t in (3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500, 1000) if t >= 0.9 * data["dense"]]
+        axes.axhline(data["dense"], color="black", linewidth=0.8)
+    left.set(yscale="log", xlabel="share of weights removed", ylabel="perplexity (characters)")
+    ticks = [t for t in (3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500) if data["dense"] <= t <= highest]
     left.set_yticks(ticks, list(map(str, ticks)))
     left.minorticks_off()
-    left.set(xlabel="share of weights removed", ylabel="perplexity (characters)", xticks=shares)
+    left.set_ylim(0.95 * data["dense"], 1.08 * highest)
     left.set_xticks(shares, [f"{s:.0%}" for s in shares])
-    right.set_xticks(range(len(patterns)), [f"{p}: {p[0]} of {p[2]} kept" for p in patterns])
-    left.legend(fontsize=8)
+    right.set_xticks(range(len(patterns)), [f"{p[0]} of {p[2:]} kept" for p in patterns])
+    left.annotate(
+        f"dense {data['dense']:.2f}", (0.99, data["dense"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+    )
+    handles = [
+        Line2D([], [], color=COLOURS[method], marker="o", markersize=4, label=TITLES[method]) for method in methods
+    ]
+    drawn = {x["variant"] for x in table}
+    handles += [Line2D([], [], color="black", linestyle=LINES[v], label=VARIANTS[v]) for v in LINES if v in drawn]
+    left.legend(handles=handles, fontsize=8, loc="upper left")
     figure.suptitle(f"Pruning a GPT of {data['steps']} training steps: validation perplexity")
     figure.savefig(path, dpi=150)
-
-
-LINES = {"given": ("-", "o", ""), "pruned": (":", "x", ", sequential"), "owl": ("--", None, ", OWL")}
 
 
 def draw_line(axes: Axes, rows: list[dict[str, Any]], method: str, variant: str) -> None:
     rows = sorted((row for row in rows if ":" not in row["sparsity"]), key=lambda row: float(row["sparsity"]))
     if not rows:
         return
-    values, (line, marker, suffix) = [row["perplexity"] for row in rows], LINES[variant]
+    values = [row["perplexity"] for row in rows]
     axes.errorbar(
         [float(row["sparsity"]) for row in rows], [v["mean"] for v in values], yerr=error_bars(values), capsize=2,
-        color=COLOURS[method], linestyle=line, marker=marker, markersize=4, label=TITLES[method] + suffix,
+        color=COLOURS[method], linestyle=LINES[variant], marker="o" if variant == "given" else None, markersize=4,
     )  # fmt: skip
+
+
+def draw_bars(axes: Axes, table: list[dict[str, Any]], method: str, patterns: list[str], shift: float) -> None:
+    values = [found["perplexity"] for p in patterns if (found := entry(table, method, p, "given"))]
+    places = np.arange(len(values)) + shift
+    axes.bar(places, [v["mean"] for v in values], 0.18, color=COLOURS[method], yerr=error_bars(values), capsize=2)
+    for place, value in zip(places, values, strict=True):
+        axes.annotate(f"{value['mean']:.2f}", (place, value["most"]), ha="center", va="bottom", fontsize=8)
 
 
 def error_bars(values: list[dict[str, float]]) -> np.ndarray:

@@ -2,12 +2,11 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from run_folder import read_config, replace_text, require_equal
+from run_folder import claim, read_config, replace_text
 
 REPORTS = ("report.md", "report.json")
 
@@ -38,22 +37,9 @@ class Results:
         others: Sequence[str] = (),
     ):
         self.path, self.parts = path, path / "numbers"
-        file = path / "config.json"
-        if file.exists() and not config.keys() <= read_config(path).keys():
+        if (path / "config.json").exists() and not config.keys() <= read_config(path).keys():
             raise FileExistsError(f"{str(path)!r} holds a run of another program. Give another --out.")
-        found = [p for name in ("config.json", "numbers", *REPORTS, *others) if (p := path / name).exists()]
-        if resume:
-            require_equal(read_config(path), config, path)
-        elif found and not overwrite:
-            raise FileExistsError(
-                f"{str(path)!r} already holds results ({', '.join(p.name for p in found)}). Go on with them by "
-                f"--resume, delete them by --overwrite, or give another --out."
-            )
-        else:
-            for part in found:
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
-            path.mkdir(parents=True, exist_ok=True)
-            replace_text(file, json.dumps(config, indent=2) + "\n")
+        claim(path, config, ["numbers", *REPORTS, *others], "results", resume=resume, overwrite=overwrite)
 
     def numbers(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What ``compute`` returns, JSON values; computed only once."""

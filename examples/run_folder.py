@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +35,31 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def claim(
+    path: Path, config: dict[str, Any], parts: Sequence[str], what: str, *, resume: bool, overwrite: bool
+) -> None:
+    """Makes a folder this program's: with its ``config.json``, and without ``parts`` of another run unless it goes on.
+
+    Raises:
+        FileExistsError: it holds ``config.json`` or parts, and neither ``resume`` nor ``overwrite`` is given.
+        FileNotFoundError: ``resume`` without a run.
+        ValueError: ``resume`` under another configuration; the message lists the differences.
+    """
+    found = [part for name in ("config.json", *parts) if (part := path / name).exists()]
+    if resume:
+        require_equal(read_config(path), config, path)
+    elif found and not overwrite:
+        raise FileExistsError(
+            f"{str(path)!r} already holds {what} ({', '.join(p.name for p in found)}). Go on with it by --resume, "
+            f"delete it by --overwrite, or give another --out."
+        )
+    else:
+        for part in found:
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+        path.mkdir(parents=True, exist_ok=True)
+        replace_text(path / "config.json", json.dumps(config, indent=2) + "\n")
+
+
 class RunFolder:
     """``config.json``, ``metrics.jsonl`` (a line an evaluation), ``checkpoints``, ``loss.png``, a GPT's ``sample.txt``.
 
@@ -62,20 +87,9 @@ class RunFolder:
     ):
         self.metrics, self.plot, self.sample = path / "metrics.jsonl", path / "loss.png", path / "sample.txt"
         self.title, self.draw = f"{config['optimizer']} ({path.name})", draw
-        config_file, checkpoints = path / "config.json", path / "checkpoints"
-        found = [p for p in (config_file, self.metrics, self.plot, self.sample, checkpoints) if p.exists()]
-        if resume:
-            require_equal(read_config(path), config, path)
-        elif found and not overwrite:
-            raise FileExistsError(
-                f"{str(path)!r} already holds a run ({', '.join(p.name for p in found)}). Go on with it by --resume, "
-                f"delete it by --overwrite, or give another --out."
-            )
-        else:
-            for part in found:
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
-            path.mkdir(parents=True, exist_ok=True)
-            replace_text(config_file, json.dumps(config, indent=2) + "\n")
+        checkpoints = path / "checkpoints"
+        parts = (self.metrics, self.plot, self.sample, checkpoints)
+        claim(path, config, [part.name for part in parts], "a run", resume=resume, overwrite=overwrite)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )

@@ -1,5 +1,6 @@
 """What the tests of both examples share: command lines, runs that are cut off, what a run has left in its folder."""
 
+import argparse
 import json
 import os
 import sys
@@ -12,13 +13,27 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import train_gpt
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+SMALL_GPT: dict[str, Any] = dict(
+    layers=1, width=16, heads=2, context=16, batch=4, eval_batches=2, steps=40, eval_every=40, vocab=40,
+    optimizer="adamw",
+)  # fmt: skip
 
 Main = Callable[[list[str]], None]  # of a script
 
 
 def flags(**options: Any) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+
+
+def small_gpt(folder: Path) -> Path:
+    """A GPT's run on 20,000 characters of real text, with 40 symbols: rare ones share the last."""
+    (folder / "text.txt").write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    train_gpt.main(flags(**SMALL_GPT, data=folder / "text.txt", out=folder / "run"))
+    return folder / "run"
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

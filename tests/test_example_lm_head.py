@@ -1,6 +1,5 @@
 """The example that looks at a trained GPT's tokens: its numbers, its pictures, a run in parts, what it refuses."""
 
-import argparse
 import contextlib
 import functools
 import io
@@ -28,13 +27,12 @@ import lm_head_report
 import lm_head_text
 import train_gpt
 import trained_gpt
-from tests.example_runs import flags, interrupt, refusal
+from tests.example_runs import flags, interrupt, refusal, small_gpt
 from tests.reference.curvature import relative
 from tests.reference.diagonal import interval, of_sequence
 from tests.reference.softmax_head import kernel_diagonal, softmax
 from text import UNKNOWN
 
-GPT = dict(layers=1, width=16, heads=2, context=16, batch=4, eval_batches=2, steps=40, eval_every=40, optimizer="adamw")
 TINY = dict(sequences=24, samples=2, spectrum_sequences=2, eigenvalues=3, probes=2, context=12)
 fail = functools.partial(refusal, lm_head.main)
 FISHERS = ("model-labels", "other-text", "text-labels", "head-model-labels", "head-text-labels")
@@ -42,11 +40,7 @@ FISHERS = ("model-labels", "other-text", "text-labels", "head-model-labels", "he
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT's run on 20,000 characters of real text, with 40 symbols: rare ones share the last."""
-    folder = tmp_path_factory.mktemp("gpt")
-    (folder / "text.txt").write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    train_gpt.main(flags(**GPT, vocab=40, data=folder / "text.txt", out=folder / "run"))
-    return folder / "run"
+    return small_gpt(tmp_path_factory.mktemp("gpt"))
 
 
 @pytest.fixture(scope="module")

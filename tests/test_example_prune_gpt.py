@@ -1,6 +1,5 @@
 """The example that prunes a GPT: its numbers, its order of methods, its picture, a run in parts, what it refuses."""
 
-import argparse
 import functools
 import json
 import math
@@ -16,19 +15,15 @@ import prune_gpt
 import prune_gpt_report
 import train_gpt
 import trained_gpt
-from tests.example_runs import flags, refusal
+from tests.example_runs import flags, refusal, small_gpt
 
-GPT = dict(layers=1, width=16, heads=2, context=16, batch=4, eval_batches=2, steps=30, eval_every=30, optimizer="adamw")
 TINY = dict(methods="magnitude,wanda,sparsegpt", sparsities="0.5,2:4", draws=2, sequences=8, validation=8)
 fail = functools.partial(refusal, prune_gpt.main)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpt")
-    (folder / "text.txt").write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20_000], encoding="utf-8")
-    train_gpt.main(flags(**GPT, vocab=40, data=folder / "text.txt", out=folder / "run"))
-    return folder / "run"
+    return small_gpt(tmp_path_factory.mktemp("gpt"))
 
 
 @pytest.fixture(scope="module")
