@@ -159,3 +159,10 @@ def test_what_is_wrong_is_said(given: dict[str, Any], error: type[Exception], me
     apply_fn, params = mlp()
     with pytest.raises(error, match=message):
         prune(apply_fn, params, **{"batches": [X], "method": "wanda", **given})
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    apply_fn, params = mlp()
+    bad = params | {"second": params["second"] | {"kernel": params["second"]["kernel"].at[1, 2].set(jnp.nan)}}
+    with pytest.raises(ValueError, match="sparsegpt on 'second/kernel': 1 of 48 entries of the weights are not finite"):
+        prune(apply_fn, bad, [X])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .calibration import gradient_summary, input_gram
+from .checking import kernel
 from .layers import Layer
 from .methods import Method
 from .pruned import output_error
@@ -48,7 +49,7 @@ def prune_layer(
     method: Method, data: Calibration, params: Any, layer: Layer, leaf: Array, sparsity: Any, stays: Any
 ) -> tuple[Array, Array, PrunedLayer]:
     began = time.perf_counter()
-    W = layer.read(leaf)
+    W = kernel(f"{method.name} on {layer.name!r}", layer.read(leaf))
     H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
     if stays is not None:
         new, kept, damping = jnp.where(stays, W, 0), stays, None
