@@ -135,6 +135,7 @@ def methods(config: Any) -> dict[str, tuple[Callable[[Models, Array], Params], n
     """By name: parameters from the models and a number, and the numbers to choose from."""
     merge, add, ties = fo.compression.merge, fo.compression.add_task_vectors, fo.compression.ties
     vectors = lambda m: [fo.compression.task_vector(m.base, tuned) for tuned in m.tuned]  # noqa: E731
+    weigh = lambda m, λ: add(m.base, vectors(m), scale=2 * λ, fishers=m.fishers, normalize=True)  # noqa: E731
     same = lambda m: [jax.tree.map(jnp.ones_like, m.base)] * 2  # noqa: E731
 
     def thinned(m: Models) -> list[Any]:
@@ -153,7 +154,7 @@ def methods(config: Any) -> dict[str, tuple[Callable[[Models, Array], Params], n
         "Fisher-weighted average": (weighted(True), SHARES),
         "Fisher-weighted average, scales kept": (weighted(False), SHARES),
         "task arithmetic": (lambda m, λ: add(m.base, vectors(m), scale=λ), SCALES),
-        "task arithmetic, Fisher": (lambda m, λ: add(m.base, vectors(m), scale=2 * λ, fishers=m.fishers), SCALES),
+        "task arithmetic, Fisher": (weigh, SCALES),
         "TIES": (lambda m, λ: ties(m.base, vectors(m), config.density, λ), SCALES),
         "DARE + TIES": (lambda m, λ: ties(m.base, thinned(m), 1.0, λ), SCALES),
     }  # fmt: skip

@@ -66,16 +66,18 @@ def test_operators_give_the_joint_minimiser_where_diagonals_do_not(hessians: tup
     θ, A = hessians
     trees, like = [as_tree(x) for x in θ], as_tree(θ[0])
     F = [Operator.from_dense(a, like) for a in A]
-    found = jax.jit(lambda F: merge(trees, F, coefficients=C, normalize=False, floor=0.0, tolerance=1e-13))(F)
+    found = jax.jit(lambda F: merge(trees, F, coefficients=C, floor=0.0, tolerance=1e-13))(F)
     truth = reference.joint_minimiser(θ, A, C)
     np.testing.assert_allclose(as_vector(found.params), truth, rtol=0, atol=1e-8)
     assert found.fallbacks is None
     assert found.residual < 1e-12
     diagonals = [as_tree(np.diag(a)) for a in A]
-    assert np.abs(as_vector(merge(trees, diagonals, coefficients=C, normalize=False).params) - truth).max() > 0.1
+    assert np.abs(as_vector(merge(trees, diagonals, coefficients=C).params) - truth).max() > 0.1
     # Of diagonal operators traces are exact, and scales are taken out as of diagonals.
-    ours = merge(trees, [Operator.from_dense(np.diag(np.diag(a)), like) for a in A], floor=0.0, tolerance=1e-13)
-    np.testing.assert_allclose(as_vector(ours.params), as_vector(merge(trees, diagonals).params), atol=1e-10)
+    acting = [Operator.from_dense(np.diag(np.diag(a)), like) for a in A]
+    ours = merge(trees, acting, normalize=True, floor=0.0, tolerance=1e-13)
+    wanted = merge(trees, diagonals, normalize=True)
+    np.testing.assert_allclose(as_vector(ours.params), as_vector(wanted.params), atol=1e-10)
 
 
 def test_directions_without_curvature_keep_the_centre() -> None:
@@ -90,7 +92,7 @@ def test_directions_without_curvature_keep_the_centre() -> None:
 
     @functools.partial(jax.jit, static_argnums=1)
     def merged(floor: Any, fallback: str) -> Merged:
-        return merge(trees, F, normalize=False, floor=floor, fallback=fallback)
+        return merge(trees, F, floor=floor, fallback=fallback)
 
     average = as_vector(merged(0.0, "average").params)
     np.testing.assert_allclose(average, reference.joint_minimiser(θ, A, np.ones(2)), atol=1e-4)
@@ -121,13 +123,13 @@ def test_unknown_leaves_and_small_numbers() -> None:
     wide = [{"w": jnp.array([1.0, 1e-4])}, {"w": jnp.array([1.0, 3e-4])}]
     ends = [{"w": jnp.zeros(2)}, {"w": jnp.ones(2)}]
     for floor, wanted in ((1e-6, 0.75), (1e-3, 0.5)):
-        found = merge(ends, wide, floor=floor, normalize=False)
+        found = merge(ends, wide, floor=floor)
         assert float(found.params["w"][1]) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_diagonal_fishers_are_their_means() -> None:
     F = [DiagonalFisher.zeros(jnp.zeros(2)).update(jnp.array([[1.0, x]]), jnp.ones(1)) for x in (1.0, 3.0)]
-    found = merge([jnp.zeros(2), jnp.ones(2)], F, normalize=False)
+    found = merge([jnp.zeros(2), jnp.ones(2)], F)
     np.testing.assert_allclose(found.params, [0.5, 0.75], rtol=1e-6)
 
 
@@ -177,7 +179,7 @@ def test_raise_is_refused_under_jit() -> None:
 
 def test_what_is_no_fisher_counts_as_nothing_under_jit() -> None:
     F = jnp.array([[jnp.nan, -1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
-    found = jax.jit(lambda F: merge([jnp.zeros(4), jnp.ones(4)], list(F), normalize=False).params)(F)
+    found = jax.jit(lambda F: merge([jnp.zeros(4), jnp.ones(4)], list(F)).params)(F)
     np.testing.assert_allclose(found, [1.0, 1.0, 0.5, 0.5])
 
 

@@ -41,7 +41,7 @@ def merge(
     fishers: Sequence[Any],
     *,
     coefficients: Any = None,
-    normalize: bool = True,
+    normalize: bool = False,
     floor: Any = 1e-6,
     fallback: str = "average",
     tolerance: float = 1e-6,
@@ -63,10 +63,10 @@ def merge(
         whatever has ``matvec(tree)`` and is symmetric without negative eigenvalues. An operator acts in the dtype of
         the parameters it was made with.
       coefficients: c, one a model, at least 0. None: 1.
-      normalize: divide each Fisher by its trace. The default, since a trace says what a loss is measured in and how
-        well it is fitted (an empirical Fisher goes to 0 with the training loss) rather than what a task is worth. With
-        False the scales count, as they should for exact joint minimisers of losses in one unit. Traces of operators
-        are estimated by 16 products with random signs.
+      normalize: divide each Fisher by its trace. False: their scales count, and the result is the joint minimiser of
+        losses in one unit. Worth trying where no validation data choose ``coefficients``: a trace says what a loss is
+        measured in and how well it is fitted (an empirical Fisher goes to 0 with the training loss) rather than what a
+        task is worth. Traces of operators are estimated by 16 products with random signs.
       floor: an entry whose ``Σ c_i F_i`` is at most this share of the mean one is taken for one without curvature. At
         the default, what is so decided holds at most a millionth of the trace. 0: only zeros are.
       fallback: who decides there: "average" (of the models with the coefficients c), "first" (the first model; of

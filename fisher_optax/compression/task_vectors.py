@@ -35,7 +35,12 @@ def task_vector(base: Any, tuned: Any) -> Any:
 
 
 def add_task_vectors(
-    base: Any, vectors: Sequence[Any], *, scale: Any = 1.0, fishers: Sequence[Any] | None = None, normalize: bool = True
+    base: Any,
+    vectors: Sequence[Any],
+    *,
+    scale: Any = 1.0,
+    fishers: Sequence[Any] | None = None,
+    normalize: bool = False,
 ) -> Any:
     """``base + Σ λ_i τ_i``; with Fishers each entry of τ_i has the share ``F_i / Σ F`` of it, too.
 
@@ -48,7 +53,7 @@ def add_task_vectors(
       scale: λ, one number or one a vector; negative ones take a task away. The paper chooses one for all, on validation
         data, between 0 and 1; 1 is right for a single task.
       fishers: one a vector, trees of diagonals or `fo.fisher.DiagonalFisher`, as `fo.compression.merge` takes them;
-      normalize: each divided by its trace first (there, too).
+      normalize: each divided by its trace first (as there).
 
     Returns:
       Parameters in the base's dtypes.
