@@ -1,0 +1,33 @@
+"""The suite compiles quickly (`conftest.py`). What hangs on rounding is run once more as users compile it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+AGAIN = {
+    "the authors' trajectories": ["test_soap.py", "test_dykaf.py", "test_frog.py", "-k", "the_authors"],
+    "heads in float32": ["test_fisher_head_float32.py"],
+    "pruning in float32": ["test_compression_sparsegpt.py", "test_compression_obs.py", "-k", "float32"],
+    "orthogonalisation": ["test_linalg_orthogonalize.py"],
+}
+
+
+@pytest.mark.parametrize("what", AGAIN)
+def test_with_the_compilers_defaults(what: str, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("fusion_emitters=false", "fusion_emitters=true"),
+    }
+    # A worker of its own, not one of this run's.
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    files = [f"tests/{x}" if x.endswith(".py") else x for x in AGAIN[what]]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *files],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
