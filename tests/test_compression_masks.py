@@ -115,3 +115,13 @@ def test_the_smallest_are_those_of_a_stable_sort(axis: int | None) -> None:
         gone = order[:k] if axis != -1 else order[:, :k]
         np.put_along_axis(wanted, gone, False, axis=0 if axis is None else axis)
         np.testing.assert_array_equal(find(x, k), wanted.reshape(x.shape))
+
+
+def test_another_share_compiles_nothing() -> None:
+    """Nor does a call that is not jitted, again and again."""
+    scores = jnp.asarray(DISTINCT)
+    fo.compression.mask(scores, 0.5)
+    before = keep_largest._cache_size()
+    for share in (0.5, 0.2, 0.7):
+        fo.compression.mask(scores, share)
+    assert keep_largest._cache_size() == before

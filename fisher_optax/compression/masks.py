@@ -5,6 +5,7 @@ sparsity is a share of weights to remove, in [0, 1), which removes ``k = âŒˆs nâ
 keeps N of every M consecutive inputs of an output (NVIDIA's reading: "2:4" and "1:4" keep 2 and 1 of 4).
 """
 
+import functools
 import math
 import re
 from typing import Any, NamedTuple
@@ -111,6 +112,7 @@ def mask(scores: Any, sparsity: Sparsity, scope: str = "matrix") -> Bool[Array, 
     return stays.reshape(scores.shape)
 
 
+@functools.partial(jax.jit, static_argnames="axis")
 def keep_largest(scores: Float[Array, "..."], k: Any, axis: int | None = -1) -> Bool[Array, "..."]:
     """False for exactly the k smallest along an axis (None: of all), the first of those that are equal.
 
