@@ -6,8 +6,8 @@
 Without ``--run`` it trains one first, in the folder ``gpt`` of ``--out``. Each method is calibrated on several draws of
 windows of the training text, with the inputs that layers have in the model as given and in the one pruned so far, with
 OWL's share for each block, and with shares of whole matrices rather than of each output; it is judged by its perplexity
-on the validation text. Writes a table, ``report.md``, ``report.json`` and ``perplexity.png``. What is interrupted goes
-on with ``--resume``.
+on the validation text. Writes a table, ``report.md``, ``report.json`` and ``perplexity.png``. On two cores all this
+takes some ten minutes; what is interrupted goes on with ``--resume``.
 """
 
 import dataclasses
