@@ -1,4 +1,4 @@
-"""How long pruning one matrix takes: SparseGPT against the same algorithm in NumPy, and exact OBS.
+"""How long pruning a matrix takes: SparseGPT against the same algorithm in NumPy, exact OBS, choosing the k least.
 
     python -m benchmarks.compression_speed
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from threadpoolctl import threadpool_limits
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fisher_optax as fo
 from benchmarks import harness
+from fisher_optax.compression.masks import keep_largest
 
 BLOCK, DAMPING = 128, 0.01
 SPARSEGPT, OBS = (768, 3072), (512, 128)  # inputs x outputs
@@ -80,6 +82,20 @@ def sparsegpt(rounds: int) -> dict[str, Any]:
     }
 
 
+def selection(rounds: int) -> dict[str, Any]:
+    """Which of all weights of a matrix are the smaller half: bit by bit, and by a stable sort."""
+    scores, k = jnp.abs(jnp.asarray(problem(*SPARSEGPT)[0])).ravel(), SPARSEGPT[0] * SPARSEGPT[1] // 2
+    ranks = lambda x: jnp.zeros(x.size, jnp.int32).at[jnp.argsort(x, stable=True)].set(jnp.arange(x.size))  # noqa: E731
+    programs = {
+        "bit by bit": harness.compile_program(lambda x: keep_largest(x, k), scores),
+        "sorting": harness.compile_program(lambda x: ranks(x) >= k, scores),
+    }
+    runs = {name: lambda _, p=program: p.run(scores) for name, program in programs.items()}
+    times = harness.interleaved(runs, rounds, lambda _: None, "selection")
+    same = bool(jnp.all(programs["bit by bit"].run(scores) == programs["sorting"].run(scores)))
+    return {"scores": scores.size, "seconds": {name: statistics.median(t) for name, t in times.items()}, "same": same}
+
+
 def obs(rounds: int) -> list[dict[str, Any]]:
     """Seconds, and the loss as a share of SparseGPT's."""
     W, H = problem(*OBS)
@@ -101,7 +117,9 @@ def main() -> None:
     args = parser.parse_args()
     results: dict[str, Any] = {"environment": harness.environment()}
     with threadpool_limits(1, "blas"):
-        results |= {"obs": obs(max(1, args.rounds // 3)), "sparsegpt": sparsegpt(args.rounds)}
+        few = max(1, args.rounds // 3)
+        results |= {"selection": selection(few), "obs": obs(few), "sparsegpt": sparsegpt(args.rounds)}
+    print(results["selection"])
     print(results["sparsegpt"])
     print(harness.table(results["obs"], {key: key for key in results["obs"][0]}))
     name = f"compression_speed_{jax.devices()[0].platform}"

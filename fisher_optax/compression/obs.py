@@ -36,8 +36,8 @@ def obs(
 ) -> Pruned:
     """Prune W by optimal brain surgery, greedy and exact for each output: of all methods the dearest.
 
-    What `sparsegpt` approximates. 512 inputs x 128 outputs take about a second on a CPU; time grows with the outputs,
-    and with the cube of the inputs.
+    What `sparsegpt` approximates. Time grows with the outputs, and with the cube of the inputs
+    (``benchmarks/compression_speed.py``).
 
     Args:
       W, H, damping: as in `sparsegpt`, inputs that were always 0 too.
