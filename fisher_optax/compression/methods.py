@@ -89,9 +89,14 @@ def _of_function(name: str, prune: Any, needs: Any, scores: Any, **options: Any)
     return Method(name, functools.partial(prune, **options), needs, scores, asked)
 
 
-def _obert(**options: Any) -> Method:
-    moments = functools.partial(block_moments, block=options.pop("block", 50))
-    return _of_function("obert", from_moments, moments, None, **options)
+@functools.cache
+def _moments(block: int) -> Callable[..., Any]:
+    """One object a size, by which `jit` knows it again."""
+    return functools.partial(block_moments, block=block)
+
+
+def _obert(block: int = 50, **options: Any) -> Method:
+    return _of_function("obert", from_moments, _moments(block), None, **options)
 
 
 register("magnitude", magnitude, needs="weights", scores=magnitude_scores)
