@@ -9,7 +9,6 @@ Writes ``report.md`` and ``report.json``; ``importance.png`` (each token's row o
 """
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from lm_head_folder import Results
 from lm_head_parts import measure
@@ -27,7 +25,7 @@ from lm_head_text import Text, load_texts, shown
 from loop import ending_with_a_message
 from options import make_parser, option, require
 from run_folder import read_config_as
-from trained_gpt import Trained, corpus_of, load_trained, read_settings
+from trained_gpt import Trained, corpus_of, digest, load_trained, read_settings
 
 UNITS = ("sequence", "token")
 
@@ -95,10 +93,6 @@ def prepare(given: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> 
     }
     results = Results(out, described, resume=resume, overwrite=overwrite)
     return Prepared(config, trained, texts, [shown(character) for character in corpus.characters], results)
-
-
-def digest(*arrays: Any) -> str:
-    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in arrays)).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 import fisher_optax as fo
 import train_gpt
-from fisher_optax.compression.masks import as_sparsity
+from fisher_optax.compression.masks import Pattern, as_sparsity, check_pattern
 from loop import ending_with_a_message
 from models.gpt import GPT
 from options import make_parser, option, require
@@ -33,7 +34,7 @@ from prune_gpt_report import PICTURE, VARIANTS, draw, markdown, payload, summary
 from results_folder import Results
 from run_folder import read_config_as
 from text import Corpus
-from trained_gpt import Trained, corpus_of, load_trained, read_settings
+from trained_gpt import Trained, corpus_of, digest, load_trained, read_settings
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "obs")
 BATCH = 16  # sequences
@@ -121,17 +122,18 @@ def as_number(sparsity: str) -> float | str:
         return sparsity
 
 
-def load(config: Config, out: Path) -> tuple[Trained, Corpus]:
-    """The GPT and its text; trained now if no run is named and none is there."""
-    run = Path(config.run) if config.run else out / "gpt"
-    if not config.run:
-        base = train_gpt.Config(steps=config.steps)
-        corpus = train_gpt.load_corpus(base.data, base.vocab, base.context)
-        described = {**dataclasses.asdict(base.resolve()), "text_sha256": corpus.sha256}
-        folder = train_gpt.RunFolder(run, described, resume=(run / "config.json").exists())
-        print(f"training a GPT in {run}")
-        train_gpt.train(base, corpus, folder, progress=True)
-        folder.checkpoints.close()
+def train(config: Config, run: Path) -> None:
+    """The GPT that stands in for ``--run``; one that is there already is only looked at."""
+    base = train_gpt.Config(steps=config.steps)
+    corpus = train_gpt.load_corpus(base.data, base.vocab, base.context)
+    described = {**dataclasses.asdict(base.resolve()), "text_sha256": corpus.sha256}
+    folder = train_gpt.RunFolder(run, described, resume=(run / "config.json").exists())
+    print(f"training a GPT in {run}")
+    train_gpt.train(base, corpus, folder, progress=True)
+    folder.checkpoints.close()
+
+
+def load(run: Path) -> tuple[Trained, Corpus]:
     settings, saved = read_settings(run)
     corpus = corpus_of(run, settings, saved)
     return load_trained(run, settings, len(corpus.characters)), corpus
@@ -196,11 +198,14 @@ def prepare(given: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> 
     """Everything that can be wrong with a command line, before anything is compiled or deleted."""
     config = dataclasses.replace(read_config_as(Config, out) if resume else Config(), **given)
     check(config)
+    described, width = dataclasses.asdict(config), train_gpt.Config().width
     if config.run:
-        settings, saved = read_settings(Path(config.run))
-        corpus_of(Path(config.run), settings, saved)
-    described = dataclasses.asdict(config)
-    return config, Results(out, described, resume=resume, overwrite=overwrite, others=(PICTURE,))
+        trained, _ = load(Path(config.run))
+        described["parameters_sha256"], width = digest(*jax.tree.leaves(trained.params)), trained.config.width
+    for share in (as_sparsity(as_number(sparsity)) for sparsity in split(config.sparsities)):
+        if isinstance(share, Pattern):
+            check_pattern(share, width)
+    return config, Results(out, described, resume=resume, overwrite=overwrite, others=(PICTURE, "gpt"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -210,8 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = Path(given.pop("out"))
     try:
         config, results = prepare(given, out, given.pop("resume"), given.pop("overwrite"))
+        run = Path(config.run) if config.run else out / "gpt"
         with ending_with_a_message(out):
-            trained, corpus = load(config, out)
+            if not config.run:
+                train(config, run)
+            trained, corpus = load(run)
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     with ending_with_a_message(out):

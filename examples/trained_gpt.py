@@ -1,9 +1,11 @@
 """A GPT that `train_gpt.py` has trained, from its folder."""
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from gpt_config import Config
@@ -63,3 +65,7 @@ def corpus_of(run: Path, config: Config, saved: dict[str, Any]) -> Corpus:
     if corpus.sha256 != saved["text_sha256"]:
         raise ValueError(f"{config.data!r} is no longer the text that the run in {str(run)!r} has its symbols from.")
     return corpus
+
+
+def digest(*arrays: Any) -> str:
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in arrays)).hexdigest()

@@ -104,5 +104,6 @@ def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], trained: Path
     assert "--methods must be some of magnitude, wanda" in fail(capsys, *flags(**common, methods="obd"))
     assert "sparsity must be a share" in fail(capsys, *flags(**common, sparsities="0.5,1.5"))
     assert "--spread must be so that 0.95 stays in [0, 1)" in fail(capsys, *flags(**common, sparsities="0.95"))
+    assert "3:6 needs inputs in groups of 6; this kernel has 16" in fail(capsys, *flags(**common, sparsities="3:6"))
     assert "no run in" in fail(capsys, *flags(run=tmp_path / "none", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
