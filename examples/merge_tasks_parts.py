@@ -1,7 +1,7 @@
 """What `merge_tasks.py` measures: two models tuned from one, what merging makes of them, on images none has seen.
 
-Every method has one number, chosen on validation images among `GRID`: the share of the second task (of averages), or
-the scale of what is added to the base.
+Every method has one number, chosen on validation images: the share of the second task among `SHARES` (of averages), or
+the scale of what is added to the base among `SCALES`.
 """
 
 import functools

@@ -50,7 +50,7 @@ def prune(
     The model needs no change: its layers are found in the program that ``apply_fn`` traces to. Each is a matrix of
     inputs by outputs (of a convolution, window and channels by channels; a scanned stack layer by layer). What a method
     needs is taken for one layer at a time, in one pass over the batches: memory holds one ``inputs x inputs`` matrix
-    besides the model.
+    besides the model. The errors in the report take that matrix whatever the method.
 
     Args:
       apply_fn: ``apply_fn(params, batch)`` -> the model's outputs, any tree.
