@@ -15,7 +15,7 @@ from .matrices import canonical_shape, from_stacks, matrix_shapes, sides_to_stac
 from .matrix_axes import LeafAxes, MatrixAxes
 from .refresh import KEEP, START, Policy, renew
 from .routing import by_axes, skip_first_call
-from .sharding import Layout, matrix_layout, place, spread
+from .sharding import Layout, matrix_layout, place, share_out, spread
 from .stacks import over_stack
 from .storage import Storage
 from .types import Application, Decomposition, FactorRule, Moments
@@ -116,7 +116,8 @@ class Seam:
             key: jax.tree.map(lambda x, n=n: jnp.broadcast_to(x, (n, *x.shape)), self._start(key))
             for key, n in counts.items()
         }
-        return PreconditionState(count, count, {key: place(state, layouts[key]) for key, state in states.items()})
+        states = {key: share_out(place(state, layouts[key]), self.mesh_axis) for key, state in states.items()}
+        return PreconditionState(count, count, states)
 
     def _start(self, key: str) -> MatrixState:
         """The state of one matrix of a stack."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -136,9 +137,20 @@ def _entered(mesh: Any) -> Any:
     return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()
 
 
-def spread(f: Callable[..., Any], mesh_axis: str, *stacks: Any) -> Any:
-    """``f(*stacks)`` with the leading axis of all arrays shared out over a mesh axis: every device does its part, and
-    all get the whole.
+def share_out(state: Any, mesh_axis: str | None) -> Any:
+    """The state of a stack as `spread` leaves it: every device holds its part, of a stack that is filled up until all
+    parts are equal. As it is where no mesh with that axis is in scope.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh_axis not in mesh.axis_names:
+        return state
+    filled = _filled(state, mesh.shape[mesh_axis])
+    return jax.tree.map(lambda x: jax.device_put(x, PartitionSpec(mesh_axis)), filled)
+
+
+def spread(f: Callable[..., Any], mesh_axis: str, matrices: Array, *stacks: Any) -> Any:
+    """``f(matrices, *stacks)`` with the leading axis of all arrays shared out over a mesh axis: every device does its
+    part. Results are as long as ``matrices``, the second, the state, as long as it was.
 
     Raises:
       ValueError: where no mesh with that axis is in scope.
@@ -149,7 +161,22 @@ def spread(f: Callable[..., Any], mesh_axis: str, *stacks: Any) -> Any:
             f"mesh_axis={mesh_axis!r} is not an axis of the mesh in scope ({mesh.axis_names}); call inside `with "
             "jax.set_mesh(mesh):`."
         )
-    count, share = len(jax.tree.leaves(stacks)[0]), PartitionSpec(mesh_axis)
-    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, -count % mesh.shape[mesh_axis]), *[(0, 0)] * (x.ndim - 1))), stacks)
-    done = jax.shard_map(f, in_specs=share, out_specs=share, check_vma=False)(*padded)
-    return jax.tree.map(lambda x: x[:count], done)
+    share = PartitionSpec(mesh_axis)
+    padded = _filled((_unshared(matrices), *stacks), mesh.shape[mesh_axis])
+    U, state, *rest = jax.shard_map(f, in_specs=share, out_specs=share, check_vma=False)(*padded)
+    state = jax.tree.map(lambda x, old: x[: len(old)], state, stacks[0])
+    return _unshared(U[: len(matrices)]), state, *(x[: len(matrices)] for x in rest)
+
+
+def _filled(stacks: Any, devices: int) -> Any:
+    """With zeros at the end of the leading axes, whose lengths the number of devices then divides."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % devices), *[(0, 0)] * (x.ndim - 1))), stacks)
+
+
+def _unshared(stack: Array) -> Array:
+    """A stack of leaves, or one to be cut into leaves: whole along the leading axis, the others as the leaves are.
+
+    Left to itself, the compiler cuts what is whole on every device, and sends the parts around.
+    """
+    free = [PartitionSpec.UNCONSTRAINED] * (stack.ndim - 1)
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(None, *free))

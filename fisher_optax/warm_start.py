@@ -96,6 +96,8 @@ def _start(old: MatrixState, count: Array, mu: Array, nu: Array) -> MatrixState 
     inner = old.application
     if not isinstance(inner, AdamState):
         return None
+    # A stack shared out over devices may be longer.
+    mu, nu = (jnp.pad(v, ((0, len(inner.mu) - len(v)), (0, 0), (0, 0))) for v in (mu, nu))
     moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}
     inner = inner._replace(count=jnp.broadcast_to(count, inner.count.shape).astype(inner.count.dtype), **moments)
     factors, basis = jax.vmap(_diagonal)(nu, old.factors, old.basis)

@@ -1,17 +1,22 @@
 """Eight devices give what one gives, whatever the layout; where the state lives never changes."""
 
+import collections
 import contextlib
+import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.comparisons import assert_finite, assert_same_bits, assert_updates_close
+import fisher_optax as fo
+from tests.comparisons import assert_close, assert_finite, assert_same_bits, assert_updates_close
 from tests.optimizers_table import SHAPES, SOME, STATES, Row, build, each, run, updater
 
 # A kernel (8, 8) and a bias in every layout of a 2-D mesh.
@@ -114,3 +119,72 @@ def test_a_side_over_more_devices_than_a_block_has_rows(row: Row) -> None:
     params = {"kernel": jax.device_put(kernel, NamedSharding(mesh, P("data", None)))}
     points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, [params, params])
     assert_finite(points)
+
+
+SHARED = {"soap": fo.soap, "shampoo": fo.shampoo, "muon": fo.muon}
+
+
+def stack_of(count: int, seed: int) -> dict[str, Any]:
+    return {f"layer_{i}": {"kernel": values(seed)["both"]["kernel"] + 0.1 * i} for i in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "kind"),
+    [
+        ("soap", 4, AxisType.Auto),
+        ("soap", 3, AxisType.Auto),
+        ("soap", 3, AxisType.Explicit),
+        ("shampoo", 3, AxisType.Auto),
+        ("muon", 3, AxisType.Auto),
+    ],
+)
+def test_matrices_shared_out_over_a_mesh_axis(method: str, count: int, kind: AxisType) -> None:
+    """Four devices, four matrices or one too few: the updates of one device, and each stack's state in equal parts from
+    `init` on.
+    """
+    make = functools.partial(SHARED[method], 1e-2, **({} if method == "muon" else {"precondition_frequency": 2}))
+    params, gradients = stack_of(count, 1), [stack_of(count, seed) for seed in range(10, 10 + STEPS)]
+    tx = make()
+    alone = run(jax.jit(updater(tx)), tx.init(params), params, gradients)
+    tx = make(mesh_axis="data")
+    with in_mesh(kind) as mesh:
+        everywhere = NamedSharding(mesh, P())
+        params, gradients = jax.device_put((params, gradients), everywhere)
+        state = tx.init(params)
+        points = run(jax.jit(updater(tx)), state, params, gradients)
+        stacked = [x for x in jax.tree.leaves(points[-1].state) if x.ndim == 3 and not x.sharding.is_fully_replicated]
+        assert typeof(jax.jit(tx.init)(params)) == typeof(points[-1].state) == typeof(state)
+    assert_updates_close(points, alone, ROUNDING)
+    for before, after in zip(jax.tree.leaves(state), jax.tree.leaves(points[-1].state), strict=True):
+        assert before.sharding.is_equivalent_to(after.sharding, before.ndim)  # else the next step compiles anew
+    assert len(stacked) == {"soap": 6, "shampoo": 5, "muon": 0}[method]  # factors, bases, moments
+    assert all(x.shape == (4, 8, 8) and x.addressable_shards[0].data.shape == (1, 8, 8) for x in stacked)
+
+
+@pytest.mark.parametrize(("spec", "wanted"), [(P(), {"all-gather": 2}), (P("data", None), {"all-to-all": 4})])
+def test_only_gradients_and_directions_travel(spec: P, wanted: dict[str, int]) -> None:
+    """Of matrices of two shapes that every device holds, one gather of each stack's directions; of matrices in parts,
+    an exchange before and one after. Their number does not grow with that of the leaves.
+    """
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    shapes = {f"layer_{i}": {"kernel": (8, 8) if i % 2 else (8, 16)} for i in range(12)}
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(
+            lambda s: jax.device_put(jnp.ones(s), NamedSharding(mesh, spec)), shapes, is_leaf=lambda x: type(x) is tuple
+        )
+        tx = fo.soap(1e-2, mesh_axis="data")
+        text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text() or ""
+    found = collections.Counter(re.findall(r" (all-[a-z-]+|collective-permute|reduce-scatter)\(", text))
+    del found["all-reduce"]  # of scalars: are all finite, how many failed
+    assert found == wanted
+
+
+def test_adams_state_fits_matrices_that_are_shared_out() -> None:
+    params = stack_of(3, 1)
+    adam = optax.scale_by_adam().init(params)
+    wanted = fo.from_adam(fo.soap(1e-2), adam, params)
+    with in_mesh(AxisType.Auto):
+        tx = fo.soap(1e-2, mesh_axis="data")
+        shared = fo.from_adam(tx, adam, params)
+        updates, _ = jax.jit(tx.update)(params, shared, params)
+    assert_close(updates, jax.jit(fo.soap(1e-2).update)(params, wanted, params)[0], ROUNDING)

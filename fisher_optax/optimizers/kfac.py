@@ -122,7 +122,8 @@ def kfac(
         step its share).
       factor_dtype: storage of factors and bases, default float32.
       factor_storage: "full", or "packed": half of each symmetric factor.
-      mesh_axis: share the refreshes out over this axis of the mesh in scope.
+      mesh_axis: share the matrices and their state out over this axis of the mesh in scope, `init`'s too; a stack that
+        the devices do not divide is filled up.
       head: how the right side of the layer named head, lm_head or logits is treated. None: as any other's. "true": it
         is the softmax's own Fisher, exact for ``rank`` tokens, whatever labels the others' statistics are of, and every
         word is in it; "empirical": that of the data's labels. Both are solved, never formed, for any vocabulary, with

@@ -118,7 +118,8 @@ def shampoo(
       factor_dtype: storage of factors and roots, default float32.
       factor_storage: "full", or "packed": half of each symmetric factor.
       momentum_dtype: storage of m, default float32.
-      mesh_axis: share the refreshes out over this axis of the mesh in scope.
+      mesh_axis: share the matrices and their state out over this axis of the mesh in scope, `init`'s too; a stack that
+        the devices do not divide is filled up.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.
