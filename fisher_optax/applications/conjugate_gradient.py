@@ -130,7 +130,7 @@ def frog_direction(
     known = trace > 0
     Λ = Y**2 * (known / jnp.where(known, trace, 1))
     τ = jnp.asarray(damping, M.dtype) + ~known
-    Z = conjugate_gradient(lambda V: X.transposed_times(Λ * X.times(V)) + τ * V, M, iterations)
+    Z = _solution(X, Λ, τ, M, iterations)
     ZM = jnp.sum(Z * M, axis=0)
     return Z * jnp.where(ZM > 0, jax.lax.rsqrt(jnp.where(ZM > 0, ZM, 1)), 0)
 
@@ -152,9 +152,22 @@ def kfrog_direction(
     rms = (largest * jnp.sqrt(jnp.mean(Y**2, axis=rows, keepdims=True))).reshape(-1)
     V, scale = _unit(M, 0)
     # With X in units of u, which also holds ε, nothing overflows that the result does not.
-    Z = conjugate_gradient(lambda V: X.transposed_times(X.times(V)) / r + (ε / u / u) * V, V, iterations)
+    Z = _solution(X, jnp.asarray(1 / r, M.dtype), ε / u / u, V, iterations)
     diagonal = X.squared().transposed_times(jnp.ones((*y.shape[:-1], 1), M.dtype)) / r
     return jnp.where(rms > 0, jnp.sqrt(diagonal) * Z / u * (scale / jnp.where(rms > 0, rms, 1)), 0)
+
+
+def _solution(X: Inputs, Λ: Array, τ: Array, M: Float[Array, "d n"], iterations: int) -> Float[Array, "d n"]:
+    """So many steps towards Z with ``Xᵀ (Λ ∘ (X Z)) + τ Z = M``, by one product with X or Xᵀ less than two a step."""
+
+    def product(V: Array) -> Array:
+        return X.transposed_times(Λ * X.times(V)) + τ * V
+
+    def energy(V: Array) -> Array:
+        XV = X.times(V)
+        return jnp.sum(Λ * XV**2, axis=tuple(range(XV.ndim - 1)))[None] + τ * jnp.sum(V**2, axis=0, keepdims=True)
+
+    return conjugate_gradient(product, M, iterations, energy)
 
 
 def _scaled(x: Array, window: Window | None, rows: int, least: Any) -> tuple[Inputs, Array]:

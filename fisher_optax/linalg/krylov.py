@@ -10,7 +10,10 @@ UNROLLED = 8
 
 
 def conjugate_gradient(
-    product: Callable[[Array], Array], B: Float[Array, "d n"], iterations: int
+    product: Callable[[Array], Array],
+    B: Float[Array, "d n"],
+    iterations: int,
+    energy: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "d n"]:
     """So many steps from 0 towards ``Z`` with ``product(Z) = B``, where ``product`` acts on each column alone.
 
@@ -19,7 +22,9 @@ def conjugate_gradient(
     Args:
       product: linear, symmetric and positive definite in each column.
       B: the right-hand sides, as columns.
-      iterations: fixed, so that a step takes the same time for every B.
+      iterations: fixed, so that a step takes the same time for every B; 1 or more.
+      energy: ``<P, product(P)>`` of each column, ``(1, n)``, where it costs less than the product: the last step needs
+        no more.
 
     Source: Hestenes and Stiefel 1952, equations 3:1.
 
@@ -40,8 +45,10 @@ def conjugate_gradient(
         return (Z, R, R + _over(new, rr) * P, new), None
 
     # A few steps are unrolled: XLA's convolutions for a CPU are slow inside a loop.
-    start, unroll = (jnp.zeros_like(B), B, B, _dots(B, B)), iterations if iterations <= UNROLLED else 1
-    return jax.lax.scan(step, start, length=iterations, unroll=max(unroll, 1))[0][0]
+    start, steps = (jnp.zeros_like(B), B, B, _dots(B, B)), iterations - 1
+    unroll = steps if steps < UNROLLED else 1
+    Z, _, P, rr = jax.lax.scan(step, start, length=steps, unroll=max(unroll, 1))[0]
+    return Z + _over(rr, energy(P) if energy else _dots(P, product(P))) * P
 
 
 def _dots(P: Float[Array, "d n"], Q: Float[Array, "d n"]) -> Float[Array, "1 n"]:

@@ -157,7 +157,7 @@ def _scale_by(
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         return _on_samples(direction, method, layers)
 
-    return guarded(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
+    return _guarded(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
 
 
 def _complete(
@@ -180,7 +180,12 @@ def _complete(
         return optax.chain(_on_samples(direction, method, layers), decay, rate)
 
     fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
-    return guarded(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
+    return _guarded(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
+
+
+def _guarded(routed: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    # In place: XLA's convolutions for a CPU are many times slower inside a conditional.
+    return guarded(routed, in_place=True)
 
 
 def _on_samples(
