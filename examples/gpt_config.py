@@ -1,14 +1,19 @@
-"""The options of `train_gpt.py`: what they are, what they may be."""
+"""The options of `train_gpt.py`: what they are, what they may be, the model they describe."""
 
 import dataclasses
 import math
+from collections.abc import Collection
 
+import jax.numpy as jnp
+
+from models.gpt import GPT
 from optimizers import METHODS, find_method
 from options import option, require
 
 DTYPES = ("float32", "bfloat16")
 HEADS = ("tied", "own")
 COUNTS = ("steps", "batch", "context", "layers", "width", "heads", "vocab", "refresh", "eval_every", "eval_batches")
+SHAPE = ("context", "layers", "width", "heads", "head", "vocab")  # what the parameters and the symbols hang on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Config:
     head: str = option("tied", "the output layer: tied to the embedding, or own")
     dropout: float = option(0.0, "dropout rate")
     dtype: str = option("float32", f"type of the computation, {' or '.join(DTYPES)}; parameters stay float32")
+    start: str = option("", "folder of a run to begin with the parameters of, and to read text by; by default none")
     vocab: int = option(96, "characters with a symbol of their own; all rarer ones share one")
     seed: int = option(0, "of the initial parameters, the batches and the dropout")
     eval_every: int = option(100, "steps between two evaluations, each with a checkpoint")
@@ -57,6 +63,21 @@ SHAKESPEARE_CHAR = Config(
     width=384, heads=6, dropout=0.2,
 )  # fmt: skip
 PRESETS = {config.preset: config for config in (Config(), SHAKESPEARE_CHAR)}
+
+
+def make_model(config: Config, symbols: int) -> GPT:
+    c = config
+    return GPT(
+        symbols, c.context, c.layers, c.width, c.heads, c.dropout, dtype=jnp.dtype(c.dtype), tied=c.head == "tied"
+    )
+
+
+def shaped_as(config: Config, start: Config, given: Collection[str]) -> Config:
+    """``config`` with the shape of the run it starts from. Raises `ValueError` if the options ``given`` contradict."""
+    for name in (name for name in SHAPE if name in given):
+        wanted = getattr(start, name)
+        require(config, getattr(config, name) == wanted, name, f"{wanted}, as in {config.start!r}, or left out")
+    return dataclasses.replace(config, **{name: getattr(start, name) for name in SHAPE})
 
 
 def check(config: Config) -> None:

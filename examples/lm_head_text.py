@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
-from text import UNKNOWN, Corpus, read_text
+from text import UNKNOWN, Corpus, read_text, tokens_of
 
 SHOWN = {" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r", "\f": "\\f", UNKNOWN: "(rare)"}
 LAST_SHOWN = 0x52F  # Cyrillic: up to here the fonts of pictures have signs
@@ -22,17 +22,6 @@ class Text(NamedTuple):
     def labels(self) -> Int32[np.ndarray, "sequences context"]:
         """What is predicted."""
         return self.windows[:, 1:]
-
-
-def tokens_of(text: str, characters: str) -> tuple[Int32[np.ndarray, " time"], int]:
-    """A text in the symbols of a run, and how many of its characters have none of their own: they become the symbol
-    that rare ones share or, in a run without it, are dropped.
-    """
-    points, own = (np.frombuffer(x.encode("utf-32-le"), np.uint32) for x in (text, characters.removesuffix(UNKNOWN)))
-    place = np.minimum(np.searchsorted(own, points), len(own) - 1)  # they are in the order of their code points
-    known = own[place] == points
-    tokens = np.where(known, place, len(own)).astype(np.int32)
-    return tokens if len(own) < len(characters) else tokens[known], int((~known).sum())
 
 
 def manual() -> str:

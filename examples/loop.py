@@ -6,18 +6,22 @@ loss, and at some it evaluates and saves. Where the cuts fall changes no number,
 
 import contextlib
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from run_folder import Row, RunFolder
 
-CHUNK = 10  # steps between two looks at the loss: Python stays out of them, and the progress bar still moves
+# Steps between two looks at the loss: Python stays out of them, and the progress bar still moves.
+CHUNKS = {"cpu": 10}
+LONG_CHUNK = 50  # of every accelerator: its steps are shorter, and it waits at each look
 
 Scalar = Float[Array, ""]
 
@@ -30,6 +34,30 @@ class Plan(NamedTuple):
     unit: str  # what it is trained on, as the metrics and the progress bar call it
     units: int  # of it in a step
     advice: str  # what to try when the loss is not finite
+
+
+class Stopwatch:
+    """Seconds that the training steps took, without evaluations and without compiling.
+
+    The first chunk compiles, so its steps count as the median of those after it, once there are any: `stops` makes it
+    one step long, so that there are when the first evaluation comes.
+    """
+
+    def __init__(self, before: float):
+        self.before = before  # seconds, of the steps before this program went on with the run
+        self.chunks: list[tuple[int, float]] = []
+
+    def add(self, steps: int, seconds: float) -> None:
+        self.chunks.append((steps, seconds))
+
+    @property
+    def seconds(self) -> float:
+        if not self.chunks:
+            return self.before
+        (steps, first), *others = self.chunks
+        if others:
+            first = min(first, steps * statistics.median(seconds / n for n, seconds in others))
+        return self.before + first + sum(seconds for _, seconds in others)
 
 
 class Diverged(FloatingPointError):
@@ -48,8 +76,9 @@ def is_evaluated(step: int, plan: Plan) -> bool:
 
 def stops(step: int, plan: Plan) -> Iterator[int]:
     """The steps from ``step`` to the end, both included, between which Python has nothing to do."""
-    inner = (s for s in range(step + 1, plan.steps) if s % CHUNK == 0 or is_evaluated(s, plan))
-    yield from sorted({step, *inner, plan.steps})
+    chunk = CHUNKS.get(jax.default_backend(), LONG_CHUNK)
+    inner = (s for s in range(step + 1, plan.steps) if s % chunk == 0 or is_evaluated(s, plan))
+    yield from sorted({step, min(step + 1, plan.steps), *inner, plan.steps})
 
 
 def run_steps(
@@ -84,21 +113,24 @@ def run_steps(
     if run:
         state, rows = run.restore(state)
         began -= rows[-1]["seconds"] if rows else 0.0
+    stopwatch = Stopwatch(rows[-1]["training_seconds"] if rows else 0.0)
     with tqdm(total=plan.steps, initial=int(state.step), unit="step", disable=not progress) as bar:
         for stop in stops(int(state.step), plan):
             if (step := int(state.step)) < stop:
                 chunk_began = time.perf_counter()
                 state, loss = advance(state, stop)
                 loss = require_finite(loss, f"between steps {step} and {stop}", plan.advice)
-                speed = (stop - step) * plan.units / (time.perf_counter() - chunk_began)
+                stopwatch.add(stop - step, elapsed := time.perf_counter() - chunk_began)
+                speed = (stop - step) * plan.units / elapsed
                 bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} {plan.unit}/s", refresh=False)
                 bar.update(stop - step)
             if is_evaluated(stop, plan) and not (rows and rows[-1]["step"] == stop):
                 found = evaluate(state)
                 for value in (value for name, value in found.items() if "loss" in name):
                     require_finite(value, f"at step {stop}", plan.advice)
-                seconds = round(time.perf_counter() - began, 3)
-                rows.append({"step": stop, **found, "seconds": seconds, plan.unit: stop * plan.units})
+                times = {"seconds": time.perf_counter() - began, "training_seconds": stopwatch.seconds}
+                times = {name: round(seconds, 3) for name, seconds in times.items()}
+                rows.append({"step": stop, **found, **times, plan.unit: stop * plan.units})
                 bar.set_description_str(describe(rows[-1]))
                 if run:
                     run.record(rows, state)

@@ -30,12 +30,13 @@ class Corpus(NamedTuple):
     train: Int32[np.ndarray, " train"]  # the first 90% of the text
     validation: Int32[np.ndarray, " validation"]  # the last 10%
     sha256: str  # of the text in UTF-8
+    unknown: int = 0  # characters that have no symbol of their own, in the whole text
 
     def decode(self, tokens: Int32[np.ndarray, " time"]) -> str:
         return "".join(self.characters[token] for token in tokens)
 
 
-def load_corpus(source: str, vocabulary: int, context: int) -> Corpus:
+def load_corpus(source: str, vocabulary: int, context: int, characters: str = "") -> Corpus:
     """Reads, encodes and splits a text.
 
     Args:
@@ -43,33 +44,43 @@ def load_corpus(source: str, vocabulary: int, context: int) -> Corpus:
             stands for that file, any other for all its .txt, .md, .rst and .py files in the order of their names.
         vocabulary: so many characters, the most frequent, get a symbol of their own; the others, if any, share one.
         context: length of the windows to be drawn; each part of the text must hold one and the character after it.
+        characters: the symbols of another `Corpus`, to read the text in these instead of ``vocabulary`` of its own.
 
     Raises:
         OSError: a file is missing, cannot be read or cannot be downloaded.
         ValueError: a file is not UTF-8 or not the one of the known checksum, or the text is too short.
     """
     text = read_text(source)
+    known = " of the given symbols" if characters else ""
+    characters = characters or symbols_of(text, vocabulary)
+    tokens, unknown = tokens_of(text, characters)
     needed = 10 * (context + 1)
-    if len(text) < needed:
+    if len(tokens) < needed:
         raise ValueError(
-            f"the text of {source!r} has {len(text)} characters, but its last tenth must hold a window of {context} "
-            f"and the next one, so {needed} are needed. Give a longer text with --data, or a smaller --context."
+            f"the text of {source!r} has {len(tokens)} characters{known}, but its last tenth must hold a window of "
+            f"{context} and the next one, so {needed} are needed. Give a longer text with --data, or a smaller "
+            f"--context."
         )
-    characters, tokens = encode(text, vocabulary)
     split = len(tokens) * 9 // 10
-    return Corpus(characters, tokens[:split], tokens[split:], hashlib.sha256(text.encode()).hexdigest())
+    return Corpus(characters, tokens[:split], tokens[split:], hashlib.sha256(text.encode()).hexdigest(), unknown)
 
 
-def encode(text: str, vocabulary: int) -> tuple[str, Int32[np.ndarray, " time"]]:
-    """The symbols, in the order of their code points with `UNKNOWN` last, and the text in them."""
-    code_points, position, count = np.unique(
-        np.frombuffer(text.encode("utf-32-le"), np.uint32), return_inverse=True, return_counts=True
-    )
-    kept = np.sort(np.argsort(-count, kind="stable")[:vocabulary])
-    token_of = np.full(len(code_points), len(kept), np.int32)
-    token_of[kept] = np.arange(len(kept))
-    characters = "".join(chr(point) for point in code_points[kept])
-    return characters + UNKNOWN * (len(kept) < len(code_points)), token_of[position]
+def symbols_of(text: str, vocabulary: int) -> str:
+    """Its most frequent characters in the order of their code points, and `UNKNOWN` last for the others, if any."""
+    code_points, count = np.unique(np.frombuffer(text.encode("utf-32-le"), np.uint32), return_counts=True)
+    kept = np.sort(code_points[np.argsort(-count, kind="stable")[:vocabulary]])
+    return "".join(map(chr, kept)) + UNKNOWN * (len(kept) < len(code_points))
+
+
+def tokens_of(text: str, characters: str) -> tuple[Int32[np.ndarray, " time"], int]:
+    """A text in these symbols, and how many of its characters have none of their own: they become the one that rare
+    ones share or, where there is no such, are dropped.
+    """
+    points, own = (np.frombuffer(x.encode("utf-32-le"), np.uint32) for x in (text, characters.removesuffix(UNKNOWN)))
+    place = np.minimum(np.searchsorted(own, points), len(own) - 1)  # they are in the order of their code points
+    known = own[place] == points
+    tokens = np.where(known, place, len(own)).astype(np.int32)
+    return tokens if len(own) < len(characters) else tokens[known], int((~known).sum())
 
 
 def read_text(source: str) -> str:

@@ -2,14 +2,16 @@
 
     python examples/train_gpt.py --optimizer soap --out runs/soap
     python examples/train_gpt.py --preset shakespeare-char --dtype bfloat16 --optimizer muon --out runs/shakespeare
+    python examples/train_gpt.py --data shakespeare --start runs/soap --lr 2e-3 --out runs/fine-tuned
 
+The last goes on from the first one's parameters, with another text: its model and its symbols are the first one's.
 A run that is killed goes on with ``--resume --out FOLDER`` and ends in bitwise the parameters it would have had.
 """
 
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +22,19 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import fisher_optax as fo
-from gpt_config import PRESETS, Config
+from gpt_config import PRESETS, SHAPE, Config, make_model, shaped_as
 from loop import Diverged as Diverged
 from loop import Plan, ending_with_a_message, run_steps
 from models.gpt import GPT
 from optimizers import find_method, gradients, scheduled
-from options import make_parser
-from run_folder import Row, RunFolder, read_config_as
+from options import make_parser, require
+from run_folder import Row, RunFolder, as_if_computed, read_config_as
 from text import Corpus, load_corpus
+from trained_gpt import Params, Trained, digest, load_start
 
 SAMPLE_CHARACTERS = 500
 TEMPERATURE = 0.8
 
-Params = Any  # a tree of arrays
 Scalar = Float[Array, ""]
 Count = Int[Array, ""]
 Windows = Int[Array, "batch context+1"]  # each with the character that follows its context
@@ -52,13 +54,8 @@ class State(NamedTuple):
 
 
 def program_of(config: Config) -> Config:
-    return dataclasses.replace(config, preset="", data="", vocab=0, seed=0, lr=1.0, eval_every=1, eval_batches=1)
-
-
-def make_model(config: Config, symbols: int) -> GPT:
-    c = config
-    return GPT(
-        symbols, c.context, c.layers, c.width, c.heads, c.dropout, dtype=jnp.dtype(c.dtype), tied=c.head == "tied"
+    return dataclasses.replace(
+        config, preset="", data="", start="", vocab=0, seed=0, lr=1.0, eval_every=1, eval_batches=1
     )
 
 
@@ -79,6 +76,25 @@ def mean_loss(model: GPT, params: Params, windows: Windows, loss: Any = cross_en
 @functools.partial(jax.jit, static_argnums=0)
 def initial_params(model: GPT, key: PRNGKeyArray) -> Params:
     return model.init(key, jnp.zeros((1, model.context), jnp.int32))["params"]
+
+
+def copied_into(model: GPT, start: Params) -> Params:
+    """``start`` as the model's parameters, for a step overwrites what it is given.
+
+    Raises:
+        ValueError: they are those of another model.
+    """
+    wanted, found = (
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (jax.eval_shape(functools.partial(initial_params, model), jax.random.key(0)), start)
+    )
+    if different := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
+        name = different[0]
+        raise ValueError(
+            f"cannot start with these parameters: {name} has the shape {found.get(name)} there and {wanted.get(name)} "
+            f"in a GPT of this configuration and text. Take both from the run that they are of."
+        )
+    return as_if_computed(start)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -136,6 +152,7 @@ def train(
     corpus: Corpus | None = None,
     run: RunFolder | None = None,
     *,
+    start: Params | None = None,
     progress: bool = False,
     on_evaluation: Callable[[Row], object] | None = None,
 ) -> list[Row]:
@@ -145,15 +162,18 @@ def train(
         config: what to train, with what.
         corpus: the text; by default what ``config.data`` names. Pass it to train many times on one.
         run: where to write; by default nothing is written. One opened with ``resume=True`` goes on from its checkpoint.
+        start: parameters to begin with, for a ``corpus`` in their symbols; by default those of the run
+            ``config.start``, if any, or random ones.
         progress: show a progress bar.
         on_evaluation: called with each new entry.
 
     Returns:
-        Entries ``{"step", "train_loss", "val_loss", "seconds", "tokens"}``: losses in nats per character over fixed
-        windows, without dropout; wall-clock time with compilation and evaluations; characters trained on so far.
+        Entries ``{"step", "train_loss", "val_loss", "seconds", "training_seconds", "tokens"}``: losses in nats per
+        character over fixed windows, without dropout; wall-clock time with and without compilation and evaluations;
+        characters trained on so far.
 
     Raises:
-        ValueError, OSError: the configuration or the text is at fault.
+        ValueError, OSError: the configuration, the text or what to start from is at fault.
         Diverged: the loss is not finite. What ``run`` holds is from before.
 
     Example:
@@ -163,10 +183,14 @@ def train(
     """
     began = time.perf_counter()
     config = config.resolve()
-    corpus = corpus or load_corpus(config.data, config.vocab, config.context)
+    if start and corpus is None:
+        raise ValueError("start= came without corpus=: pass the text, too, in the symbols of these parameters.")
+    if corpus is None or (config.start and not start):
+        _, own, saved = begin(config, SHAPE)
+        corpus, start = corpus or own, start or (saved and saved.params)
     program, model = program_of(config), make_model(config, len(corpus.characters))
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
-    params = initial_params(model, init_key)
+    params = copied_into(model, start) if start else initial_params(model, init_key)
     state = State(params, initial_moments(program, params), jnp.int32(0), run_key)
     text, peak = jnp.asarray(corpus.train), jnp.float32(config.lr)
     windows = [evenly_spaced_windows(part, config) for part in (corpus.train, corpus.validation)]
@@ -205,13 +229,29 @@ def generate(state: State, model: GPT, corpus: Corpus) -> str:
     return corpus.decode(np.asarray(sample(model, state.params, jnp.int32(first), state.key)))
 
 
-def prepare(given: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> tuple[Config, Corpus, RunFolder]:
+def begin(config: Config, given: Collection[str]) -> tuple[Config, Corpus, Trained | None]:
+    """The whole configuration, the text in its symbols, and the run that ``config.start`` names; ``given`` as in
+    `shaped_as`.
+    """
+    start, characters = load_start(Path(config.start)) if config.start else (None, "")
+    config = (shaped_as(config, start.config, given) if start else config).resolve()
+    return config, load_corpus(config.data, config.vocab, config.context, characters), start
+
+
+def prepare(
+    given: dict[str, Any], out: Path, resume: bool, overwrite: bool
+) -> tuple[Config, Corpus, RunFolder, Params | None]:
     """Everything that can be wrong with a command line, before anything is compiled or deleted."""
     base = read_config_as(Config, out) if resume else PRESETS[given.get("preset", "cpu")]
-    config = dataclasses.replace(base, **given).resolve()
-    corpus = load_corpus(config.data, config.vocab, config.context)
+    config = dataclasses.replace(base, **given)
+    apart = not config.start or Path(config.start).resolve() != out.resolve()
+    require(config, apart, "start", "another run than --out")
+    config, corpus, start = begin(config, given)
     described = {**dataclasses.asdict(config), "text_sha256": corpus.sha256}
-    return config, corpus, RunFolder(out, described, resume=resume, overwrite=overwrite)
+    if start:
+        described |= {"start_sha256": digest(*jax.tree.leaves(start.params)), "characters": corpus.characters}
+    run = RunFolder(out, described, resume=resume, overwrite=overwrite)
+    return config, corpus, run, start and start.params
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -219,12 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = vars(parser.parse_args(arguments))
     out = Path(given.pop("out"))
     try:
-        config, corpus, run = prepare(given, out, given.pop("resume"), given.pop("overwrite"))
+        config, corpus, run, start = prepare(given, out, given.pop("resume"), given.pop("overwrite"))
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    print(f"{config.optimizer} on {len(corpus.train):,} characters, {len(corpus.characters)} symbols; into {out}")
+    rare = f" ({corpus.unknown:,} characters have none of their own)" if corpus.unknown else ""
+    text = f"{len(corpus.train):,} characters, {len(corpus.characters)} symbols{rare}"
+    print(f"{config.optimizer} on {text}; into {out}")
     with ending_with_a_message(out):
-        rows = train(config, corpus, run, progress=True)
+        rows = train(config, corpus, run, start=start, progress=True)
     print(run.sample.read_text(encoding="utf-8"))
     print(f"validation loss {rows[-1]['val_loss']:.4f} after {rows[-1]['seconds']:.0f} s; curve in {run.plot}")
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gpt_config import Config
+from gpt_config import Config, make_model
 from models.gpt import GPT
 from run_folder import as_if_computed, read_config
 from text import Corpus, load_corpus
-from train_gpt import Params, make_model
+
+Params = Any  # a tree of arrays
 
 
 class Trained(NamedTuple):
@@ -61,10 +62,21 @@ def corpus_of(run: Path, config: Config, saved: dict[str, Any]) -> Corpus:
     Raises:
         ValueError, OSError: it is no longer there, or another one.
     """
-    corpus = load_corpus(config.data, config.vocab, config.context)
+    corpus = load_corpus(config.data, config.vocab, config.context, saved.get("characters", ""))
     if corpus.sha256 != saved["text_sha256"]:
         raise ValueError(f"{config.data!r} is no longer the text that the run in {str(run)!r} has its symbols from.")
     return corpus
+
+
+def load_start(run: Path) -> tuple[Trained, str]:
+    """What another run can start from, and the symbols it then reads its text in.
+
+    Raises:
+        OSError, ValueError: there is no such run, no checkpoint of it, or its text is gone and with it the symbols.
+    """
+    config, saved = read_settings(run)
+    characters = saved.get("characters") or corpus_of(run, config, saved).characters
+    return load_trained(run, config, len(characters)), characters
 
 
 def digest(*arrays: Any) -> str:

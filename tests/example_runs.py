@@ -42,7 +42,7 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
 
 
 def last_checkpoint(out: Path) -> tuple[int, dict[str, np.ndarray]]:

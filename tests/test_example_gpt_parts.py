@@ -59,10 +59,24 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_rare_characters_share_one_symbol() -> None:
-    characters, tokens = text.encode("bbbaaaccd\n", vocabulary=3)
+    characters = text.symbols_of("bbbaaaccd\n", vocabulary=3)
     assert characters == "abc" + text.UNKNOWN
-    assert tokens.tolist() == [1, 1, 1, 0, 0, 0, 2, 2, 3, 3]
-    assert text.encode("ba\n", vocabulary=3)[0] == "\nab"
+    tokens, unknown = text.tokens_of("bbbaaaccd\n", characters)
+    assert (tokens.tolist(), unknown) == ([1, 1, 1, 0, 0, 0, 2, 2, 3, 3], 2)
+    assert text.symbols_of("ba\n", vocabulary=3) == "\nab"
+
+
+def test_a_text_is_read_in_the_symbols_of_another(tmp_path: Path) -> None:
+    """What has none shares the last or, where there is no such, is dropped, and then counts for no length."""
+    data = tmp_path / "text.txt"
+    data.write_text("ab~" * 100)
+    shared = text.load_corpus(str(data), 96, 16, "\nab" + text.UNKNOWN)
+    assert (shared.characters, shared.unknown) == ("\nab" + text.UNKNOWN, 100)
+    assert np.concatenate([shared.train, shared.validation]).tolist() == [1, 2, 3] * 100
+    dropped = text.load_corpus(str(data), 96, 16, "\nab")
+    assert (len(dropped.train), len(dropped.validation), dropped.unknown) == (180, 20, 100)
+    with pytest.raises(ValueError, match=r"has 100 characters of the given symbols, but .* 170 are needed"):
+        text.load_corpus(str(data), 96, 16, "a")
 
 
 def test_a_corpus_is_the_whole_text_in_order(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_a_run_is_neither_lost_nor_mixed_with_another(
 
 
 def test_a_finished_run_resumed_stays_as_it_is(tmp_path: Path, data: Path) -> None:
-    config, corpus, run = train_gpt.prepare(
+    config, corpus, run, _ = train_gpt.prepare(
         {**TINY, "data": str(data), "optimizer": "adamw"}, tmp_path / "run", resume=False, overwrite=False
     )
     rows = train_gpt.train(config, corpus, run)
