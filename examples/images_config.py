@@ -8,7 +8,7 @@ from options import option, require
 
 MODELS = ("cnn", "resnet18")
 AUGMENT = ("auto", "on", "off")
-COUNTS = ("epochs", "batch", "refresh", "eval_every")
+COUNTS = ("width", "samples", "epochs", "batch", "refresh", "eval_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +17,14 @@ class Config:
 
     data: str = option("digits", "digits (scikit-learn's), or a folder with MNIST or CIFAR-10")
     model: str = option("cnn", f"one of {', '.join(MODELS)}")
+    width: int = option(64, "channels of the first stage of resnet18; 64 is the paper's")
     optimizer: str = option("soap", f"one of {', '.join(IMAGE_METHODS)}")
     lr: float = option(None, "peak learning rate; by default the optimizer's own", float)
     warmup: float = option(None, "epochs of warm-up before the cosine; by default a tenth of all, 5 at most", float)
     weight_decay: float = option(None, "weight decay; by default the optimizer's own", float)
     refresh: int = option(10, "steps between two renewals of a preconditioner")
     damping: float = option(None, "of an optimizer that inverts curvature; by default its own", float)
+    samples: int = option(64, "images of a batch from which FROG and K-FROG take each layer's Fisher")
     epochs: int = option(20, "passes over the training images")
     batch: int = option(64, "images a step; those of an epoch that fill no batch wait for another epoch")
     augment: str = option("auto", "random crops and flips: on, off, or auto: of colour images only")

@@ -37,7 +37,7 @@ from images_config import AUGMENT, MODELS, Config
 from loop import Plan, ending_with_a_message, run_steps
 from models.cnn import CNN
 from models.resnet import ResNet
-from optimizers import IMAGE_METHODS, find_method, gradients, scheduled
+from optimizers import IMAGE_METHODS, Method, find_method, gradients, scheduled
 from options import make_parser, require
 from plots import plot_losses_and_accuracies
 from run_folder import Row, RunFolder, read_config_as
@@ -72,16 +72,22 @@ def make_program(config: Config, data: Images) -> Program:
     per_epoch = examples // config.batch
     return Program(
         dataclasses.replace(config, data="", seed=0, lr=1.0, eval_every=1),
-        CNN(classes) if config.model == "cnn" else ResNet(classes),
+        CNN(classes) if config.model == "cnn" else ResNet(classes, width=config.width),
         steps=config.epochs * per_epoch,
         warmup=round(config.warmup * per_epoch),
         augment=config.augment == "on" or (config.augment == "auto" and channels == 3),
     )
 
 
+def method_of(config: Config) -> Method:
+    method = find_method(config.optimizer, IMAGE_METHODS)
+    if method.statistics and isinstance(method.statistics(), fo.LayerSamples):
+        method = method._replace(statistics=functools.partial(fo.LayerSamples, config.samples))
+    return method
+
+
 def make_optimizer(program: Program, peak: Scalar | float) -> optax.GradientTransformationExtraArgs:
-    method = find_method(program.config.optimizer, IMAGE_METHODS)
-    return scheduled(method, program.config, peak, program.warmup, program.steps)
+    return scheduled(method_of(program.config), program.config, peak, program.warmup, program.steps)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -112,7 +118,7 @@ def advance(
         logits, updated = program.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
         return fo.losses.softmax_cross_entropy(jnp.asarray(logits), labels), updated.get("batch_stats", {})
 
-    grad_fn = gradients(loss_fn, find_method(program.config.optimizer, IMAGE_METHODS))
+    grad_fn = gradients(loss_fn, method_of(program.config))
     (loss, batch_stats), grads, extra = grad_fn(params, opt_state, (inputs, labels[chosen]), fisher_key)
     updates, opt_state = make_optimizer(program, peak).update(grads, opt_state, params, **extra)
     return State(optax.apply_updates(params, updates), batch_stats, opt_state, step + 1, run_key), loss
@@ -155,8 +161,9 @@ def train(
 
     Returns:
         Entries ``{"step", "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds",
-        "images"}``: losses in nats per image and shares of images recognised, over all test images and over as many
-        training images; wall-clock time with compilation and evaluations; images trained on so far.
+        "training_seconds", "images"}``: losses in nats per image and shares of images recognised, over all test images
+        and over as many training images; wall-clock time with and without compilation and evaluations; images trained
+        on so far.
 
     Raises:
         ValueError, OSError: the configuration or the data is at fault.

@@ -43,7 +43,7 @@ class SmallCNN(nn.Module):
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_images, "CNN", SmallCNN)
-    monkeypatch.setattr(train_images, "ResNet", functools.partial(ResNet, blocks=(1,), width=4))
+    monkeypatch.setattr(train_images, "ResNet", functools.partial(ResNet, blocks=(1,)))
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_an_interrupted_run_goes_on_bitwise_as_if_it_had_not_been(
     tmp_path: Path, cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Augmented, with running statistics, and with an optimizer that holds bases."""
-    arguments = flags(data=cifar, model="resnet18", optimizer="soap", batch=4, epochs=3)
+    arguments = flags(data=cifar, model="resnet18", width=4, optimizer="soap", batch=4, epochs=3)
     train_images.main([*arguments, f"--out={tmp_path / 'whole'}"])
     steps = [row["step"] for row in metrics(tmp_path / "whole")]
 
