@@ -20,6 +20,25 @@ def require(config: "DataclassInstance", holds: bool, name: str, wanted: str) ->
         raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(config, name)}")
 
 
+def add_options(
+    parser: argparse.ArgumentParser,
+    config: "DataclassInstance | type[DataclassInstance]",
+    choices: Mapping[str, Sequence[str]],
+    without: Sequence[str] = (),
+) -> None:
+    """An option for each field of ``config`` but those ``without``; the defaults shown are its own."""
+    for field in dataclasses.fields(config):
+        if field.name not in without:
+            default = getattr(config, field.name)
+            parser.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                type=field.metadata["type"],
+                metavar=field.metadata["type"].__name__.upper(),
+                choices=choices.get(field.name),
+                help=field.metadata["help"] + ("" if default is None else f" (default: {default})"),
+            )
+
+
 def make_parser(
     config: "type[DataclassInstance]", description: str, out: str, choices: Mapping[str, Sequence[str]]
 ) -> argparse.ArgumentParser:
@@ -35,15 +54,7 @@ def make_parser(
     parser = argparse.ArgumentParser(
         description=description, usage=usage, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
-    for field in dataclasses.fields(config):
-        default = "" if field.default is None else f" (default: {field.default})"
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=field.metadata["type"],
-            metavar=field.metadata["type"].__name__.upper(),
-            choices=choices.get(field.name),
-            help=field.metadata["help"] + default,
-        )
+    add_options(parser, config, choices)
     parser.add_argument("--out", default=out, help="folder of the run (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out")
     parser.add_argument("--overwrite", action="store_true", default=False, help="delete the run in --out first")

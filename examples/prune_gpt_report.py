@@ -134,6 +134,10 @@ LINES: dict[str, Any] = {"given": "-", "pruned": ":", "owl": "--"}  # of the var
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
+    picture(data).savefig(path, dpi=150)
+
+
+def picture(data: dict[str, Any]) -> Figure:
     """Perplexity against the share removed, and of the patterns beside each other."""
     table = data["table"]
     shares = sorted({float(x["sparsity"]) for x in table if ":" not in x["sparsity"]})
@@ -166,7 +170,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
     handles += [Line2D([], [], color="black", linestyle=LINES[v], label=VARIANTS[v]) for v in LINES if v in drawn]
     left.legend(handles=handles, fontsize=8, loc="upper left")
     figure.suptitle(f"Pruning a GPT of {data['steps']} training steps: validation perplexity")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def draw_line(axes: Axes, rows: list[dict[str, Any]], method: str, variant: str) -> None:
