@@ -1,119 +1,69 @@
 """What statistics cost: a training step with them as a multiple of the plain SGD step, on an MLP, a CNN and a GPT.
 
-    python -m benchmarks.capture_cost --model all --repeats 3
+    python -m benchmarks capture_cost --model mlp --repeats 1
 
 A step is loss, gradients, statistics and the parameters' update on a batch drawn beforehand. Rows without an optimizer
 take SGD's step and keep a running mean of the statistics; the others hand them to the optimizer, whose refresh every
-ten steps is timed apart and spread over the ten. All rows of a model take turns in one run, each with what it carries
-donated. Memory is the compiler's own count of a step's temporaries and results, without what is donated.
+ten steps is timed apart and spread over the ten, which are a repeat. All rows of a model take turns in one run, each
+with what it carries donated. Flops are those of matrix products, before the compiler drops what nothing reads, which is
+much of a Monte-Carlo pass. Memory is the compiler's own count of a step's temporaries and results, without what is
+donated.
 """
 
 import argparse
-import statistics
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 import fisher_optax as fo
 from benchmarks import harness
+from benchmarks.capture_models import MODELS, Model
 from benchmarks.flops import count_matmul_flops
-from benchmarks.kfac_jax_step import KfacJax
-from benchmarks.step_time import PERIOD, RATE, WARM_UP, flops_between_refreshes, phase_medians
+from benchmarks.kfac_jax_step import NOTE, KfacJax
+from benchmarks.results import Column, result, spread, table
+from benchmarks.steps import PERIOD, RATE, WARM_UP, flops_between_refreshes, means, medians, ratio, slowest, where
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
-from models.cnn import CNN
-from models.gpt import GPT
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCHES = 4  # drawn beforehand, in turns
 DECAY = 0.95  # of the running mean of statistics
-COLUMNS = {
-    "name": "step",
-    "step_ms": "step ms",
-    "refresh_ms": "refresh",
-    "mean_ms": "mean",
-    "over_sgd": "/SGD",
-    "promised": "at most",
-    "mean_gflop": "GF",
-    "flops_over_sgd": "/SGD",
-    "memory_mb": "memory MB",
-    "statistics_mb": "statistics",
-    "compile_s": "compile s",
+LABELS = {
+    "sgd": "SGD",
+    "empirical": "`fo.KroneckerFactors()`, empirical",
+    "max_examples": "the same, `max_examples=`",
+    "mc": "the same, Monte-Carlo",
+    "layer_samples": "`fo.LayerSamples(64)`",
+    "input_gram": "`fo.InputGram()`",
+    "kfac": "`fo.kfac`",
+    "kfac_inverse": '`fo.kfac(decomposition="inverse")`',
+    "ekfac": "`fo.ekfac`",
+    "kfac_soap": "`fo.kfac_soap`",
+    "frog": "`fo.frog`",
+    "kfrog": "`fo.kfrog`",
+    "kfac_jax": "kfac-jax",
 }
-
-
-class Model(NamedTuple):
-    """A network with its loss, and the means to start and to feed it."""
-
-    init: Callable[[Any], Any]  # key -> params
-    logits: Callable[[Any, Any], Any]  # (params, x) -> logits
-    loss: Callable[[Any, Any], Any]  # (logits, y) -> scalar, one of `fo.losses`
-    draw: Callable[[Any], tuple[Any, Any]]  # key -> (x, y)
-    max_examples: int  # about a quarter of the positions of a batch; of a convolution's many, fewer
-
-    def loss_fn(self, params: Any, x: Any, y: Any) -> Any:
-        """What is trained."""
-        return self.loss(self.logits(params, x), y)
-
-
-def of_flax(net: nn.Module, x: Any, loss: Callable[..., Any], draw: Callable[..., Any], max_examples: int) -> Model:
-    """A Flax module whose inputs are like ``x``."""
-    return Model(
-        lambda key: net.init(key, x)["params"],
-        lambda params, x: net.apply({"params": params}, x),
-        loss,
-        draw,
-        max_examples,
-    )
-
-
-class Autoencoder(nn.Module):
-    """784-1000-500-250-30-250-500-1000-784 with biases, of Hinton and Salakhutdinov 2006, here with tanh."""
-
-    widths: tuple[int, ...] = (1000, 500, 250, 30, 250, 500, 1000)
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        for width in self.widths:
-            x = nn.tanh(nn.Dense(width)(x))
-        return nn.Dense(784)(x)
-
-
-def mlp(batch: int = 500) -> Model:
-    """The autoencoder on random numbers between 0 and 1."""
-
-    def draw(key: Any) -> tuple[Any, Any]:
-        x = jax.random.uniform(key, (batch, 784))
-        return x, x
-
-    return of_flax(Autoencoder(), jnp.zeros((1, 784)), fo.losses.sigmoid_cross_entropy, draw, batch // 4)
-
-
-def cnn(batch: int = 256) -> Model:
-    """The CNN of `examples/train_images.py` on random images of 28 x 28."""
-
-    def draw(key: Any) -> tuple[Any, Any]:
-        images, labels = jax.random.split(key)
-        return jax.random.uniform(images, (batch, 28, 28, 1)), jax.random.randint(labels, (batch,), 0, 10)
-
-    return of_flax(CNN(classes=10), jnp.zeros((1, 28, 28, 1)), fo.losses.softmax_cross_entropy, draw, 32 * batch)
-
-
-def gpt(batch: int = 8, layers: int = 6, width: int = 384, heads: int = 6, context: int = 256) -> Model:
-    """The character GPT of `examples/train_gpt.py`, 10.7M parameters as it stands, on random characters."""
-
-    def draw(key: Any) -> tuple[Any, Any]:
-        text = jax.random.randint(key, (batch, context + 1), 0, 65)
-        return text[:, :-1], text[:, 1:]
-
-    tokens, net = jnp.zeros((1, context), jnp.int32), GPT(65, context, layers, width, heads)
-    return of_flax(net, tokens, fo.losses.softmax_cross_entropy, draw, batch * context // 4)
+MS = Column("", ".3g", spread=True)
+COLUMNS = {
+    "label": Column("step"),
+    "step_ms": MS._replace(title="step, ms"),
+    "refresh_ms": MS._replace(title="with a refresh, ms"),
+    "mean_ms": MS._replace(title="mean of ten, ms"),
+    "over_sgd": Column("over SGD's", ".2f", spread=True),
+    "promised": Column("at most", ".2g"),
+    "holds": Column("holds"),
+    "mean_gflop": Column("mean of ten, GF", ".3g"),
+    "flops_over_sgd": Column("flops over SGD's", ".2f"),
+    "memory_mb": Column("memory, MB", ".0f"),
+    "memory_over_sgd": Column("memory over SGD's", ".2f"),
+    "statistics_mb": Column("statistics, MB", ".3g"),
+    "compile_s": Column("compile, s", ".2g"),
+    "trace_s": Column("trace, s", ".2g"),
+    "skipped": Column("steps skipped", "d"),
+}
 
 
 class Row(NamedTuple):
@@ -125,7 +75,6 @@ class Row(NamedTuple):
     extra: Callable[[Any, Any, Any], dict[str, Any]] = lambda key, state, params: {}  # more arguments of grad_fn
 
 
-MODELS: dict[str, Callable[[], Model]] = {"mlp": mlp, "cnn": cnn, "gpt": gpt}
 ROWS: dict[str, Callable[[Model], Row]] = {
     "sgd": lambda model: Row(),
     "empirical": lambda model: Row(fo.KroneckerFactors()),
@@ -150,6 +99,7 @@ ROWS: dict[str, Callable[[Model], Row]] = {
     "kfrog": lambda model: Row(fo.LayerSamples(64), optimizer=lambda: fo.kfrog(RATE)),
 }
 PEERS = {"kfac_jax": KfacJax}
+TITLES = {"mlp": "Autoencoder", "cnn": "CNN", "gpt": "GPT"}
 # Times the plain SGD step, refreshes included, with the cheaper of the two decompositions.
 PROMISES = {("mlp", "kfac_inverse"): 3.4, ("cnn", "kfac_inverse"): 2.4}
 
@@ -205,7 +155,7 @@ class Contender:
             "statistics_mb": harness.nbytes(self.shapes) / 1e6,
             "trace_s": self.program.trace_s,
             "compile_s": self.program.compile_s,
-            "skipped": fo.health(self.carried[1]).skipped if self.refreshes else 0,
+            "skipped": int(fo.health(self.carried[1]).skipped) if self.refreshes else 0,
         }
 
 
@@ -216,26 +166,33 @@ def peak_bytes(compiled: Any) -> int:
 
 
 def describe(name: str, contender: Any, seconds: Sequence[float]) -> dict[str, Any]:
-    """One row of the results."""
-    phases = phase_medians(seconds)
-    step = statistics.median(phases) if contender.refreshes else 1e3 * statistics.median(seconds)
+    """One row of the results, without its multiples of SGD."""
     return {
-        "name": name,
-        "step_ms": step,
-        "refresh_ms": max(phases) if contender.refreshes else None,
-        "mean_ms": statistics.mean(phases) if contender.refreshes else step,
+        "label": LABELS[name],
+        "step_ms": spread(medians(seconds)),
+        "refresh_ms": spread(slowest(seconds)) if contender.refreshes else None,
+        "mean_ms": spread(mean_times(contender, seconds)),
         **contender.size(),
-        "phases_ms": phases,
     }
 
 
-def compare(name: str, rows: Sequence[dict[str, Any]]) -> None:
+def mean_times(contender: Any, seconds: Sequence[float]) -> list[float]:
+    """Milliseconds, one a repeat; where nothing is ever refreshed, the usual step's: a hiccup is no part of it."""
+    return means(seconds) if contender.refreshes else medians(seconds)
+
+
+def compare(
+    model: str, rows: Mapping[str, dict[str, Any]], contenders: Mapping[str, Any], times: Mapping[str, Any]
+) -> None:
     """Add each row's multiples of SGD, and what is promised of them."""
-    sgd = next(row for row in rows if row["name"] == "sgd")
-    for row in rows:
-        for key, mine in (("over_sgd", "mean_ms"), ("flops_over_sgd", "mean_gflop"), ("memory_over_sgd", "memory_mb")):
-            row[key] = row[mine] / sgd[mine] if mine in row else None
-        row["promised"] = PROMISES.get((name, row["name"]))
+    of = {key: mean_times(contender, times[key]) for key, contender in contenders.items()}
+    for key, row in rows.items():
+        row["over_sgd"] = ratio(of[key], of["sgd"])
+        for over, mine in (("flops_over_sgd", "mean_gflop"), ("memory_over_sgd", "memory_mb")):
+            row[over] = row[mine] / rows["sgd"][mine] if mine in row else None
+        if (model, key) in PROMISES:
+            row["promised"] = PROMISES[model, key]
+            row["holds"] = row["over_sgd"]["median"] <= row["promised"]
 
 
 def build(name: str, model: Model, only: Sequence[str], batch: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -247,54 +204,74 @@ def build(name: str, model: Model, only: Sequence[str], batch: Any) -> tuple[dic
         except Exception as error:
             if row not in PEERS:
                 raise
-            absent[row] = f"{type(error).__name__}: {error}"  # a peer may fail in any way, and not take the run along
+            # A peer may fail in any way, and not take the run along.
+            absent[row] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         print(f"{name}: {row}: {absent.get(row, 'compiled')}", flush=True)
     return contenders, absent
 
 
-def measure(name: str, only: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Run every row in ``only`` on the model called ``name``."""
-    surroundings, model = harness.environment(), MODELS[name]()
+def of_model(name: str, only: Sequence[str], repeats: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """The table of the model called ``name``, what it depends on, and the peers that are not in it."""
+    model = MODELS[name]()
     draw = jax.jit(lambda key: (*model.draw(key), key))
     batches = [jax.block_until_ready(draw(jax.random.key(i))) for i in range(BATCHES)]
     contenders, absent = build(name, model, only, batches[0])
     rounds = WARM_UP + PERIOD * repeats
     times = harness.interleaved(contenders, rounds, lambda i: batches[i % BATCHES], f"{name}: step")
-    rows = [describe(row, contender, times[row][WARM_UP:]) for row, contender in contenders.items()]
-    compare(name, rows)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    return {
-        "environment": surroundings,
-        "model": {"name": name, "parameters": harness.nbytes(params) // 4, "max_examples": model.max_examples},
-        "batch": [list(x.shape) for x in batches[0][:2]],
-        "repeats": repeats,
-        "rows": rows,
-        "absent": absent,
-    }
+    times = {key: seconds[WARM_UP:] for key, seconds in times.items()}
+    rows = {key: describe(key, contender, times[key]) for key, contender in contenders.items()}
+    compare(name, rows, contenders, times)
+    parameters = harness.nbytes(jax.eval_shape(model.init, jax.random.key(0))) // 4
+    shape = list(batches[0][0].shape)
+    settings = {"parameters": parameters, "batch": shape, "max_examples": model.max_examples}
+    title = f"{TITLES[name]}, {parameters / 1e6:.3g}M parameters, batch {shape[0]}"
+    return table(title, COLUMNS, rows), settings, absent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time training steps with statistics against plain SGD.")
-    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=",".join(MODELS), help="by commas (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="tens of steps that are timed (default: %(default)s)")
-    parser.add_argument(
-        "--only", default=",".join([*ROWS, *PEERS]), help="rows, by commas, beside sgd (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=harness.RESULTS, help="folder of the results (default: %(default)s)"
-    )
-    options = parser.parse_args()
-    only = list(dict.fromkeys(["sgd", *options.only.split(",")]))
-    if unknown := set(only) - {*ROWS, *PEERS}:
-        parser.error(f"--only got {', '.join(sorted(unknown))}; known are {', '.join([*ROWS, *PEERS])}")
+    parser.add_argument("--only", help=f"rows, by commas, beside sgd, of {', '.join([*ROWS, *PEERS])} (default: all)")
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    models = options.model.split(",")
+    only = list(dict.fromkeys(["sgd", *(options.only.split(",") if options.only else [*ROWS, *PEERS])]))
+    for kind, given, known in (("--model", models, MODELS), ("--only", only, [*ROWS, *PEERS])):
+        if unknown := set(given) - set(known):
+            raise SystemExit(f"{kind} got {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1; got {options.repeats}")
-    jax.config.update("jax_enable_compilation_cache", False)  # a program found on disk would seem to compile in no time
-    for name in MODELS if options.model == "all" else [options.model]:
-        results = measure(name, only, options.repeats)
-        path = harness.write_results(f"capture_cost_{name}_{results['environment']['platform']}", results, options.out)
-        print(f"\n{harness.table(results['rows'], COLUMNS)}\nwritten to {path}\n")
+        raise SystemExit(f"--repeats must be at least 1; got {options.repeats}")
+    surroundings, tables, settings, absent = harness.environment(), {}, {}, {}
+    for name in models:
+        with harness.compiling_anew():
+            tables[name], settings[name], gone = of_model(name, only, options.repeats)
+        absent |= {f"{name} {row}": {"reason": reason} for row, reason in gone.items()}
+        yield result(
+            f"capture_cost_{surroundings['platform']}",
+            "Training steps with curvature's statistics, and with the optimizers that use them, beside plain SGD's",
+            "python -m benchmarks capture_cost",
+            {**tables, "absent": table("Left out", {"reason": Column("left out")}, absent)},
+            environment=surroundings,
+            settings={**settings, "repeats": options.repeats, "steps_a_repeat": PERIOD, "kfac_jax": NOTE},
+        )
 
 
-if __name__ == "__main__":
-    main()
+def draw(found: Mapping[str, Any]) -> "Figure":
+    """A panel a model: each row's multiple of SGD, with low and high."""
+    from matplotlib.figure import Figure
+
+    panels = {name: part for name, part in found["tables"].items() if name in TITLES}
+    figure = Figure(figsize=(4 + 2.6 * len(panels), 4.5), layout="constrained")
+    names = [name for name in LABELS if any(name in part["rows"] for part in panels.values()) and name != "sgd"]
+    for axes, part in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.values(), strict=True):
+        for place, over in ((i, part["rows"][n]["over_sgd"]) for i, n in enumerate(names) if n in part["rows"]):
+            ends = [[over["median"] - over["low"]], [over["high"] - over["median"]]]
+            axes.barh(place, over["median"], xerr=ends, color="0.7" if names[place] in PEERS else "C0", ecolor="0.3")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set(yticks=range(len(names)), yticklabels=[LABELS[n].replace("`", "") for n in names])
+        axes.set(xlabel="times SGD's step", title=part["title"].replace(", ", "\n", 1))
+        axes.grid(alpha=0.3, axis="x")
+    figure.get_axes()[0].invert_yaxis()
+    figure.suptitle(f"Training steps with curvature, refreshes spread over ten, {where(found)}")
+    return figure

@@ -1,34 +1,28 @@
 """How long pruning a matrix takes: SparseGPT against the same algorithm in NumPy, exact OBS, choosing the k least.
 
-    python -m benchmarks.compression_speed
-
 NumPy's has the authors' structure: a loop over inputs in blocks of 128, all outputs at once, and one matrix product a
 block. Both include the factorisation of H, in float32, and take turns; compiling is timed apart. OpenBLAS has one
 thread here, since more would be in XLA's way even when idle; NumPy is also timed alone with all of them, and ours is
-compared with the faster. Writes ``results/compression_speed_cpu.json``.
+compared with the faster.
 """
 
 import argparse
 import os
-import statistics
-import sys
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from threadpoolctl import threadpool_limits
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import fisher_optax as fo
-from benchmarks import harness
+from benchmarks import harness, results
+from benchmarks.results import Column
 from fisher_optax.compression.masks import keep_largest
 
 BLOCK, DAMPING = 128, 0.01
-SPARSEGPT, OBS = (768, 3072), (512, 128)  # inputs x outputs
+SPARSEGPT, OBS, SHARES = (768, 3072), (512, 128), (0.5, 0.8)  # inputs x outputs, shares of weights that OBS removes
 
 
 def problem(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,72 +53,147 @@ def in_numpy(W: np.ndarray, H: np.ndarray, share: float) -> tuple[np.ndarray, np
     return np.where(stays, W, 0), stays
 
 
-def sparsegpt(rounds: int) -> dict[str, Any]:
+def sparsegpt(rounds: int, shape: tuple[int, int] = SPARSEGPT) -> dict[str, Any]:
     """Seconds at 50 %, and how far the two results are apart."""
-    W, H = problem(*SPARSEGPT)
-    program = harness.compile_program(lambda W, H: fo.compression.sparsegpt(W, H, 0.5, BLOCK, DAMPING), W, H)
-    ours, theirs = program.run(W, H), in_numpy(W, H, 0.5)
-    runs = {"ours": lambda _: program.run(W, H), "NumPy": lambda _: in_numpy(W, H, 0.5)}
-    times = harness.interleaved(runs, rounds, lambda _: None, "SparseGPT")
-    seconds = {name: statistics.median(t) for name, t in times.items()}
+    W, H = problem(*shape)
+    given = jnp.asarray(W), jnp.asarray(H)
+    program = harness.compile_program(lambda W, H: fo.compression.sparsegpt(W, H, 0.5, BLOCK, DAMPING), *given)
+    ours, theirs = program.run(*given), in_numpy(W, H, 0.5)
+    runs = {"ours": lambda _: program.run(*given), "numpy": lambda _: in_numpy(W, H, 0.5)}
+    seconds = harness.interleaved(runs, rounds, lambda _: None, "SparseGPT")
     with threadpool_limits(os.cpu_count(), "blas"):
-        alone = harness.interleaved({"NumPy": runs["NumPy"]}, rounds, lambda _: None, "NumPy alone")
-    seconds["NumPy alone, all threads"] = statistics.median(alone["NumPy"])
+        alone = harness.interleaved({"numpy_threads": runs["numpy"]}, rounds, lambda _: None, "NumPy alone")
     return {
-        "inputs x outputs": SPARSEGPT,
-        "seconds": seconds,
-        "ours / NumPy": seconds["ours"] / min(x for name, x in seconds.items() if name != "ours"),
-        "least seconds": {name: min(t) for name, t in times.items()},
+        "seconds": {**seconds, **alone},
         "trace_s": program.trace_s,
         "compile_s": program.compile_s,
-        "weights that one alone removed": int(np.sum(np.asarray(ours.mask) != theirs[1])),
-        "relative difference": float(np.linalg.norm(ours.weights - theirs[0]) / np.linalg.norm(theirs[0])),
+        "other_masks": int(np.sum(np.asarray(ours.mask) != theirs[1])),
+        "difference": float(np.linalg.norm(ours.weights - theirs[0]) / np.linalg.norm(theirs[0])),
     }
 
 
-def selection(rounds: int) -> dict[str, Any]:
+def selection(rounds: int, shape: tuple[int, int] = SPARSEGPT) -> dict[str, Any]:
     """Which of all weights of a matrix are the smaller half: bit by bit, and by a stable sort."""
-    scores, k = jnp.abs(jnp.asarray(problem(*SPARSEGPT)[0])).ravel(), SPARSEGPT[0] * SPARSEGPT[1] // 2
+    scores, k = jnp.abs(jnp.asarray(problem(*shape)[0])).ravel(), shape[0] * shape[1] // 2
     ranks = lambda x: jnp.zeros(x.size, jnp.int32).at[jnp.argsort(x, stable=True)].set(jnp.arange(x.size))  # noqa: E731
     programs = {
-        "bit by bit": harness.compile_program(lambda x: keep_largest(x, k), scores),
-        "sorting": harness.compile_program(lambda x: ranks(x) >= k, scores),
+        "bits": harness.compile_program(lambda x: keep_largest(x, k), scores),
+        "sort": harness.compile_program(lambda x: ranks(x) >= k, scores),
     }
     runs = {name: lambda _, p=program: p.run(scores) for name, program in programs.items()}
-    times = harness.interleaved(runs, rounds, lambda _: None, "selection")
-    same = bool(jnp.all(programs["bit by bit"].run(scores) == programs["sorting"].run(scores)))
-    return {"scores": scores.size, "seconds": {name: statistics.median(t) for name, t in times.items()}, "same": same}
+    seconds = harness.interleaved(runs, rounds, lambda _: None, "selection")
+    same = bool(jnp.all(programs["bits"].run(scores) == programs["sort"].run(scores)))
+    return {"seconds": seconds, "same": same}
 
 
-def obs(rounds: int) -> list[dict[str, Any]]:
+def obs(rounds: int, shape: tuple[int, int] = OBS) -> list[dict[str, Any]]:
     """Seconds, and the loss as a share of SparseGPT's."""
-    W, H = problem(*OBS)
+    W, H = map(jnp.asarray, problem(*shape))
     rows = []
-    for share in (0.5, 0.8):
-        program = harness.compile_program(lambda W, H, s=share: fo.compression.obs(W, H, s, DAMPING), W, H)
-        times = harness.interleaved({"obs": lambda _, p=program: p.run(W, H)}, rounds, lambda _: None, f"OBS {share}")
-        exact, greedy = program.run(W, H), fo.compression.sparsegpt(W, H, share, BLOCK, DAMPING)
-        losses = [fo.compression.output_error(W, x, H) for x in (exact.weights, greedy.weights)]
-        row = {"share": share, "seconds": statistics.median(times["obs"]), "compile_s": program.compile_s}
-        rows.append({"inputs x outputs": OBS, **row, "loss / SparseGPT's": float(losses[0] / losses[1])})
+    for share in SHARES:
+        programs = {
+            "obs": harness.compile_program(lambda W, H, s=share: fo.compression.obs(W, H, s, DAMPING), W, H),
+            "sparsegpt": harness.compile_program(
+                lambda W, H, s=share: fo.compression.sparsegpt(W, H, s, BLOCK, DAMPING), W, H
+            ),
+        }
+        # The runs that come first are not timed.
+        errors = {name: fo.compression.output_error(W, p.run(W, H).weights, H) for name, p in programs.items()}
+        runs = {name: lambda _, p=program: p.run(W, H) for name, program in programs.items()}
+        seconds = harness.interleaved(runs, rounds, lambda _: None, f"OBS {share}")
+        loss = float(errors["obs"] / errors["sparsegpt"])
+        rows.append({"share": share, "seconds": seconds, "compile_s": programs["obs"].compile_s, "loss": loss})
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
-    args = parser.parse_args()
-    results: dict[str, Any] = {"environment": harness.environment()}
+def tables(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `sparsegpt`, `obs` and `selection` found, by their names."""
+    greedy, choice = measured["sparsegpt"], measured["selection"]
+    ms = {
+        name: results.spread([1e3 * s for s in seconds])
+        for name, seconds in {**greedy["seconds"], **choice["seconds"]}.items()
+    }
+    numpy = min(ms["numpy"]["median"], ms["numpy_threads"]["median"])
+    ours = {"ms": ms["ours"], "share": ms["ours"]["median"] / numpy}
+    ours |= {key: greedy[key] for key in ("trace_s", "compile_s", "difference", "other_masks")}
+    names = {"numpy": "the same in NumPy, one thread", "numpy_threads": "... alone, all threads"}
+    of_sparsegpt = {"ours": {"label": "`fo.compression.sparsegpt`", **ours}}
+    of_sparsegpt |= {key: {"label": name, "ms": ms[key]} for key, name in names.items()}
+    of_selection = {
+        "bits": {"label": "bit by bit", "ms": ms["bits"], "same": "yes" if choice["same"] else "no"},
+        "sort": {"label": "stable sort", "ms": ms["sort"], "ratio": ms["sort"]["median"] / ms["bits"]["median"]},
+    }
+    of_obs = {f"{row['share']:.0%}": obs_cells(row) for row in measured["obs"]}
+    size = lambda shape: f"{shape[0]} inputs x {shape[1]} outputs"  # noqa: E731
+    return {
+        "sparsegpt": results.table(f"SparseGPT, half of {size(SPARSEGPT)}", SPARSEGPT_COLUMNS, of_sparsegpt),
+        "obs": results.table(f"Exact OBS, {size(OBS)}, by the share removed", OBS_COLUMNS, of_obs),
+        "selection": results.table(
+            f"The smaller half of {SPARSEGPT[0] * SPARSEGPT[1]:,} scores", SELECTION_COLUMNS, of_selection
+        ),
+    }
+
+
+def obs_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    seconds = {name: results.spread(values) for name, values in row["seconds"].items()}
+    cells = {"s": seconds["obs"], "compile_s": row["compile_s"], "loss": row["loss"]}
+    return cells | {"ratio": seconds["obs"]["median"] / seconds["sparsegpt"]["median"]}
+
+
+SPARSEGPT_COLUMNS = {
+    "label": Column("program"),
+    "ms": Column("ms", spread=True),
+    "share": Column("share of the faster NumPy's time", ".2f"),
+    "trace_s": Column("trace, s", ".2f"),
+    "compile_s": Column("compile, s", ".2f"),
+    "difference": Column("relative difference from NumPy's weights", ".1e"),
+    "other_masks": Column("weights that one alone removed", "d"),
+}
+OBS_COLUMNS = {
+    "s": Column("s", ".2g", spread=True),
+    "ratio": Column("times SparseGPT's time", ".2g"),
+    "compile_s": Column("compile, s", ".2f"),
+    "loss": Column("loss, share of SparseGPT's", ".2f"),
+}
+SELECTION_COLUMNS = {
+    "label": Column("program"),
+    "ms": Column("ms", spread=True),
+    "ratio": Column("times bit by bit", ".0f"),
+    "same": Column("same as the sort's"),
+}
+
+
+def result_of(measured: Mapping[str, Any], environment: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    return results.result(
+        f"compression_speed_{environment['platform']}",
+        "Time to prune one matrix and to choose the smaller half of its weights, float32.",
+        "python -m benchmarks compression_speed",
+        tables(measured),
+        environment=environment,
+        settings={
+            "rounds": rounds, "rounds_obs": few(rounds), "rounds_selection": few(rounds), "block": BLOCK,
+            "damping": DAMPING,
+        },
+    )  # fmt: skip
+
+
+def few(rounds: int) -> int:
+    """Rounds of what takes long."""
+    return max(1, rounds // 3)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=15, help="of SparseGPT and NumPy; of the others a third")
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    environment, rounds = harness.environment(), options.rounds
     with threadpool_limits(1, "blas"):
-        few = max(1, args.rounds // 3)
-        results |= {"selection": selection(few), "obs": obs(few), "sparsegpt": sparsegpt(args.rounds)}
-    print(results["selection"])
-    print(results["sparsegpt"])
-    print(harness.table(results["obs"], {key: key for key in results["obs"][0]}))
-    name = f"compression_speed_{jax.devices()[0].platform}"
-    print("written:", harness.write_results(name, results, args.out))
+        measured = {
+            "selection": selection(few(rounds)), "obs": obs(few(rounds)), "sparsegpt": sparsegpt(rounds),
+        }  # fmt: skip
+    yield result_of(measured, environment, rounds)
 
 
-if __name__ == "__main__":
-    main()
+def draw(found: dict[str, Any]) -> None:
+    """Its tables say it all."""

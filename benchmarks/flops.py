@@ -7,7 +7,7 @@ listed by name and shape.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -55,16 +55,22 @@ class FlopCount:
 
         None where every path factorises.
         """
-        if self.factorisations:
+        path = self.costliest(without=FACTORISATIONS)
+        return None if path is None else path.products
+
+    def costliest(self, without: Collection[str] = ()) -> "FlopCount | None":
+        """The path with the most flops, without branches, of those that call none of these factorisations; None where
+        every path does.
+        """
+        if any(call.split()[0] in without for call in self.factorisations):
             return None
-        total = self.products
+        path = replace(self, branches=())
         for branches in self.branches:
-            possible = [a.most_without_factorisations for a in branches.alternatives]
-            flops = max((flops for flops in possible if flops is not None), default=None)
-            if flops is None:
+            possible = [p for p in (a.costliest(without) for a in branches.alternatives) if p is not None]
+            if not possible:
                 return None
-            total += branches.times * flops
-        return total
+            path += max(possible, key=lambda p: p.products).repeated(branches.times)
+        return path
 
     def __add__(self, other: "FlopCount") -> "FlopCount":
         return FlopCount(

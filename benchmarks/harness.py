@@ -1,15 +1,16 @@
-"""What every benchmark shares: the machine, compiling and timing, its matrix rate, tables and result files.
+"""What every benchmark shares: the machine, compiling and timing, its matrix rate, and text in columns.
 
-Times are only comparable within one run, so contenders take turns; a result file says what it was measured on.
+Times are only comparable within one run, so contenders take turns.
 """
 
+import contextlib
 import datetime
-import json
+import functools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 
 
@@ -60,6 +60,17 @@ def compile_program(fn: Callable[..., Any], *args: Any, donate: Sequence[int] = 
     return Program(compiled, traced - began, done - traced, *lines)
 
 
+@contextlib.contextmanager
+def compiling_anew() -> Iterator[None]:
+    """Without JAX's cache on disk: a program found there would seem to compile in no time."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
 def interleaved(
     runs: Mapping[str, Callable[[Any], Any]], rounds: int, make_input: Callable[[int], Any], progress: str = ""
 ) -> dict[str, list[float]]:
@@ -80,10 +91,13 @@ def interleaved(
     return times
 
 
-def matrix_product(m: int, k: int, n: int) -> Callable[[Any], Any]:
-    """A compiled float32 product of ``(m, k)`` and ``(k, n)``, as a run for `interleaved`: it ignores its input."""
-    left, right = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((m, k), (k, n))))
-    product = jax.jit(jnp.matmul)
+def matrix_product(m: int, k: int, n: int, dtype: Any = jnp.float32, precision: Any = None) -> Callable[[Any], Any]:
+    """A compiled product of ``(m, k)`` and ``(k, n)``, as a run for `interleaved`: it ignores its input.
+
+    ``precision`` as in `jnp.matmul`: without one, an accelerator may round float32 before it multiplies.
+    """
+    left, right = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(((m, k), (k, n))))
+    product = jax.jit(functools.partial(jnp.matmul, precision=precision))
     jax.block_until_ready(product(left, right))
     return lambda _: product(left, right)
 
@@ -98,43 +112,14 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def write_results(name: str, payload: Mapping[str, Any], folder: Path = RESULTS) -> Path:
-    """Write ``payload`` to ``folder/name.json``, floats to four significant digits, and return the path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(_rounded(payload), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
-
-
-def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """``rows`` as aligned text; ``columns`` maps a key of the rows to its heading. None shows as nothing."""
-    cells = [list(columns.values())] + [[_cell(row.get(key)) for key in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
         "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
+        for line in lines
     )
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 100
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return "\n".join(line.rstrip() for line in padded)
 
 
 def _cpu_model() -> str:

@@ -1,285 +1,235 @@
-"""Time of the optimizer step alone, on the parameter trees of two character GPTs, against other JAX optimizers.
+"""Time of the optimizer's step alone, on the parameters of three GPTs, against other JAX optimizers.
 
-    python -m benchmarks.step_time --tree all --repeats 3
+    python -m benchmarks step_time --tree small --repeats 1
 
-A step is ``tx.update`` and ``optax.apply_updates`` on float32 parameters, with state and parameters donated and random
-gradients drawn beforehand. All contenders take turns in one run. A repeat is ten steps, so that it
-contains each refresh once; the medians over the repeats of these ten give the usual step (their median), the slowest
-and the mean. The floor is the flops of the method's own matrix products at the machine's best matrix rate in that run.
+A step is ``tx.update`` and ``optax.apply_updates``, with state and parameters donated and random gradients drawn
+beforehand. All contenders take turns in one run. A repeat is ten steps, so that it contains each refresh once: their
+median is the usual step, their mean spreads the refreshes over all. Where a step takes less than a millisecond, ten are
+timed as one program. The floor is the flops of the method's own matrix products, without factorisations, at the best
+rate of a product measured in the same run: in float32's own arithmetic, or in the parameters' type with whatever the
+hardware does for it, as the method asks.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-import fisher_optax as fo
 from benchmarks import harness
-from benchmarks.flops import FlopCount, count_matmul_flops
+from benchmarks.contenders import CONTENDERS, Contender, build
+from benchmarks.results import Column, result, spread, table
+from benchmarks.steps import PERIOD, WARM_UP, means, medians, ratio, slowest, where
+from benchmarks.trees import TREES, make_params, random_like
 
-PERIOD = 10  # steps between refreshes, of every method that has them
-WARM_UP = 2  # steps that are not counted: the first starts the bases
-COMPILES = 5  # of each contender, in turns; the median counts
-PATIENCE = 20.0  # seconds; what takes longer to compile is compiled once
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 GRADIENTS = 4  # drawn beforehand, in turns: allocating them between steps would be timed as page faults in the step
-RATE = 1e-3
+SHORT = 1e-3  # seconds; below, Python's own share of a call shows
+SIDES = {"cpu": 1536}  # of the square product whose rate is measured, long enough to reach it
+REPEATS = {"small": 3, "deep": 3, "gpt2": 1}
+# On two cores the others' first steps, an eigendecomposition of every factor, and refreshes would take half an hour.
+ON_A_CPU = {"gpt2": ("adamw", "optax_muon", "fo_muon", "fo_soap")}
+# Times as fast, refreshes included. On a CPU the products that both SOAPs need leave no room for the second.
+PROMISES = {"fo_muon": ("optax_muon", 2.0, True), "fo_soap": ("soap_plain", 2.0, False)}
+MS = Column("", ".3g", spread=True)
 COLUMNS = {
-    "name": "optimizer",
-    "step_ms": "step ms",
-    "slowest_ms": "slowest",
-    "mean_ms": "mean",
-    "floor_ms": "floor",
-    "over_floor": "mean/floor",
-    "over_optax_muon": "/optax_muon",
-    "over_adamw": "/adamw",
-    "compile_s": "compile s",
-    "stablehlo_lines": "StableHLO",
-    "state_over_params": "state/params",
-    "step_gflop": "step GF",
+    "label": Column("optimizer"),
+    "step_ms": MS._replace(title="step, ms"),
+    "slowest_ms": MS._replace(title="slowest of ten, ms"),
+    "mean_ms": MS._replace(title="mean of ten, ms"),
+    "floor_ms": Column("its floor, ms"),
+    "gemm_share": Column("share of the matrix rate", ".0%"),
+    "over_optax_muon": Column("mean over optax.contrib.muon's", ".2f", spread=True),
+    "over_adamw": Column("mean over AdamW's", ".1f", spread=True),
+    "compile_s": Column("compile, s", ".2g"),
+    "trace_s": Column("trace, s", ".2g"),
+    "stablehlo_lines": Column("lines of StableHLO", "d"),
+    "hlo_lines": Column("of HLO", "d"),
+    "state": Column("state / parameters", ".3g"),
+    "step_gflop": Column("step, GF", ".4g"),
+    "mean_gflop": Column("mean of ten, GF", ".4g"),
+    "note": Column("run with"),
 }
-
-
-class Tree(NamedTuple):
-    """A GPT in nanoGPT's layout: learned positions, four bias-free kernels a layer, the head tied to the embedding."""
-
-    layers: int
-    width: int
-    vocabulary: int = 65
-    context: int = 256
-
-
-TREES = {"small": Tree(6, 384), "deep": Tree(12, 256)}
-
-
-def make_params(tree: Tree) -> dict[str, Any]:
-    """The tree as ``jax.ShapeDtypeStruct``, named as Flax would."""
-    d = tree.width
-
-    def leaf(name: str, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {name: jax.ShapeDtypeStruct(shape, jnp.float32)}
-
-    block = {
-        "ln_1": leaf("scale", d),
-        "attn": {"qkv": leaf("kernel", d, 3 * d), "proj": leaf("kernel", d, d)},
-        "ln_2": leaf("scale", d),
-        "mlp": {"up": leaf("kernel", d, 4 * d), "down": leaf("kernel", 4 * d, d)},
-    }
-    blocks = {f"block_{i}": block for i in range(tree.layers)}
-    embeddings = {"wte": leaf("embedding", tree.vocabulary, d), "wpe": leaf("embedding", tree.context, d)}
-    return {**embeddings, **blocks, "ln_f": leaf("scale", d)}
-
-
-def hidden(params: Any) -> Any:
-    """True for the kernels, which the matrix methods take; embeddings and scales are left to Adam."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
-
-
-def on_hidden(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``tx`` on the hidden kernels, AdamW on the rest: what the contenders with rules of their own do by themselves."""
-    return optax.partition({True: tx, False: optax.adamw(RATE)}, hidden)
-
-
-def optax_muon() -> optax.GradientTransformation:
-    numbers = optax.contrib.MuonDimensionNumbers()
-
-    def dimensions(params: Any) -> Any:
-        return jax.tree.map(lambda is_hidden: numbers if is_hidden else None, hidden(params))
-
-    return optax.contrib.muon(RATE, muon_weight_dimension_numbers=dimensions)
-
-
-def soap_jax() -> optax.GradientTransformation:
-    from soap_jax import soap  # pyright: ignore[reportMissingImports]
-
-    return on_hidden(soap(RATE, precondition_frequency=PERIOD))
-
-
-def psgd_kron() -> optax.GradientTransformation:
-    from psgd_jax.kron import kron  # pyright: ignore[reportMissingImports]
-
-    return on_hidden(kron(RATE))
-
-
-def distributed_shampoo() -> optax.GradientTransformation:
-    from distributed_shampoo import distributed_shampoo as shampoo  # pyright: ignore[reportMissingImports]
-
-    return on_hidden(shampoo(RATE, block_size=128, preconditioning_compute_steps=PERIOD))
-
-
-CONTENDERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adamw": lambda: optax.adamw(RATE),
-    "optax_muon": optax_muon,
-    "fo_muon": lambda: fo.muon(RATE),
-    "fo_soap": lambda: fo.soap(RATE, precondition_frequency=PERIOD),
-    "fo_soap_staggered": lambda: fo.soap(RATE, precondition_frequency=PERIOD, refresh="staggered"),
-    "fo_dykaf": lambda: fo.dykaf(RATE, precondition_frequency=PERIOD),
-    "fo_shampoo_128": lambda: fo.shampoo(RATE, block_size=128, precondition_frequency=PERIOD),
-    "soap_jax": soap_jax,
-    "psgd_kron": psgd_kron,
-    "distributed_shampoo": distributed_shampoo,
+PROMISED = {
+    "label": Column("optimizer"),
+    "than": Column("than"),
+    "faster": Column("times as fast", ".2f", spread=True),
+    "promised": Column("at least", ".2g"),
+    "holds": Column("holds"),
 }
+RATES = {"gflops": Column("GF/s", ".4g", spread=True), "shape": Column("shape")}
+ABSENT = {"reason": Column("left out")}
 
 
-class Contender:
-    """An optimizer compiled for a tree, with the parameters and the state it has reached."""
-
-    def __init__(self, tx: optax.GradientTransformation, shapes: Any):
-        def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-            # Results in the order of the arguments: JAX hands donated buffers to results of their shape in that order,
-            # and parameters written where a momentum was would first be copied.
-            updates, state = tx.update(grads, state, params)
-            return state, optax.apply_updates(params, updates)
-
-        self.params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        self.state = jax.tree.map(jnp.copy, tx.init(self.params))  # no buffer twice, or it could not be donated
-        self.flops = count_matmul_flops(step, shapes, self.state, shapes)
-        self.step, self.shapes, self.compiles = step, shapes, []
-        self.program = self.compile()
-
-    def compile(self) -> harness.Program:
-        """The step, compiled anew; what that took is kept."""
-        program = harness.compile_program(self.step, self.shapes, self.state, self.params, donate=(1, 2))
-        self.compiles.append(program)
-        return program
-
-    def __call__(self, grads: Any) -> Any:
-        self.state, self.params = self.program.run(grads, self.state, self.params)
-        return self.params, self.state
-
-    def size(self) -> dict[str, Any]:
-        """What is known of it before it runs."""
-        state_bytes = harness.nbytes(self.state)
-        between, most = flops_between_refreshes(self.flops), self.flops.most
-        return {
-            "trace_s": statistics.median(program.trace_s for program in self.compiles),
-            "compile_s": statistics.median(program.compile_s for program in self.compiles),
-            "compiles": len(self.compiles),
-            "stablehlo_lines": self.program.stablehlo_lines,
-            "hlo_lines": self.program.hlo_lines,
-            "state_bytes": state_bytes,
-            "state_over_params": state_bytes / harness.nbytes(self.params),
-            "step_gflop": between / 1e9,
-            "refresh_gflop": (most - between) / 1e9,
-            "mean_gflop": (between + (most - between) / PERIOD) / 1e9,
-            "unread_loops": self.flops.unread_loops,
-        }
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tree", default=",".join(TREES), help="by commas (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="parameters and gradients")
+    parser.add_argument("--repeats", type=int, help=f"tens of steps that are timed (default: {REPEATS})")
+    parser.add_argument("--only", help=f"contenders, by commas, of {', '.join(CONTENDERS)} (default: all that fit)")
 
 
-def flops_between_refreshes(count: FlopCount) -> int:
-    """Where nothing is ever refreshed, or every step factorises, this is the costliest step."""
-    between = count.most_without_factorisations
-    return count.most if between is None else between
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    trees, only = options.tree.split(","), options.only.split(",") if options.only else []
+    for kind, given, known in (("--tree", trees, TREES), ("--only", only, CONTENDERS)):
+        if unknown := set(given) - set(known):
+            raise SystemExit(f"{kind} got {', '.join(sorted(unknown))}; known are {', '.join(known)}")
+    if options.repeats is not None and options.repeats < 1:
+        raise SystemExit(f"--repeats must be at least 1; got {options.repeats}")
+    with harness.compiling_anew():
+        for name in trees:
+            yield of_tree(name, options.dtype, only, options.repeats or REPEATS[name])
 
 
-def phase_medians(seconds: Sequence[float]) -> list[float]:
-    """Milliseconds of each of the `PERIOD` steps of a repeat: medians over the repeats."""
-    return [1e3 * statistics.median(seconds[phase::PERIOD]) for phase in range(PERIOD)]
-
-
-def describe(name: str, contender: Contender, seconds: Sequence[float], best_rate: float) -> dict[str, Any]:
-    """One row of the results; ``best_rate`` in GF/s."""
-    phases, size = phase_medians(seconds), contender.size()
-    step, mean = statistics.median(phases), statistics.mean(phases)
-    floor = 1e3 * size["mean_gflop"] / best_rate
-    return {
-        "name": name,
-        "step_ms": step,
-        "slowest_ms": max(phases),
-        "slowest_over_step": max(phases) / step,
-        "mean_ms": mean,
-        "step_floor_ms": 1e3 * size["step_gflop"] / best_rate,
-        "floor_ms": floor or None,
-        "over_floor": mean / floor if floor else None,
-        **size,
-        "phases_ms": phases,
-    }
-
-
-def compare(rows: Sequence[dict[str, Any]]) -> None:
-    """Add each row's mean time over that of the two yardsticks, where they ran."""
-    for yardstick in ("optax_muon", "adamw"):
-        base = next((row["mean_ms"] for row in rows if row["name"] == yardstick), None)
-        for row in rows:
-            row[f"over_{yardstick}"] = row["mean_ms"] / base if base else None
-
-
-def measure(name: str, only: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Run every contender in ``only`` on the tree called ``name``."""
+def of_tree(name: str, dtype: str, only: Sequence[str], repeats: int) -> dict[str, Any]:
+    """The result of one tree; ``only`` empty for the contenders that fit the machine."""
     tree, surroundings = TREES[name], harness.environment()
-    shapes = make_params(tree)
-    contenders, absent = build(only, shapes)
-    products = {"square": (1536, 1536, 1536), "own": (tree.width, tree.width, 4 * tree.width)}
-    rates: Mapping[str, Callable[[Any], Any]] = {key: harness.matrix_product(*mkn) for key, mkn in products.items()}
+    on_cpu = surroundings["platform"] == "cpu"
+    shapes = make_params(tree, jnp.dtype(dtype))
+    chosen = only or (ON_A_CPU.get(name, tuple(CONTENDERS)) if on_cpu else tuple(CONTENDERS))
+    contenders, absent = build(chosen, shapes, jnp.dtype(dtype))
+    absent |= {left: "by default, for its time on a CPU" for left in CONTENDERS if not only and left not in chosen}
+    products = matrix_products(tree.width, dtype, SIDES.get(surroundings["platform"], 8192))
     draw = jax.jit(lambda i: random_like(shapes, i))
     drawn = [jax.block_until_ready(draw(i)) for i in range(GRADIENTS)]
-    rounds = WARM_UP + PERIOD * repeats
-    times = harness.interleaved({**rates, **contenders}, rounds, lambda i: drawn[i % GRADIENTS], f"{name}: step")
-    counted = {key: seconds[WARM_UP:] for key, seconds in times.items()}
-    gemm = {key: harness.gflops_per_second(*mkn, counted[key]) for key, mkn in products.items()}
-    rows = [describe(key, contender, counted[key], max(gemm.values())) for key, contender in contenders.items()]
-    compare(rows)
+    times = take_turns(products, contenders, drawn, repeats, name)
+    rates = {key: [2e-9 * m * k * n / s for s in times[key]] for key, (_, (m, k, n)) in products.items()}
+    exact, fast = best_rate(rates, "float32_exact"), best_rate(rates, dtype)
+    rows = {
+        key: describe(contender, times[key], exact if contender.exact else fast)
+        for key, contender in contenders.items()
+    }
+    compare(rows, times)
+    suffix = "" if dtype == "float32" else f"_{dtype}"
+    return result(
+        f"step_time_{name}{suffix}_{surroundings['platform']}",
+        f"The optimizer's step alone on the parameters of a GPT of {tree.layers} layers, {tree.width} wide",
+        f"python -m benchmarks step_time --tree {name} --dtype {dtype}" + (f" --only {','.join(only)}" if only else ""),
+        {
+            "steps": table("Optimizer steps", COLUMNS, rows),
+            "promises": table("Promises", PROMISED, promises(rows, times, on_cpu)),
+            "rates": table("Rates of matrix products", RATES, described_rates(rates, products)),
+            "absent": table("Left out", ABSENT, {key: {"reason": reason} for key, reason in absent.items()}),
+        },
+        environment=surroundings,
+        settings={
+            **tree._asdict(),
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
+            "dtype": dtype,
+            "repeats": repeats,
+            "steps_a_repeat": PERIOD,
+        },
+    )
+
+
+def matrix_products(width: int, dtype: str, side: int) -> dict[str, Any]:
+    """Products whose rates are measured, by name: what runs one, and its sizes."""
+    shapes = {"square": (side, side, side), "own": (width, width, 4 * width)}
+    kinds = {"float32_exact": (jnp.float32, "highest"), dtype: (jnp.dtype(dtype), None)}
     return {
-        "environment": surroundings,
-        "tree": {"name": name, **tree._asdict(), "parameters": harness.nbytes(shapes) // 4},
-        "repeats": repeats,
-        "gemm": {key: {"m_k_n": products[key], "gflops_per_second": rate} for key, rate in gemm.items()},
-        "contenders": rows,
-        "absent": absent,
+        f"{kind}_{key}": (harness.matrix_product(*mkn, dtype=given, precision=precision), mkn)
+        for kind, (given, precision) in kinds.items()
+        for key, mkn in shapes.items()
     }
 
 
-def build(only: Sequence[str], shapes: Any) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders that can be imported, compiled, and why the others cannot."""
-    contenders, absent = {}, {}
-    for name in only:
-        try:
-            tx = CONTENDERS[name]()
-        except ModuleNotFoundError as error:
-            absent[name] = f"{error.name} is not installed"
-        except ImportError as error:
-            absent[name] = f"does not import: {error.msg.split(' (')[0]}"
-        else:
-            contenders[name] = Contender(tx, shapes)
-        print(f"{name}: {absent.get(name, 'compiled')}", flush=True)
-    for _ in range(COMPILES - 1):
-        for contender in contenders.values():
-            if contender.program.compile_s < PATIENCE:
-                contender.compile()
-    return contenders, absent
+def best_rate(rates: Mapping[str, Sequence[float]], kind: str) -> float:
+    """GF/s, the better median of the two shapes."""
+    return max(statistics.median(rates[f"{kind}_{shape}"]) for shape in ("square", "own"))
 
 
-def random_like(shapes: Any, seed: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return treedef.unflatten(jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True))
+def take_turns(
+    products: Mapping[str, Any], contenders: Mapping[str, Contender], drawn: Sequence[Any], repeats: int, progress: str
+) -> dict[str, list[float]]:
+    """Seconds a step of each contender, and a product of each kind, without the warm-up."""
+
+    def give(i: int) -> Any:
+        return drawn[i % len(drawn)]
+
+    warm = harness.interleaved(contenders, WARM_UP, give, f"{progress}: warm-up")
+    for key, contender in contenders.items():
+        if warm[key][-1] < SHORT:
+            contender.join_steps()
+            contender(give(0))
+    runs = {**{key: run for key, (run, _) in products.items()}, **contenders}
+    times = harness.interleaved(runs, PERIOD * repeats, give, f"{progress}: step")
+    steps = {key: contender.steps_a_call for key, contender in contenders.items()}
+    return {key: [s / steps.get(key, 1) for s in seconds] for key, seconds in times.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time optimizer steps on the parameters of two character GPTs.")
-    parser.add_argument("--tree", choices=[*TREES, "all"], default="all")
-    parser.add_argument("--repeats", type=int, default=3, help="tens of steps that are timed (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, by commas (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=harness.RESULTS, help="folder of the results (default: %(default)s)"
+def describe(contender: Contender, seconds: Sequence[float], rate: float) -> dict[str, Any]:
+    """One row of the results; ``rate`` in GF/s."""
+    mean, flops = means(seconds), contender.mean_flops
+    alone = contender.steps_a_call == 1 or contender.mean_flops == contender.between_flops
+    floor = 1e-6 * flops / rate if flops else None
+    return {
+        "label": contender.row.label,
+        "step_ms": spread(medians(seconds)) if alone else None,
+        "slowest_ms": spread(slowest(seconds)) if alone else None,
+        "mean_ms": spread(mean),
+        "floor_ms": floor,
+        "gemm_share": spread([floor / ms for ms in mean]) if floor else None,
+        **contender.size(),
+    }
+
+
+def compare(rows: Mapping[str, dict[str, Any]], times: Mapping[str, Sequence[float]]) -> None:
+    """Add each row's mean time over that of the two yardsticks, where they ran."""
+    for yardstick in ("optax_muon", "adamw"):
+        if yardstick in rows:
+            for key, row in rows.items():
+                row[f"over_{yardstick}"] = ratio(means(times[key]), means(times[yardstick]))
+
+
+def promises(rows: Mapping[str, Any], times: Mapping[str, Sequence[float]], on_cpu: bool) -> dict[str, dict[str, Any]]:
+    """What this project says of its own steps, where both ran."""
+    found = {}
+    for mine, (other, promised, everywhere) in PROMISES.items():
+        if mine in rows and other in rows:
+            faster = ratio(means(times[other]), means(times[mine]))
+            found[mine] = {
+                "label": CONTENDERS[mine].label,
+                "than": CONTENDERS[other].label,
+                "faster": faster,
+            }
+            if everywhere or not on_cpu:
+                found[mine] |= {"promised": promised, "holds": faster["median"] >= promised}
+    return found
+
+
+def described_rates(rates: Mapping[str, Sequence[float]], products: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: {"gflops": spread(values), "shape": " x ".join(map(str, products[key][1]))}
+        for key, values in rates.items()
+    }
+
+
+def draw(found: Mapping[str, Any]) -> "Figure":
+    """Bars of the mean of ten steps, with the usual one and the floor marked."""
+    from matplotlib.figure import Figure
+
+    rows, settings = found["tables"]["steps"]["rows"], found["settings"]
+    figure = Figure(figsize=(8, 1.6 + 0.32 * len(rows)), layout="constrained")
+    axes, places = figure.subplots(), range(len(rows))
+    ms = [row["mean_ms"] for row in rows.values()]
+    ends = [[t["median"] - t["low"] for t in ms], [t["high"] - t["median"] for t in ms]]
+    labels = [row["label"].replace("`", "") for row in rows.values()]
+    ours = ["C0" if name.startswith("fo_") else "0.7" for name in rows]
+    axes.barh(
+        places, [t["median"] for t in ms], xerr=ends, color=ours, ecolor="0.3", label="mean of ten steps, ours in blue"
     )
-    options = parser.parse_args()
-    only = options.only.split(",")
-    if unknown := set(only) - set(CONTENDERS):
-        parser.error(f"--only got {', '.join(sorted(unknown))}; known are {', '.join(CONTENDERS)}")
-    if options.repeats < 1:
-        parser.error(f"--repeats must be at least 1; got {options.repeats}")
-    jax.config.update("jax_enable_compilation_cache", False)  # a program found on disk would seem to compile in no time
-    for name in TREES if options.tree == "all" else [options.tree]:
-        results = measure(name, only, options.repeats)
-        path = harness.write_results(f"step_time_{name}_{results['environment']['platform']}", results, options.out)
-        rates = ", ".join(f"{key} {value['gflops_per_second']:.0f} GF/s" for key, value in results["gemm"].items())
-        print(f"\n{harness.table(results['contenders'], COLUMNS)}\nmatrix rates: {rates}; written to {path}\n")
-
-
-if __name__ == "__main__":
-    main()
+    for key, marker, label in (("step_ms", "o", "a step without a refresh"), ("floor_ms", "|", "floor of the mean")):
+        marks = [(row[key]["median"] if isinstance(row[key], dict) else row[key], i)
+                 for i, row in enumerate(rows.values()) if row.get(key)]  # fmt: skip
+        x, y = zip(*marks, strict=True) if marks else ((), ())
+        axes.scatter(x, y, marker=marker, color="black", s=30, zorder=3, label=label)
+    axes.set(xscale="log", xlabel="ms, logarithmic", yticks=places, yticklabels=labels)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    size = f"{settings['parameters'] / 1e6:.3g}M parameters, {settings['dtype']}"
+    axes.set_title(f"One optimizer step, {size}, {where(found)}")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure

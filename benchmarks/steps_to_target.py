@@ -1,37 +1,31 @@
-"""How many steps SOAP and Muon need for the validation loss that AdamW ends with, and what SOAP's smaller states cost.
-
-    python benchmarks/steps_to_target.py
+"""Steps to the validation loss that AdamW ends with: SOAP and Muon, SOAP's smaller states, and other JAX packages.
 
 The 808k-parameter character GPT of `examples/train_gpt.py` on the Python standard library's sources: context 64, batch
-16, 300 steps, warm-up and cosine, the same for all; what SOAP and Muon do not take gets the AdamW of AdamW's own row.
-Rates are tuned on the first seed, each method among its three: AdamW for the lowest final loss, the others for the
-fewest steps to it; the best is run on all seeds. Writes ``results/steps_to_target.json`` and ``.png``.
+16, 300 steps, warm-up and cosine, the same for all; what the others leave alone gets the AdamW of AdamW's own row. A
+method's rate is the one with the lowest final validation loss on the first seed. Where that is at an end of the grid,
+the grid is extended. The runs are kept in a file and never made twice.
 """
 
 import argparse
 import functools
-import itertools
-import statistics
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
-from tqdm import tqdm
+from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+import optimizers
+import train_gpt
+from benchmarks import harness, peers, run_tables
+from benchmarks.results import Cell, Column, result, table
+from compare_report import Entry, draw_curves, entries
+from comparison import Runs, Task
+from gpt_config import Config
+from text import Corpus, load_corpus
 
-import optimizers  # noqa: E402
-import text  # noqa: E402
-import train_gpt  # noqa: E402
-from benchmarks import harness  # noqa: E402
-from gpt_config import Config  # noqa: E402
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+if TYPE_CHECKING:
+    from run_folder import Row
 
 RATES = {
     "adamw": (1e-3, 3e-3, 1e-2),
@@ -39,157 +33,165 @@ RATES = {
     "soap": (3e-3, 6e-3, 1e-2),
     "optax_muon": (1e-2, 3e-2, 6e-2),
 }
-TARGETS = {"soap": 0.55, "muon": 0.65}  # the share of AdamW's steps that the project promises
+PROMISES = {"soap": 0.55, "muon": 0.65}  # the share of AdamW's steps that the project promises
 SMALL_RATE = 6e-3  # the smaller states are compared with the full one at one rate
 SMALLER = {
-    "soap, packed factors": {"factor_storage": "packed"},
-    "soap, bfloat16 factors and bases": {"factor_dtype": jnp.bfloat16},
-    "soap, shorter side only": {"sides": "shorter"},
+    "soap_packed": {"factor_storage": "packed"},
+    "soap_bfloat16": {"factor_dtype": jnp.bfloat16},
+    "soap_shorter": {"sides": "shorter"},
 }
-
-
+KFAC_JAX = {"kfac_jax": (1e-2, 3e-2, 1e-1)}
+WITHOUT = {"kfac_jax": "; without weight decay, of which it has no decoupled one"}
+WIDER = 4  # how often a grid is extended at most
+LABELS = {
+    "muon": "`fo.muon`",
+    "soap": "`fo.soap`",
+    "optax_muon": "`optax.contrib.muon`",
+    "soap_packed": '`fo.soap(factor_storage="packed")`',
+    "soap_bfloat16": "`fo.soap(factor_dtype=jnp.bfloat16)`",
+    "soap_shorter": '`fo.soap(sides="shorter")`',
+    "kfac_jax": "K-FAC (kfac-jax)",
+}
 COLUMNS = {
-    "method": "method",
-    "rate": "rate",
-    "val_loss": "final val loss",
-    "spread": "spread",
-    "share_of_steps": "share of AdamW's steps",
-    "worst_share": "worst seed",
-    "promised": "at most",
-    "state": "state/params",
+    "label": Column(""),
+    "rate": Column("rate"),
+    "val_loss": run_tables.LOSSES["val_loss"],
+    "to_adamw": Column("of AdamW's steps to its final loss", ".2f", spread=True),
+    "promise": Column("at most, as promised", ".2f"),
+    "holds": Column("holds for every seed"),
+    "state": Column("state, in parameters"),
 }
-Rows = list[dict[str, Any]]  # the entries of one run, as `train_gpt.train` returns them
 
 
-def first_below(rows: Rows, loss: float) -> float | None:
-    """The step at which the validation loss comes down to ``loss``, between evaluations by straight lines."""
-    for before, after in itertools.pairwise(rows):
-        if after["val_loss"] <= loss:
-            share = (before["val_loss"] - loss) / (before["val_loss"] - after["val_loss"])
-            return before["step"] + share * (after["step"] - before["step"])
-    return None
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--methods", help="only these, with commas")
+    parser.add_argument("--steps", type=int, default=300)
+    run_tables.add_run_options(parser, seeds=3)
 
 
-def quality(rows: Rows, target: float) -> tuple[float, float]:
-    """What a rate is chosen by: the steps to the loss that AdamW ends with, then its own final loss."""
-    return first_below(rows, target) or float("inf"), rows[-1]["val_loss"]
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    environment = harness.environment()
+    base = Config(steps=options.steps, eval_every=max(1, options.steps // 20), eval_batches=10)
+    corpus, (grid, absent) = load_corpus(base.data, base.vocab, base.context), register()
+    if options.methods:
+        grid = {name: grid[name] for name in options.methods.split(",")}
+    runs = Runs(options.runs or run_tables.KEPT / "steps_to_target.json", Task(base, corpus, train, "val_loss", grid))
+    make(runs, range(options.seeds))
+    found = entries(runs, grid)
+    yield describe(runs, found, absent, environment, options)
 
 
-def state_ratio(method: str, corpus: Any) -> float:
+def register() -> tuple[dict[str, Sequence[float]], dict[str, str]]:
+    """The rates to try of each method, after all have a row of `optimizers.METHODS`; why others are absent."""
+    rows, absent = peers.methods()
+    for name, how in SMALLER.items():
+        rows[name] = optimizers.Method(functools.partial(optimizers.soap, **how), SMALL_RATE)
+    optimizers.METHODS.update(rows)
+    grid: dict[str, Sequence[float]] = {**RATES, **dict.fromkeys(SMALLER, (SMALL_RATE,))}
+    grid |= {name: around(row.learning_rate) for name, row in rows.items() if name not in SMALLER}
+    if reason := peers.absence("kfac_jax"):
+        return grid, {**absent, "kfac_jax": reason}
+    return {**grid, **KFAC_JAX}, absent
+
+
+def around(rate: float) -> tuple[float, float, float]:
+    return rate / 2, rate, rate * 2
+
+
+def train(config: Config, corpus: Corpus) -> "list[Row]":
+    return (peers.train_kfac_jax if config.optimizer == "kfac_jax" else train_gpt.train)(config, corpus)
+
+
+def make(runs: Runs, seeds: Sequence[int]) -> None:
+    """All runs; a grid of several rates is extended by a factor of two until its best rate is inside."""
+    for _ in range(WIDER):
+        runs.make(seeds[:1])
+        wider = {name: extended(runs, name, seeds[0]) for name, rates in runs.task.rates.items() if len(rates) > 1}
+        if not any(wider.values()):
+            break
+        runs.task = runs.task._replace(
+            rates={name: [*rates, *wider.get(name, ())] for name, rates in runs.task.rates.items()}
+        )
+    runs.make(seeds)
+
+
+def extended(runs: Runs, method: str, seed: int) -> list[float]:
+    """The rate beyond the end of the grid that is the best so far, if it is one."""
+    tried, best = [run["rate"] for run in runs.of(method, seed=seed)], runs.best(method)[0]["rate"]
+    return [best * 2] * (best == max(tried)) + [best / 2] * (best == min(tried))
+
+
+def state_ratio(method: str, symbols: int) -> float:
     """Bytes of optimizer state over bytes of parameters."""
     config = Config(optimizer=method).resolve()
-    model = train_gpt.make_model(config, len(corpus.characters))
+    model = train_gpt.make_model(config, symbols)
     params = jax.eval_shape(lambda key: train_gpt.initial_params(model, key), jax.random.key(0))
     state = jax.eval_shape(train_gpt.make_optimizer(train_gpt.program_of(config), 1.0).init, params)
     return harness.nbytes(state) / harness.nbytes(params)
 
 
-def summary(runs: dict[str, list[Rows]], rates: dict[str, float], corpus: Any) -> list[dict[str, Any]]:
-    """A row a method: final losses, and the share of AdamW's steps to AdamW's final loss of the same seed."""
-    targets = [rows[-1]["val_loss"] for rows in runs["adamw"]]
-    table = []
-    for name, seeds in runs.items():
-        final = [rows[-1]["val_loss"] for rows in seeds]
-        steps = [first_below(rows, target) for rows, target in zip(seeds, targets, strict=False)]
-        shares = [s / seeds[0][-1]["step"] for s in steps if s is not None]
-        reached = shares and len(shares) == len(steps)
-        table.append(
-            {
-                "method": name,
-                "rate": rates[name],
-                "seeds": len(seeds),
-                "val_loss": statistics.mean(final),
-                "spread": max(final) - min(final),
-                "share_of_steps": statistics.mean(shares) if reached else None,
-                "worst_share": max(shares) if reached else None,
-                "promised": TARGETS.get(name),
-                "state": state_ratio(name, corpus),
-            }
-        )
-    return table
-
-
-def picture(runs: dict[str, list[Rows]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    target = statistics.mean(rows[-1]["val_loss"] for rows in runs["adamw"])
-    axes.axhline(target, color="grey", linewidth=0.8, linestyle=":", label="AdamW's final loss")
-    for i, name in enumerate(n for n in runs if n not in SMALLER):
-        for j, rows in enumerate(runs[name]):
-            axes.plot(
-                [r["step"] for r in rows],
-                [r["val_loss"] for r in rows],
-                color=f"C{i}",
-                linewidth=1.2,
-                alpha=0.8,
-                label=name if j == 0 else None,
-            )
-    axes.set(
-        xlabel="step",
-        ylabel="validation loss [nats per character]",
-        ylim=(1.6, 3.4),
-        title="808k-parameter character GPT, three seeds each",
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
-def train_all(
-    base: Config, corpus: Any, seeds: int
-) -> tuple[dict[str, dict[float, Rows]], dict[str, float], dict[str, list[Rows]]]:
-    """The tuning runs by method and rate, the best rates, and the runs of each method at its best rate, one a seed."""
-    for name, options in SMALLER.items():
-        optimizers.METHODS[name] = optimizers.Method(functools.partial(optimizers.soap, **options), SMALL_RATE)
-
-    def run(name: str, rate: float, seed: int) -> Rows:
-        config = Config(**{**vars(base), "optimizer": name, "lr": rate, "seed": seed})
-        bar.set_description_str(f"{name} {rate:g} seed {seed}")
-        try:
-            rows = train_gpt.train(config, corpus)
-        except train_gpt.Diverged:
-            rows = [{"step": base.steps, "val_loss": float("inf")}]
-        bar.update()
-        return rows
-
-    count = sum(map(len, RATES.values())) + len(RATES) * (seeds - 1) + len(SMALLER) * seeds
-    with tqdm(total=count, unit="run") as bar:
-        tuning = {name: {rate: run(name, rate, 0) for rate in grid} for name, grid in RATES.items()}
-        target = min(rows[-1]["val_loss"] for rows in tuning["adamw"].values())
-        rates = {name: min(grid, key=lambda rate: quality(grid[rate], target)) for name, grid in tuning.items()}
-        runs = {
-            name: [tuning[name][rate], *(run(name, rate, seed) for seed in range(1, seeds))]
-            for name, rate in rates.items()
-        }
-        rates |= dict.fromkeys(SMALLER, SMALL_RATE)
-        runs |= {name: [run(name, rates[name], seed) for seed in range(seeds)] for name in SMALLER}
-    return tuning, rates, runs
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
-    args = parser.parse_args()
-    environment = harness.environment()
-    base = Config(steps=args.steps, eval_every=15, eval_batches=10)
-    corpus = text.load_corpus(base.data, base.vocab, base.context)
-    tuning, rates, runs = train_all(base, corpus, args.seeds)
-
-    rows = summary(runs, rates, corpus)
-    print(harness.table(rows, COLUMNS))
-    payload = {
-        "environment": environment,
-        "setting": vars(base),
-        "text_sha256": corpus.sha256,
-        "table": rows,
-        "tuning": {name: {f"{rate:g}": r[-1]["val_loss"] for rate, r in grid.items()} for name, grid in tuning.items()},
-        "curves": {name: [[[r["step"], r["val_loss"]] for r in rs] for rs in seeds] for name, seeds in runs.items()},
+def describe(
+    runs: Runs,
+    found: Mapping[str, Entry],
+    absent: Mapping[str, str],
+    environment: Mapping[str, Any],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    symbols = len(runs.task.data.characters)
+    labels = {name: peer.label for name, peer in peers.PEERS.items()} | LABELS
+    for name, one in found.items():
+        one["label"] = labels.get(name, one["label"])
+    rows = {name: row(name, one, symbols) for name, one in found.items()}
+    title = f"Each method at its best rate, {options.steps} steps, {options.seeds} seeds"
+    tables = {
+        "methods": table(title, run_tables.filled(COLUMNS, rows), rows),
+        "grid": run_tables.grid_table(runs, list(found), "Final validation loss by rate, first seed"),
     }
-    print(harness.write_results("steps_to_target", payload, args.out))
-    picture(runs, args.out / "steps_to_target.png")
+    notes = {name: peers.NOTES[name] + WITHOUT.get(name, "") for name in found if peers.NOTES.get(name)}
+    for key, title, texts in (("notes", "How other packages were run", notes), ("absent", "Not measured", absent)):
+        if texts:
+            told: dict[str, dict[str, Cell]] = {name: {"why": text} for name, text in texts.items()}
+            tables[key] = table(title, {"why": Column("why")}, told)
+    return result(
+        "steps_to_target",
+        "Share of AdamW's steps after which other optimizers have its final validation loss, each at its best rate.",
+        run_tables.command("steps_to_target", options, add_options),
+        tables,
+        environment=environment,
+        settings=run_tables.setting_of(runs),
+        seeds=range(options.seeds),
+        details={"curves": run_tables.curves(found)},
+    )
 
 
-if __name__ == "__main__":
-    main()
+def row(name: str, one: Entry, symbols: int) -> dict[str, Cell]:
+    shares = one.get("to_adamw", [])
+    cells: dict[str, Cell] = {
+        "label": one["label"],
+        "rate": one["rate"],
+        "val_loss": "diverged" if one["diverged"] else run_tables.cell(one["val_loss"]),
+        "to_adamw": run_tables.cell(shares),
+    }
+    if name not in KFAC_JAX:
+        cells["state"] = state_ratio(name, symbols)
+    if promise := PROMISES.get(name):
+        held = all(share is not None and share <= promise for share in shares)
+        cells |= {"promise": promise, "holds": "yes" if held else "no"}
+    return cells
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    shown = {name: one for name, one in found["details"]["curves"].items() if name not in SMALLER}
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    axes = figure.subplots()
+    if "adamw" in shown:
+        target = found["tables"]["methods"]["rows"]["adamw"]["val_loss"]
+        if isinstance(target, dict):
+            axes.axhline(target["median"], color="grey", linewidth=0.8, linestyle=":", label="AdamW's final loss")
+    draw_curves(axes, shown, "val_loss")
+    many = len(found["seeds"])
+    seeds = f": medians and ranges of {many} seeds" if many > 1 else ""
+    axes.set(xlabel="step")
+    figure.suptitle(f"808k-parameter character GPT{seeds}")
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    return figure

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 import fisher_optax as fo
-from benchmarks.capture_cost import Model, gpt, of_flax, peak_bytes
+from benchmarks.capture_cost import peak_bytes
+from benchmarks.capture_models import Model, gpt, of_flax
 from benchmarks.flops import count_matmul_flops
 from benchmarks.harness import nbytes
 from models.gpt import Block

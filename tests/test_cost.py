@@ -7,8 +7,8 @@ import jax
 import pytest
 
 import fisher_optax as fo
-from benchmarks import step_time
 from benchmarks.flops import FlopCount, count_matmul_flops
+from benchmarks.trees import TREES, make_params
 
 SHAPES = ((48, 144), (48, 48), (48, 192), (192, 48))
 PARAMS = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for i, shape in enumerate(SHAPES * 2)}
@@ -61,7 +61,7 @@ def test_shampoo_in_blocks_is_a_short_program() -> None:
     """Blocks of one shape, of all leaves, share one loop: at most 6,000 lines for the 10.7M-parameter GPT's 1,300
     factors of 128, where blocks that are written out one by one take 134,000.
     """
-    params = step_time.make_params(step_time.TREES["small"])
+    params = make_params(TREES["small"])
     tx = fo.shampoo(1e-3, block_size=128)
     text = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).as_text()
     assert len(text.splitlines()) <= 6000

@@ -10,9 +10,10 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.contenders import CONTENDERS
 from benchmarks.flops import count_matmul_flops
 from benchmarks.harness import nbytes
-from benchmarks.step_time import CONTENDERS, TREES, hidden, make_params
+from benchmarks.trees import TREES, hidden, make_params
 
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 PRODUCT = 2 * 8**3
@@ -140,15 +141,19 @@ def test_the_benchmarks_trees_have_the_sizes_of_the_models_they_stand_for() -> N
     """Twelve square blocks of the width a layer, the embeddings, the normalisation scales."""
     sizes = {name: nbytes(make_params(tree)) // 4 for name, tree in TREES.items()}
     assert sizes == {
-        name: d * (12 * d * layers + 65 + 256 + 2 * layers + 1)
-        for name, layers, d in (("small", 6, 384), ("deep", 12, 256))
+        name: d * (12 * d * layers + symbols + 2 * layers + 1)
+        for name, layers, d, symbols in (
+            ("small", 6, 384, 65 + 256),
+            ("deep", 12, 256, 65 + 256),
+            ("gpt2", 12, 768, 50_304 + 1024),
+        )
     }
 
 
 def test_optax_muons_step_costs_five_newton_schulz_iterations() -> None:
     """Of ``(m, n)``, ``m ≤ n``, an iteration takes ``4 m² n + 2 m³``; in units of the width cubed a layer has 56."""
     shapes = make_params(TREES["small"])
-    tx = CONTENDERS["optax_muon"]()
+    tx = CONTENDERS["optax_muon"].build(jnp.float32)
     count = count_matmul_flops(tx.update, shapes, jax.eval_shape(tx.init, shapes), shapes)
     assert count.most == 5 * 6 * 56 * 384**3
 
@@ -159,6 +164,6 @@ def test_soaps_state_is_two_moments_and_four_square_matrices_of_each_kernel() ->
     rest = nbytes(params) - nbytes(kernels)
     squares = 4 * sum(2 * d**2 for kernel in kernels for d in kernel.shape)
     counters = 200  # bytes
-    state = nbytes(jax.eval_shape(CONTENDERS["fo_soap"]().init, params))
+    state = nbytes(jax.eval_shape(CONTENDERS["fo_soap"].build(jnp.float32).init, params))
     assert squares + 2 * nbytes(kernels) == pytest.approx(9.67 * nbytes(kernels), rel=1e-3)
     assert 0 <= state - (squares + 2 * nbytes(kernels) + 2 * rest) <= counters

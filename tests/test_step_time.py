@@ -1,0 +1,182 @@
+"""The timing benchmarks sum up what they say: no clock is read here, or none that a result hangs on."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fisher_optax as fo
+from benchmarks import capture_cost, contenders, results, step_time, train_step
+from benchmarks.capture_models import Model
+from benchmarks.contenders import Contender, Row
+from benchmarks.steps import by_repeat, means, medians, ratio, slowest
+from benchmarks.trees import TREES, Tree, make_params, random_like
+
+TINY = Tree(layers=1, width=4, vocabulary=5, context=3)
+SECONDS = [0.1] * 9 + [1.1] + [0.2] * 10  # two repeats, the first with a refresh
+
+
+def test_repeats_are_summed_up_each_by_itself() -> None:
+    assert [len(repeat) for repeat in by_repeat(SECONDS)] == [10, 10]
+    for summed, wanted in ((means, [200, 200]), (medians, [100, 200]), (slowest, [1100, 200])):
+        np.testing.assert_allclose(summed(SECONDS), wanted)
+
+
+def test_a_ratio_is_that_of_the_medians_and_spreads_over_the_repeats() -> None:
+    assert ratio([2.0, 4.0, 9.0], [1.0, 1.0, 3.0]) == {"median": 4.0, "low": 2.0, "high": 4.0, "n": 3}
+
+
+def products_with_a_refresh(dtype: Any) -> optax.GradientTransformation:
+    """Every step a product of 2,000 flops; every tenth two more, and a QR."""
+
+    def refresh(G: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(G @ G @ G)[0]
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        G = updates["kernel"] @ updates["kernel"]
+        return {"kernel": jax.lax.cond(state % 10 == 0, refresh, lambda G: G, G)}, state + 1
+
+    return optax.GradientTransformation(lambda params: jnp.int32(0), update)
+
+
+def test_a_floor_is_the_flops_of_ten_steps_at_the_rate() -> None:
+    """2.4 kF a step on the mean; a rate of 1 GF/s makes them 2.4 µs."""
+    shapes = {"kernel": jax.ShapeDtypeStruct((10, 10), jnp.float32)}
+    contender = Contender(Row("made up", products_with_a_refresh), shapes, jnp.float32)
+    row = step_time.describe(contender, SECONDS, rate=1.0)
+    assert (row["step_gflop"], row["mean_gflop"]) == (2000e-9, 2400e-9)
+    assert row["floor_ms"] == pytest.approx(2.4e-3)
+    assert row["gemm_share"]["median"] == pytest.approx(2.4e-3 / 200)
+    assert (row["step_ms"]["low"], row["step_ms"]["high"]) == (pytest.approx(100), pytest.approx(200))
+    assert row["state"] == 1 / 100
+
+
+def test_promises_hold_from_the_promised_ratio_on() -> None:
+    times = {"optax_muon": [2.0] * 10, "fo_muon": [1.0] * 10, "soap_plain": [1.9] * 10, "fo_soap": [1.0] * 10}
+    found = step_time.promises(times, times, on_cpu=False)
+    assert [(found[name]["faster"]["median"], found[name]["holds"]) for name in ("fo_muon", "fo_soap")] == [
+        (2.0, True),
+        (1.9, False),
+    ]
+    assert "holds" not in step_time.promises(times, times, on_cpu=True)["fo_soap"]
+    assert not step_time.promises({"fo_muon": {}}, times, on_cpu=False)
+
+
+def test_ten_steps_in_one_program_are_ten_steps() -> None:
+    """With a refresh among them, and not a step less for their gradient being the same."""
+    shapes = {"layer": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}
+    row = Row("soap", lambda dtype: fo.soap(0.1, precondition_frequency=4))
+    one, ten = Contender(row, shapes, jnp.float32), Contender(row, shapes, jnp.float32)
+    ten.join_steps()
+    grads = random_like(shapes, 0)
+    for _ in range(10):
+        one(grads)
+    ten(grads)
+    assert ten.steps_a_call == 10
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one.params, ten.params)
+    assert float(jnp.abs(ten.params["layer"]["kernel"]).max()) > 0.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_step_time_makes_a_result(dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the type asked for, with every contender in one of the tables, and a picture."""
+    monkeypatch.setitem(TREES, "small", TINY)
+    monkeypatch.setattr(contenders, "COMPILES", 1)
+    monkeypatch.setitem(step_time.SIDES, "cpu", 16)
+    only = ("adamw", "soap_jax") if dtype == "bfloat16" else ("adamw", "soap_jax", "optax_muon")
+    options = argparse.Namespace(tree="small", dtype=dtype, repeats=1, only=",".join(only))
+    (found,) = step_time.measure(options)
+    tables = results.read(results.write(found, tmp_path))["tables"]
+    assert {*tables["steps"]["rows"], *tables["absent"]["rows"]} == set(only)
+    assert tables["steps"]["rows"]["adamw"]["state"] == pytest.approx(2, rel=0.05)
+    assert found["settings"]["parameters"] == 4 * (12 * 4 + 5 + 3 + 2 + 1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(make_params(TINY, dtype))} == {jnp.dtype(dtype)}
+    step_time.draw(found).savefig(tmp_path / "picture.png")
+
+
+def test_a_peer_whose_state_changes_type_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its second step would be another program than the one that is timed."""
+    promoting = optax.GradientTransformation(
+        lambda params: 0, lambda updates, state, params=None: (updates, 0.5 + state)
+    )
+    row = Row("made up", lambda dtype: promoting)
+    monkeypatch.setitem(contenders.CONTENDERS, "prism", row)
+    monkeypatch.setattr(contenders.peers, "absence", lambda name: "")
+    shapes = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    found, absent = contenders.build(["prism"], shapes, jnp.dtype("float32"))
+    assert not found
+    assert absent["prism"].startswith("does not run: TypeError: its state changes type")
+
+
+def test_unknown_contenders_are_named() -> None:
+    with pytest.raises(SystemExit, match="--only got lion; known are adamw"):
+        next(step_time.measure(argparse.Namespace(tree="small", dtype="float32", repeats=1, only="lion")))
+
+
+def test_an_accumulated_gradient_is_that_of_all_tokens() -> None:
+    preset = train_step.Preset(1, 8, 1, 5, 4, micro_batch=2, micro_batches=3, dtype="float32")
+    tokens = jax.random.randint(jax.random.key(0), (3, 2, 5), 0, 5)
+    params = jax.jit(preset.model.init)(jax.random.key(1), tokens[0, :, :-1])["params"]
+    at_once = preset._replace(micro_batch=6, micro_batches=1)
+    found = jax.jit(train_step.make_gradient(preset))(params, tokens)
+    wanted = jax.jit(train_step.make_gradient(at_once))(params, tokens.reshape(1, 6, 5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, wanted)
+    assert preset.tokens == 24
+
+
+def test_an_updates_share_is_of_gradient_and_mean_update() -> None:
+    times = {"adamw": [0.1] * 20, "fo_muon": [0.1] * 20, "fo_soap": SECONDS}
+    rows = train_step.described([1800.0, 1800.0], times, train_step.PROMISES)
+    assert rows["fo_soap"]["share"]["median"] == pytest.approx(0.1)
+    assert rows["fo_soap"]["over_adamw"]["median"] == pytest.approx(2000 / 1900)
+    assert [rows[name]["holds"] for name in times] == [None, False, True]
+
+
+def test_captures_promises_are_of_whole_steps_over_sgds() -> None:
+    """A refresh is spread over its ten steps; where none is, a slow step among ten is no part of it."""
+
+    class Fake:
+        def __init__(self, refreshes: bool) -> None:
+            self.refreshes = refreshes
+
+        def size(self) -> dict[str, Any]:
+            return {"mean_gflop": 3.0, "memory_mb": 5.0}
+
+    found = {"sgd": Fake(False), "kfac_inverse": Fake(True)}
+    times = {"sgd": SECONDS[:10], "kfac_inverse": [0.3] * 9 + [1.3]}
+    rows = {name: capture_cost.describe(name, fake, times[name]) for name, fake in found.items()}
+    capture_cost.compare("mlp", rows, found, times)
+    assert rows["sgd"]["mean_ms"]["median"] == pytest.approx(100)
+    assert (rows["kfac_inverse"]["over_sgd"]["median"], rows["kfac_inverse"]["holds"]) == (pytest.approx(4.0), False)
+    assert (rows["kfac_inverse"]["flops_over_sgd"], rows["kfac_inverse"]["memory_over_sgd"]) == (1.0, 1.0)
+
+
+def test_capture_cost_makes_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A table a model, and a peer that fails named beside them."""
+
+    def failing(*_: Any) -> Any:
+        raise ImportError("kfac_jax is gone\nand more")
+
+    monkeypatch.setitem(capture_cost.PEERS, "kfac_jax", failing)
+    monkeypatch.setitem(capture_cost.MODELS, "mlp", linear)
+    (found,) = capture_cost.measure(argparse.Namespace(model="mlp", repeats=1, only="kfac_jax,layer_samples"))
+    tables = results.read(results.write(found, tmp_path))["tables"]
+    assert set(tables["mlp"]["rows"]) == {"sgd", "layer_samples"}
+    assert tables["absent"]["rows"] == {"mlp kfac_jax": {"reason": "ImportError: kfac_jax is gone"}}
+    capture_cost.draw(found).savefig(tmp_path / "picture.png")
+
+
+def linear() -> Model:
+    """The smallest model there is."""
+    return Model(
+        lambda key: {"layer": {"kernel": jnp.ones((3, 2))}},
+        lambda params, x: x @ params["layer"]["kernel"],
+        fo.losses.softmax_cross_entropy,
+        lambda key: (jnp.ones((4, 3)), jnp.zeros(4, int)),
+        2,
+    )
