@@ -55,7 +55,7 @@ def dykaf(
         steps to forget), or "identity".
       variant: "sequential" (the integrator: each side from the other's new value) or "parallel" (the authors' code).
       first: which side a sequential step updates first, "inputs" or "outputs".
-      rank1_second_moment: keep ``v ≈ l rᵀ``, m + n numbers; for fine-tuning.
+      rank1_second_moment: keep ``v ≈ l rᵀ``, m + n numbers; for fine-tuning: it is worse in pre-training.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.
