@@ -158,10 +158,11 @@ def build(only: Sequence[str], shapes: Any, dtype: Any) -> tuple[dict[str, Conte
         if not reason:
             try:
                 contenders[name] = Contender(CONTENDERS[name], shapes, dtype)
-            except Exception as error:
+            except Exception as error:  # a peer may fail in any way, and not take the run along
                 if name not in peers.PEERS:
                     raise
-                reason = f"does not run: {type(error).__name__}: {str(error).splitlines()[0]}"
+                first, *_ = str(error).split("\n")
+                reason = f"does not run: {type(error).__name__}: {first}"
         if reason:
             absent[name] = reason
         print(f"{name}: {reason or 'compiled'}", flush=True)

@@ -113,6 +113,16 @@ def test_a_peer_whose_state_changes_type_is_left_out(monkeypatch: pytest.MonkeyP
     assert absent["prism"].startswith("does not run: TypeError: its state changes type")
 
 
+def test_a_peer_may_fail_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(dtype: Any) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setitem(contenders.CONTENDERS, "prism", Row("made up", fail))
+    monkeypatch.setattr(contenders.peers, "absence", lambda name: "")
+    _, absent = contenders.build(["prism"], {}, jnp.dtype("float32"))
+    assert absent == {"prism": "does not run: NotImplementedError: "}
+
+
 def test_unknown_contenders_are_named() -> None:
     with pytest.raises(SystemExit, match="--only got lion; known are adamw"):
         next(step_time.measure(argparse.Namespace(tree="small", dtype="float32", repeats=1, only="lion")))
