@@ -12,6 +12,7 @@ donated.
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from benchmarks import harness
 from benchmarks.capture_models import MODELS, Model
 from benchmarks.flops import count_matmul_flops
 from benchmarks.kfac_jax_step import NOTE, KfacJax
-from benchmarks.results import Column, result, spread, table
+from benchmarks.results import Column, read, result, spread, table
 from benchmarks.steps import PERIOD, RATE, WARM_UP, flops_between_refreshes, means, medians, ratio, slowest, where
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ def of_model(name: str, only: Sequence[str], repeats: int) -> tuple[dict[str, An
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=",".join(MODELS), help="by commas (default: %(default)s)")
+    parser.add_argument("--model", default=",".join(MODELS), help="by commas; what was measured of others stays")
     parser.add_argument("--repeats", type=int, default=3, help="tens of steps that are timed (default: %(default)s)")
     parser.add_argument("--only", help=f"rows, by commas, beside sgd, of {', '.join([*ROWS, *PEERS])} (default: all)")
 
@@ -242,19 +243,40 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             raise SystemExit(f"{kind} got {', '.join(sorted(unknown))}; known are {', '.join(known)}")
     if options.repeats < 1:
         raise SystemExit(f"--repeats must be at least 1; got {options.repeats}")
-    surroundings, tables, settings, absent = harness.environment(), {}, {}, {}
+    surroundings = harness.environment()
+    called = f"capture_cost_{surroundings['platform']}"
+    tables, settings, absent = others(options.out / f"{called}.json", models, surroundings)
     for name in models:
         with harness.compiling_anew():
             tables[name], settings[name], gone = of_model(name, only, options.repeats)
+        settings[name] |= {"date": surroundings["date"], "repeats": options.repeats}
         absent |= {f"{name} {row}": {"reason": reason} for row, reason in gone.items()}
         yield result(
-            f"capture_cost_{surroundings['platform']}",
+            called,
             "Training steps with curvature's statistics, and with the optimizers that use them, beside plain SGD's",
             "python -m benchmarks capture_cost",
-            {**tables, "absent": table("Left out", {"reason": Column("left out")}, absent)},
+            {
+                **{model: tables[model] for model in MODELS if model in tables},
+                "absent": table("Left out", {"reason": Column("left out")}, absent),
+            },
             environment=surroundings,
-            settings={**settings, "repeats": options.repeats, "steps_a_repeat": PERIOD, "kfac_jax": NOTE},
+            settings={**settings, "steps_a_repeat": PERIOD, "kfac_jax": NOTE},
         )
+
+
+def others(
+    path: Path, models: Sequence[str], surroundings: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Tables, settings and missing peers of models that are not asked for, from the same machine and versions."""
+    found = read(path) if path.exists() else {"tables": {}, "versions": None}
+    same = found["versions"] == surroundings["versions"] and found["machine"]["cpu"] == surroundings["cpu"]
+    kept = [model for model in MODELS if same and model in found["tables"] and model not in models]
+    absent = found["tables"]["absent"]["rows"] if kept else {}
+    return (
+        {model: found["tables"][model] for model in kept},
+        {model: found["settings"][model] for model in kept},
+        {key: row for key, row in absent.items() if key.split()[0] in kept},
+    )
 
 
 def draw(found: Mapping[str, Any]) -> "Figure":

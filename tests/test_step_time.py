@@ -174,11 +174,22 @@ def test_capture_cost_makes_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.setitem(capture_cost.PEERS, "kfac_jax", failing)
     monkeypatch.setitem(capture_cost.MODELS, "mlp", linear)
-    (found,) = capture_cost.measure(argparse.Namespace(model="mlp", repeats=1, only="kfac_jax,layer_samples"))
+    options = argparse.Namespace(model="mlp", repeats=1, only="kfac_jax,layer_samples", out=tmp_path)
+    (found,) = capture_cost.measure(options)
     tables = results.read(results.write(found, tmp_path))["tables"]
     assert set(tables["mlp"]["rows"]) == {"sgd", "layer_samples"}
     assert tables["absent"]["rows"] == {"mlp kfac_jax": {"reason": "ImportError: kfac_jax is gone"}}
     capture_cost.draw(found).savefig(tmp_path / "picture.png")
+
+    monkeypatch.setitem(capture_cost.MODELS, "cnn", linear)
+    (again,) = capture_cost.measure(argparse.Namespace(model="cnn", repeats=1, only="layer_samples", out=tmp_path))
+    assert list(again["tables"]) == ["mlp", "cnn", "absent"]
+    assert again["tables"]["mlp"] == tables["mlp"]
+    assert again["tables"]["absent"] == tables["absent"]
+    other = {**results.read(tmp_path / f"{found['name']}.json"), "versions": {"jax": "0.0.1"}}
+    results.write(other, tmp_path)
+    (fresh,) = capture_cost.measure(argparse.Namespace(model="cnn", repeats=1, only="layer_samples", out=tmp_path))
+    assert list(fresh["tables"]) == ["cnn", "absent"]  # other versions are another measurement
 
 
 def linear() -> Model:
