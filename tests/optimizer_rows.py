@@ -173,9 +173,8 @@ ROWS = (
     like_soap(fo.dykaf, "dykaf", init="identity"),
     like_soap(fo.dykaf, "dykaf-parallel-rank1", variant="parallel", init="identity", rank1_second_moment=True),
     like_soap(fo.dykaf, "dykaf-one-sided-adaptive", sides="shorter", refresh="adaptive", transport="squared"),
-    # Their factors start at the identity, however large the gradients are.
-    like_soap(fo.kl_soap, "kl_soap")._replace(scale_free=False),
-    like_soap(fo.kl_shampoo, "kl_shampoo")._replace(scale_free=False),
+    like_soap(fo.kl_soap, "kl_soap"),
+    like_soap(fo.kl_shampoo, "kl_shampoo"),
     Row(
         "scale_by_soap",
         fo.scale_by_soap,

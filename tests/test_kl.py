@@ -19,6 +19,7 @@ OPTIONS = {
     "own-decay": {"shampoo_beta": 0.6, "precondition_frequency": 2},
     "no-bias-correction": {"bias_correction": False, "precondition_frequency": 2},
     "large-eps": {"eps": 0.3, "precondition_frequency": 2},
+    "from-the-identity": {"init": "identity", "precondition_frequency": 2},
 }
 
 
@@ -77,6 +78,32 @@ def test_tracked_values_are_those_of_the_factors() -> None:
             np.testing.assert_allclose(values, np.diag(V.T @ A @ V), rtol=1e-10)
 
 
+@pytest.mark.parametrize("scale", [2.0**-10, 2.0**30])
+@pytest.mark.parametrize("sides", ["both", "shorter"])
+@pytest.mark.usefixtures("x64")
+def test_factors_have_the_scale_of_the_gradients(sides: str, scale: float) -> None:
+    """From their first on, after zeros, and so the Kronecker product has its square; the paper's keep that of the start."""
+    rule, both = fo.factors.kullback_leibler(), sides == "both"
+    assert rule.track is not None
+    after = []
+    for c in (1.0, scale):
+        factors = rule.init(4, 3, True, both, jnp.float64)
+        basis = Eigenpairs(jnp.eye(4), jnp.eye(3) if both else None, jnp.ones(4), jnp.ones(3) if both else None)
+        for G in [np.zeros((4, 3)), *gradients((4, 3))[:5]]:
+            G = jnp.asarray(c * G)
+            factors, basis = rule.update(G, factors, basis), rule.track(G, factors, basis)
+        after.append([x for x in (*factors[:2], *basis[2:]) if x is not None])
+    for one, other in zip(*after, strict=True):
+        np.testing.assert_allclose(other, one * (scale if both else scale**2), rtol=1e-12)
+        assert bool(jnp.any(one))
+
+
+def test_zeros_before_the_first_gradient_move_nothing_without_eps() -> None:
+    tx, params = fo.scale_by_kl_shampoo(eps=0.0, first_step="adam"), {"w": jnp.ones((4, 3))}
+    updates, _ = tx.update({"w": jnp.zeros((4, 3))}, tx.init(params), params)
+    assert not bool(jnp.any(updates["w"]))
+
+
 def test_factors_that_need_eigenvalues_say_so() -> None:
     with pytest.raises(TypeError, match="with_eigenvalues"):
         fo.precondition(
@@ -85,3 +112,5 @@ def test_factors_that_need_eigenvalues_say_so() -> None:
     for options in ({"normalize_updates": True}, {"transport": "squared"}):
         with pytest.raises(ValueError, match="kl_shampoo"):
             fo.kl_shampoo(**options)
+    with pytest.raises(ValueError, match="'gradient', 'identity'; got 'zero'"):
+        fo.kl_soap(1e-3, init="zero")

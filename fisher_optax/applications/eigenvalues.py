@@ -41,7 +41,9 @@ def inverse_root_of_eigenvalues(
         λ_L = 1.0 if basis.left_values is None else basis.left_values[:, None]
         λ_R = 1.0 if basis.right_values is None else basis.right_values[None, :]
         # Two roots, since the product of two eigenvalues has the scale of a fourth power.
-        u = m / (jnp.sqrt(λ_L) * jnp.sqrt(λ_R) + eps) / ((1 - β**t) if bias_correction else 1.0)
+        root = jnp.sqrt(λ_L) * jnp.sqrt(λ_R) + eps
+        # Zero before the first gradient that is not.
+        u = m / jnp.where(root > 0, root, 1) / ((1 - β**t) if bias_correction else 1.0)
         return out_of(u.astype(G.dtype), basis), EigenvaluesState(t, m.astype(state.mu.dtype))
 
     return Application(

@@ -21,6 +21,7 @@ class KL:
         shampoo_beta=None,
         precondition_frequency=10,
         bias_correction=True,
+        init="gradient",
     ):
         self.W, self.name = np.array(W, np.float64), name
         self.lr, self.b1, self.b2, self.eps, self.wd = learning_rate, b1, b2, eps, weight_decay
@@ -31,9 +32,13 @@ class KL:
         self.values = [np.ones(d) for d in self.W.shape]
         self.m, self.v = np.zeros_like(self.W), np.zeros_like(self.W)
         self.calls = self.count = 0
+        self.begun = init == "identity"
 
     def step(self, G):
         self.calls += 1
+        if not self.begun and G.any():
+            self.begun, size = True, np.sqrt((G**2).mean())
+            self.A, self.values = ([size * x for x in pair] for pair in (self.A, self.values))
         (L, R), (QL, QR), (l, r), b = self.A, self.Q, self.values, self.beta
         m, n = G.shape
         self.A = [
