@@ -5,6 +5,7 @@ either side, so two of them agree up to 1 %. Ends with status 1 if repeated meas
 """
 
 import argparse
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from benchmarks import harness, results
 
 ONCE = 0.005  # of a number that was measured once, to either side
+LONGEST = 40  # characters of a text that is shown
 HEAD = ("table/row/column", "before", "after", "ratio", "agrees")
 
 
@@ -39,7 +41,10 @@ class Pair(NamedTuple):
         return f"{b / a:.3g}" if a and b is not None else ""
 
     def line(self) -> tuple[str, ...]:
-        cells = (results.shown(cell, {**self.column, "spread": True}) for cell in (self.before, self.after))
+        cells = (
+            textwrap.shorten(results.shown(cell, {**self.column, "spread": True}), LONGEST, placeholder=" ...")
+            for cell in (self.before, self.after)
+        )
         there = None not in (self.before, self.after)
         return self.path, *cells, self.ratio, ("yes" if self.agrees else "NO") if there else ""
 

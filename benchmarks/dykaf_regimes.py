@@ -48,7 +48,7 @@ RATES: dict[str, tuple[float, ...]] = {
 
 LOSS = Column("validation loss", ".3f", spread=True)
 COLUMNS = {
-    "label": Column(""),
+    "label": Column("method"),
     "rate": Column("rate"),
     "val_loss": LOSS,
     "train_loss": LOSS._replace(title="training loss"),

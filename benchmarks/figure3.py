@@ -47,7 +47,7 @@ POST = {
     "kfac_soap": 0.3686,
 }
 COLUMNS = {
-    "label": Column(""),
+    "label": Column("method"),
     "rate": Column("rate"),
     "train_loss": run_tables.LOSSES["train_loss"],
     "val_loss": run_tables.LOSSES["val_loss"],

@@ -22,7 +22,7 @@ NOTE = {
 PLAIN = "sgd_large"  # SGD with the others' batch: what a step costs without their curvature
 LABELS = {"sgd": "SGD", PLAIN: "SGD, large batch", "kfac": "K-FAC"}  # K-FAC's inverse, where the GPT's has its root
 COLUMNS = {
-    "label": Column(""),
+    "label": Column("method"),
     "rate": Column("rate"),
     "batch": Column("batch", "d"),
     "test_accuracy": run_tables.LOSSES["test_accuracy"],
@@ -161,7 +161,7 @@ def target_table(
     note: Mapping[str, Mapping[int, float]],
 ) -> dict[str, Any]:
     """A row a method, and one for each in the note; a column a target."""
-    columns = {"label": Column("")} | {f"{t:g}": Column(f"{t:g} %", form, spread=True) for t in shown.targets}
+    columns = {"label": Column("method")} | {f"{t:g}": Column(f"{t:g} %", form, spread=True) for t in shown.targets}
     rows: dict[str, dict[str, Cell]] = {
         name: {"label": found[name]["label"], **{f"{t:g}": run_tables.cell(at) for t, at in by_target.items()}}
         for name, by_target in values.items()

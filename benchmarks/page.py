@@ -81,6 +81,8 @@ def section(found: Mapping[str, Any], folder: Path) -> str:
     if settings := brief(found["settings"]):
         parts.append(f"Settings: {settings}.")
     for title, part in found["tables"].items():
+        if not part["rows"]:
+            continue
         link = f"`{title}`, [{len(part['rows'])} rows]({folder.name}/{name}.json)"
         long = len(part["rows"]) > MOST_ROWS
         parts.append(f"**{part['title']}** ({link})" if long else f"**{part['title']}** (`{title}`)")

@@ -175,8 +175,10 @@ def shown(cell: Cell, column: Mapping[str, Any]) -> str:
     """
     if cell is None:
         return ""
-    if isinstance(cell, str | bool):
-        return str(cell)
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, str):
+        return cell
     if isinstance(cell, Mapping):
         ends = [_number(cell[end], column["format"]) for end in ("low", "high")]
         beside = f" ({' to '.join(ends)})" if column["spread"] and cell["n"] > 1 else ""

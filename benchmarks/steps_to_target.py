@@ -53,7 +53,7 @@ LABELS = {
     "kfac_jax": "K-FAC (kfac-jax)",
 }
 COLUMNS = {
-    "label": Column(""),
+    "label": Column("method"),
     "rate": Column("rate"),
     "val_loss": run_tables.LOSSES["val_loss"],
     "to_adamw": Column("of AdamW's steps to its final loss", ".2f", spread=True),

@@ -115,6 +115,10 @@ def test_large_and_small_numbers_are_readable() -> None:
     assert results.shown(1e8, Column("", ".1e")._asdict()) == "1.0e+08"
 
 
+def test_what_holds_is_a_word() -> None:
+    assert [results.shown(cell, Column("holds")._asdict()) for cell in (True, False, None)] == ["yes", "no", ""]
+
+
 # Comparing
 
 
