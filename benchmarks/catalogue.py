@@ -48,10 +48,10 @@ class Entry(NamedTuple):
 
 
 CATALOGUE = {
-    "scaling": Entry("scaling", 15),
-    "step_time": Entry("step_time", 35),
+    "scaling": Entry("scaling", 20),
+    "step_time": Entry("step_time", 40),
     "train_step": Entry("train_step", 5),
-    "capture_cost": Entry("capture_cost", 12),
+    "capture_cost": Entry("capture_cost", 28),
     "figure3": Entry("figure3", 60),
     "steps_to_target": Entry("steps_to_target", 60),
     "curvature": Entry("curvature", 25),

@@ -85,7 +85,8 @@ def describe(name: str, runs: Runs, shown: Shown, environment: Mapping[str, Any]
     found = entries(runs, runs.task.rates)
     for method, one in found.items():
         one["label"] = IMAGE_LABELS.get(method, one["label"]) if name == "digits" else one["label"]
-    columns = {"label": Column("method"), "rate": Column("rate"), **{key: run_tables.LOSSES[key] for key in shown.losses}}
+    columns = {"label": Column("method"), "rate": Column("rate")}
+    columns |= {key: run_tables.LOSSES[key] for key in shown.losses}
     if name == "digits":
         columns["train_loss"] = columns["train_loss"]._replace(format=".4f")
     rows = {

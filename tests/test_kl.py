@@ -82,7 +82,7 @@ def test_tracked_values_are_those_of_the_factors() -> None:
 @pytest.mark.parametrize("sides", ["both", "shorter"])
 @pytest.mark.usefixtures("x64")
 def test_factors_have_the_scale_of_the_gradients(sides: str, scale: float) -> None:
-    """From their first on, after zeros, and so the Kronecker product has its square; the paper's keep that of the start."""
+    """From their first on, after zeros; the paper's keep that of their start."""
     rule, both = fo.factors.kullback_leibler(), sides == "both"
     assert rule.track is not None
     after = []

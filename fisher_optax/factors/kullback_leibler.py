@@ -11,8 +11,8 @@ are followed in between:
 
 and likewise R and λ_R. Source: Lin et al. 2025 (arXiv 2509.03378), equations for KL-Shampoo with a running average.
 
-The equations hold for ``L = R = s I`` where the traces agree: at ``s² = mean G²``. From there a gradient c times as large
-makes either factor c times as large, at every step. The paper starts at I, whose remainder in gradients of size s is
+For ``L = R = s I`` the traces of both sides agree at ``s² = mean G²``. From that start, gradients c times as large make
+either factor c times as large, at every step. The paper starts at I, whose remainder in gradients of size s is
 forgotten only after ``log(1/s) / (1-β)`` steps, and until then turns the bases back to where they were.
 """
 
