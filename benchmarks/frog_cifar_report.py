@@ -186,7 +186,7 @@ def picture(found: dict[str, Any]) -> Figure:
     setting, seeds = found["settings"], len(found["seeds"])
     figure.suptitle(
         f"CIFAR-10, {setting['train_images']:,} images to train, ResNet-18 of width {setting['width']}: "
-        f"median and range of {seeds} seed{'s' * (seeds > 1)}"
+        f"{'one seed' if seeds == 1 else f'medians and ranges of {seeds} seeds'}"
     )
     figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return figure
