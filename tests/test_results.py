@@ -132,6 +132,14 @@ def test_ranges_that_overlap_agree() -> None:
     assert len(compare.compare(made_up(), made_up(), every=True)[0].splitlines()) == 8
 
 
+def test_long_texts_leave_room_for_the_others() -> None:
+    other = made_up()
+    other["tables"]["steps"]["rows"]["adamw"]["state"] = "none " * 20
+    line = compare.compare(made_up(), other)[0].splitlines()[2]
+    assert len(line) < 2 * compare.LONGEST + 40
+    assert "none none ..." in line
+
+
 def test_ranges_apart_do_not_agree() -> None:
     text, agree = compare.compare(made_up(), made_up(times=(79.1, 80.0, 90.0)))
     assert not agree
