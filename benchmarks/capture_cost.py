@@ -249,12 +249,12 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in models:
         with harness.compiling_anew():
             tables[name], settings[name], gone = of_model(name, only, options.repeats)
-        settings[name] |= {"date": surroundings["date"], "repeats": options.repeats}
+        settings[name] |= {key: surroundings[key] for key in ("date", "load")} | {"repeats": options.repeats}
         absent |= {f"{name} {row}": {"reason": reason} for row, reason in gone.items()}
         yield result(
             called,
             "Training steps with curvature's statistics, and with the optimizers that use them, beside plain SGD's",
-            "python -m benchmarks capture_cost",
+            "python -m benchmarks capture_cost" + (f" --only {options.only}" if options.only else ""),
             {
                 **{model: tables[model] for model in MODELS if model in tables},
                 "absent": table("Left out", {"reason": Column("left out")}, absent),
@@ -267,9 +267,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def others(
     path: Path, models: Sequence[str], surroundings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Tables, settings and missing peers of models that are not asked for, from the same machine and versions."""
+    """Tables, settings and missing peers of other models, from the same machine, versions and flags."""
     found = read(path) if path.exists() else {"tables": {}, "versions": None}
-    same = found["versions"] == surroundings["versions"] and found["machine"]["cpu"] == surroundings["cpu"]
+    same = found["versions"] == surroundings["versions"]
+    same = same and all(found["machine"][key] == surroundings[key] for key in ("cpu", "cores", "device", "flags"))
     kept = [model for model in MODELS if same and model in found["tables"] and model not in models]
     absent = found["tables"]["absent"]["rows"] if kept else {}
     return (
