@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 
 def branch(choice: Array, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
@@ -25,6 +25,13 @@ def held(go: Array | None, new: Any, old: Any) -> Any:
         return new
     done = lambda x: getattr(type(x), "HOLDS_ITSELF", False)  # noqa: E731
     return jax.tree.map(lambda a, b: a if done(a) or a is b else jnp.where(go, a, b), new, old, is_leaf=done)
+
+
+def once(choice: Bool[Array, ""], count: Array) -> Bool[Array, ""]:
+    """``choice``, as a conditional's result: XLA computes a scalar of scalars anew in every kernel that reads it, for
+    each entry. ``count`` is any counter from 0 on.
+    """
+    return jax.lax.cond(choice, lambda n: n >= 0, lambda n: n < 0, count)
 
 
 def numbers(n: int, count: Array) -> Sequence[Any]:

@@ -13,7 +13,8 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
-from .branching import branch, held
+from . import linalg
+from .branching import branch, held, once
 from .sharding import in_auto_mode, on_mesh
 from .types import LayerFactors
 
@@ -69,6 +70,7 @@ def guarded(
             seen = list(_witnesses(extra.get("statistics")))
             finite = is_finite([*jax.tree.leaves(updates), *seen], [*squared, *[False] * len(seen)])
             if in_place and isinstance(finite, Tracer):
+                finite = once(finite, state.steps)
                 new, inner = tx.update(updates, state.inner, params, **extra, go=finite)
                 new = jax.tree.map(lambda u, g: jnp.where(finite, u, 0).astype(g.dtype), new, updates)
                 done = finite.astype(jnp.int32)
@@ -95,10 +97,8 @@ def _witnesses(statistics: Any) -> Iterator[Array]:
 
 def _diagonal(side: Array) -> Array:
     """Of each square matrix of a stack; all of the diagonal that an embedding's side is."""
-    *batch, n = side.shape
-    if not (batch and batch[-1] == n):
-        return side
-    return side.reshape(*batch[:-1], n * n)[..., :: n + 1]
+    square = side.ndim > 1 and side.shape[-2] == side.shape[-1]
+    return linalg.diagonal(side) if square else side
 
 
 def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:

@@ -1,4 +1,4 @@
-"""Momentum that keeps the direction of ``m = β m + G`` and never overflows."""
+"""Momentum that keeps the direction of ``m = β m + G`` and never overflows, and the plain one, overwritten in place."""
 
 from typing import Any, NamedTuple
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from .branching import held
 from .checks import at
 
 
@@ -45,6 +46,32 @@ def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTran
         return u, MomentumState(state.count + 1, s, mean)
 
     return optax.GradientTransformation(init, update)
+
+
+class TraceState(NamedTuple):
+    """State of `held_trace`."""
+
+    HOLDS_ITSELF = True  # under the argument ``go``
+
+    inner: Any
+
+
+def held_trace(decay: Any) -> optax.GradientTransformationExtraArgs:
+    """`optax.trace`, whose step is made of what is kept: XLA computes a sum that is used twice twice, and where only
+    one of the two is selected under ``go``, it copies the old state for the other.
+    """
+    tx = optax.trace(decay)
+
+    def init(params: Any) -> TraceState:
+        return TraceState(tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, TraceState]:
+        del extra
+        _, new = tx.update(updates, state.inner, params)
+        kept: Any = held(go, new, state.inner)
+        return kept.trace, TraceState(kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _at_least_float32(x: Any) -> Any:

@@ -148,8 +148,10 @@ class Seam:
         counts = {key: len(G) for key, G in stacks.items()}
         phases = self.policy.phases({key: self._refresh_flops(*G.shape[-2:]) for key, G in stacks.items()}, counts)
 
-        def one(G: Array, mine: MatrixState, action: Array, seen: Any) -> tuple[Array, MatrixState, Array]:
-            U, new, failed = self._one(G, mine, action, seen, extra, go)
+        def one(
+            G: Array, mine: MatrixState, action: Array, seen: Any, alone: bool = False
+        ) -> tuple[Array, MatrixState, Array]:
+            U, new, failed = self._one(G, mine, action, seen, extra, go, alone)
             # Nothing touches a basis but an action, and factors held themselves.
             return U, new._replace(application=held(go, new.application, mine.application)), failed
 
@@ -180,16 +182,15 @@ class Seam:
         return {} if statistics is None else sides_to_stacks(statistics, leaves, axes, self.storage.block_size)
 
     def _one(
-        self, G: Array, state: MatrixState, action: Array, seen: Any, extra: dict[str, Any], go: Any
+        self, G: Array, state: MatrixState, action: Array, seen: Any, extra: dict[str, Any], go: Any, alone: bool
     ) -> tuple[Array, MatrixState, Array]:
-        """A step of one matrix, of whose layer these are the statistics."""
+        """A step of one matrix, of whose layer these are the statistics; ``alone`` in its stack, or one of several."""
         if self.factors is None or self.decomposition is None:
             U, inner = self.application.update(G, state.application, state.basis, **extra)
             return U, state._replace(application=inner), jnp.zeros([], jnp.int32)
         rule, decomposition, application = self.factors, self.decomposition, self.application
         m, n = G.shape
-        factors, basis = self._followed(rule, seen if rule.of_statistics else G, state, m, n, G.dtype)
-        factors = held(go, factors, state.factors)
+        factors, basis = self._followed(rule, seen if rule.of_statistics else G, state, G, go, alone)
         before = state.application
         if application.observe is not None and seen is not None:
             before = application.observe(before, seen, state.basis)
@@ -210,10 +211,15 @@ class Seam:
         basis, moments, failed = renewed(application.moments(inner))
         return U, MatrixState(factors, basis, application.with_moments(inner, moments)), failed
 
-    def _followed(self, rule: FactorRule, seen: Any, state: MatrixState, m: int, n: int, dtype: Any) -> tuple[Any, Any]:
+    def _followed(
+        self, rule: FactorRule, seen: Any, state: MatrixState, G: Array, go: Any, alone: bool
+    ) -> tuple[Any, Any]:
         """Factors, and eigenvalues in the basis, after what was seen: the gradient, statistics, or None of these."""
         if seen is None:
             return state.factors, state.basis
-        old = self.storage.load(state.factors, m, n, dtype)
+        if alone and rule.overwrite is not None and self.storage.plain:
+            return rule.overwrite(seen, state.factors, go), state.basis
+        m, n = G.shape
+        old = self.storage.load(state.factors, m, n, G.dtype)
         basis = state.basis if rule.track is None else rule.track(seen, old, state.basis)
-        return self.storage.store(rule.update(seen, old, state.basis)), basis
+        return held(go, self.storage.store(rule.update(seen, old, state.basis)), state.factors), basis

@@ -1,5 +1,6 @@
 """One function of one matrix, over a stack of them: as a loop in place, or as a batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-# One(G, state, action, given) -> (U, state, failures), for one matrix.
-One = Callable[[Array, Any, Array, Any], tuple[Array, Any, Array]]
+# One(G, state, action, given, alone=False) -> (U, state, failures), for one matrix, which may be alone in its stack.
+One = Callable[..., tuple[Array, Any, Array]]
 
 # Measured on the char-GPT trees: on a CPU whole stacks leave the caches, and a product of two or three matrices of side
 # 256 or 384 runs at a higher rate than that of one; accelerators want batches.
@@ -34,7 +35,7 @@ def over_stack(
     computed by all. At most ``max_stack`` go in one batch.
     """
     if not isinstance(G, Tracer) or len(G) == 1:
-        return _eagerly(one, G, state, action, given)
+        return _eagerly(functools.partial(one, alone=len(G) == 1), G, state, action, given)
     batched = BATCHED.get(jax.default_backend(), True) if batched is None else batched
     if uniform and batched:
         size = min(max_stack, len(G))

@@ -27,6 +27,11 @@ class Storage(NamedTuple):
                 raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
         return self
 
+    @property
+    def plain(self) -> bool:
+        """Whether factors are kept as they come."""
+        return self.dtype is None and not self.packed
+
     def wanted(self, m: int, n: int) -> tuple[bool, bool]:
         """Which sides of an ``m x n`` matrix get a factor."""
         both = self.sides == "both"

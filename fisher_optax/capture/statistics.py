@@ -14,6 +14,7 @@ Sources: Martens and Grosse 2015 (arXiv 1503.05671); convolutions: Grosse and Ma
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array
 
+from .. import linalg
 from ..types import LayerFactors, Rows
 from . import rows
 from .leaves import LeafPlan, in_leaf_order
@@ -119,7 +121,8 @@ class KroneckerFactors:
             kept = _with_ones(plan, X[..., chosen, :].astype(dtype)) * math.sqrt(scale * share)
             out["left"] = kept if weights is None else kept * weights[chosen, None].astype(dtype)
         else:
-            out["left"] = (scale * self._moment(plan, X, weights)).astype(dtype)
+            # The bias is the weight of an input that is always 1.
+            out["left"] = (scale * rows.second_moment(X, weights, plan.bias is not None)).astype(dtype)
         if "right" not in self._sides(plan):
             return out
         if "right" in by_rows:
@@ -173,16 +176,6 @@ class KroneckerFactors:
         del total
         return 1
 
-    def _moment(self, plan: LeafPlan, X: Array, weights: Any) -> Array:
-        """``Σ a aᵀ``, with the row and column of the bias's input, which is always 1."""
-        A = rows.second_moment(X, weights)
-        if plan.bias is None:
-            return A
-        ones = jnp.ones(X.shape[-2], A.dtype) if weights is None else weights.astype(A.dtype)
-        s = jnp.einsum("...pd,p->...d", X, ones, preferred_element_type=A.dtype, precision=Precision.HIGHEST)
-        corner = jnp.broadcast_to(jnp.sum(ones), (*s.shape[:-1], 1, 1))
-        return jnp.block([[A, s[..., :, None]], [s[..., None, :], corner]])
-
     def _squares(self, plan: LeafPlan, site: Site, X: Array, D: Array, bases: Any) -> Array:
         Q_A, Q_B = bases
         extra = int(plan.bias is not None)
@@ -216,8 +209,10 @@ class KroneckerFactors:
                 x = rows.sorted_side(times(raw[side], jnp.sqrt(scale)), -1, atoms, ends)
                 done[side] = Rows(in_leaf_order(x, plan))
             else:
-                x = times(raw[side], scale)
-                for axis in (-1,) if site.how == "embedding" and side == "left" else (-1, -2):
+                diagonal = site.how == "embedding" and side == "left"
+                scaled = functools.partial(times, scale=scale)
+                x = scaled(raw[side]) if diagonal else linalg.blockwise(scaled, raw[side])
+                for axis in (-1,) if diagonal else (-1, -2):
                     x = rows.sorted_side(x, axis, atoms, ends)
                 done[side] = in_leaf_order(x, plan)
         if "squares" in raw:

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import linalg
+from ..branching import held
 from ..checks import at
 from ..types import FactorRule, Kronecker, LayerFactors, Rows
 
@@ -27,23 +28,30 @@ def kronecker(decay: Any = 0.95, *, rank: int | None = None) -> FactorRule:
 
         return Kronecker(side(m, left), side(n, right), (jnp.zeros([], jnp.int32), jnp.zeros([], dtype)))
 
-    def update(seen: LayerFactors, factors: Kronecker, bases: Any) -> Kronecker:
-        del bases
+    def follow(seen: LayerFactors, factors: Kronecker, apply: Any, go: Any) -> Kronecker:
         count, weight = factors.seen
         β = at(decay, count)
 
-        def follow(A: Any, new: Any) -> Any:
-            if A is None:
-                return None
+        def blend(A: Any, S: Any) -> Any:
+            return held(go, β * A + (1 - β) * S.astype(A.dtype), A)
+
+        def side(A: Any, new: Any) -> Any:
             if isinstance(A, Rows):
                 S = jnp.concatenate([jnp.sqrt(β) * A.rows, jnp.sqrt(1 - β) * new.rows.astype(A.rows.dtype)])
-                return Rows(linalg.strongest_rows(S, len(A.rows)))
-            return β * A + (1 - β) * new.astype(A.dtype)
+                return held(go, Rows(linalg.strongest_rows(S, len(A.rows))), A)
+            return None if A is None else apply(blend, A, new)
 
-        seen_now = (count + 1, (β * weight + (1 - β)).astype(weight.dtype))
-        return Kronecker(follow(factors.left, seen.left), follow(factors.right, seen.right), seen_now)
+        seen_now = held(go, (count + 1, (β * weight + (1 - β)).astype(weight.dtype)), factors.seen)
+        return Kronecker(side(factors.left, seen.left), side(factors.right, seen.right), seen_now)
 
-    return FactorRule("Kronecker", init, update, read=mean_factors, of_statistics=True)
+    def update(seen: LayerFactors, factors: Kronecker, bases: Any) -> Kronecker:
+        del bases
+        return follow(seen, factors, lambda f, A, S: f(A, S), None)
+
+    def overwrite(seen: LayerFactors, factors: Kronecker, go: Any) -> Kronecker:
+        return follow(seen, factors, linalg.overwritten, go)
+
+    return FactorRule("Kronecker", init, update, read=mean_factors, of_statistics=True, overwrite=overwrite)
 
 
 def mean_factors(factors: Kronecker) -> Kronecker:

@@ -1,5 +1,6 @@
 """Pure functions of arrays: orthogonalisation, eigenbases that follow a matrix, symmetric storage."""
 
+from .blocks import blockwise, diagonal, overwritten
 from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration, project
 from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
@@ -13,10 +14,12 @@ from .symmetric import pack, unpack
 
 __all__ = [
     "as_polynomial",
+    "blockwise",
     "check_exponent",
     "cholesky_inverse",
     "conjugate_gradient",
     "descending",
+    "diagonal",
     "direct_flops",
     "eigenbasis",
     "gram_flops",
@@ -27,6 +30,7 @@ __all__ = [
     "off_diagonality",
     "orthogonal_iteration",
     "orthogonalize",
+    "overwritten",
     "pack",
     "polar_express",
     "project",

@@ -52,21 +52,23 @@ class Products:
 
     def outer(self, X: Array) -> Symmetric:
         """``X Xᵀ``."""
-        side, summed = (X.ndim - 1, X.ndim - 2) if self.tall else (X.ndim - 2, X.ndim - 1)
-        parts = jnp.split(X, np.cumsum(self.rows)[:-1], axis=side)
-        return self._from_upper(lambda i, j: self._dot(parts[i], parts[j], summed, summed))
+        return self.outer_of(jnp.split(X, np.cumsum(self.rows)[:-1], axis=-1 if self.tall else -2))
+
+    def outer_of(self, parts: list[Array]) -> Symmetric:
+        """``X Xᵀ`` of an X cut into its rows of blocks."""
+        return from_upper(len(parts), lambda i, j: self.between(parts[i], parts[j]))
+
+    def between(self, X: Array, Y: Array) -> Array:
+        """``X Yᵀ``."""
+        summed = X.ndim - (2 if self.tall else 1)
+        return self._dot(X, Y, summed, summed)
 
     def product(self, S: Symmetric, T: Symmetric) -> Symmetric:
         """``S T`` of two that commute."""
         last = S[0].ndim - 1
         if len(S) == 1:
             return (self._dot(S[0], T[0], last, last - 1),)
-        return self._from_upper(lambda i, j: self._dot(S[i], T[j], last, last))
-
-    def _from_upper(self, block: Callable[[int, int], Array]) -> Symmetric:
-        k = range(len(self.rows))
-        upper = {(i, j): block(i, j) for i in k for j in k[i:]}
-        return tuple(jnp.concatenate([upper[i, j] if j >= i else upper[j, i].mT for j in k], -1) for i in k)
+        return from_upper(len(S), lambda i, j: self._dot(S[i], T[j], last, last))
 
     def apply(self, S: Symmetric, X: Array) -> Array:
         """``S X``."""
@@ -86,14 +88,28 @@ class Products:
         return out.astype(jnp.promote_types(A.dtype, jnp.float32))
 
 
-def second_moment(X: Float[Array, "*batch k d"]) -> Float[Array, "*batch d d"]:
-    """``Xᵀ X``, in float32 at least, by rows of blocks where that is faster.
+def second_moment(X: Float[Array, "*batch k d"], last: Float[Array, "*batch k 1"] | None = None) -> Array:
+    """``Xᵀ X``, or ``[X last]ᵀ [X last]``, in float32 at least, by rows of blocks where that is faster.
 
     >>> print(second_moment(jnp.array([[1.0, 2.0]])))
     [[1. 2.]
      [2. 4.]]
     """
-    return whole(Products(True, row_sizes(X.shape[-1]), X.dtype, jax.lax.Precision.HIGHEST).outer(X))
+    rows = row_sizes(X.shape[-1] + (last is not None))
+    products = Products(True, rows, X.dtype, jax.lax.Precision.HIGHEST)
+    if last is None:
+        return whole(products.outer(X))
+    if len(rows) > 1:  # the last part is copied in any case
+        *parts, end = jnp.split(X, np.cumsum(rows)[:-1], axis=-1)
+        return whole(products.outer_of([*parts, jnp.concatenate([end, last], -1)]))
+    s = products.between(X, last)
+    return jnp.block([[products.between(X, X), s], [s.mT, products.between(last, last)]])
+
+
+def from_upper(k: int, block: Callable[[int, int], Array]) -> Symmetric:
+    """k rows of the blocks ``block(i, j)``, which is asked for those with i <= j."""
+    upper = {(i, j): block(i, j) for i in range(k) for j in range(i, k)}
+    return tuple(jnp.concatenate([upper[i, j] if j >= i else upper[j, i].mT for j in range(k)], -1) for i in range(k))
 
 
 def whole(S: Symmetric) -> Array:

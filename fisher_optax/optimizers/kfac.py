@@ -25,6 +25,7 @@ from ..factors import kronecker, tikhonov
 from ..grafting import graft_on, magnitude_of
 from ..guard import guarded
 from ..layers import Layer
+from ..momentum import held_trace
 from ..precondition import seam
 from ..routing import by_layers
 from ..seam import Seam
@@ -212,7 +213,7 @@ def _complete(
 
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         direction = _on_layers(name, method, of_heads, magnitude, kl_clip, learning_rate, layers)
-        return optax.chain(direction, scheduled(optax.trace, decay=momentum), after)
+        return optax.chain(direction, scheduled(held_trace, decay=momentum), after)
 
     fallback = optax.chain(optax.scale_by_adam(), after) if fallback is None else fallback
     routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads))
