@@ -71,7 +71,7 @@ def matrix_power(
 def cholesky_inverse(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
     """``A⁻¹ = Xᵀ X``, ``X = L⁻¹``, of a positive definite ``A = L Lᵀ``, in float32 at least; NaN where that fails.
 
-    Less than half of the work of `matrix_power`, and no eigenvalues: A must have been damped.
+    A third of the work of `matrix_power`, and no eigenvalues: A must have been damped.
 
     >>> print(abs(cholesky_inverse(jnp.array([[2.0, 0.0], [0.0, 4.0]]))).round(3))
     [[0.5  0.  ]
