@@ -217,6 +217,7 @@ class Seam:
         """Factors, and eigenvalues in the basis, after what was seen: the gradient, statistics, or None of these."""
         if seen is None:
             return state.factors, state.basis
+        # One of several is a slice of its stack, and copied in any case.
         if alone and rule.overwrite is not None and self.storage.plain:
             return rule.overwrite(seen, state.factors, go), state.basis
         m, n = G.shape

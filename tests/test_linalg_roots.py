@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_optax.linalg import matrix_power
+from fisher_optax.linalg import cholesky_inverse, matrix_power
 
 ITERATIONS = {"newton": (-1.0, -0.5, -0.25, -1 / 3), "polynomial": (-0.5, -0.25, -0.125)}
 CASES = [("eigh", -0.25), ("eigh", -0.4), *((method, p) for method, ps in ITERATIONS.items() for p in ps)]
@@ -23,7 +23,7 @@ def exact(A: np.ndarray, exponent: float) -> np.ndarray:
     return (Q * values**exponent) @ Q.T
 
 
-def error(got: jax.Array, wanted: np.ndarray) -> float:
+def error(got: jax.Array | np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float64) - wanted) / np.linalg.norm(wanted))
 
 
@@ -83,3 +83,22 @@ def test_matrices_in_a_batch() -> None:
     for method in ("eigh", "newton", "polynomial"):
         batched = jax.vmap(lambda M, method=method: matrix_power(M, -0.25, method=method))(A)
         np.testing.assert_allclose(batched, [matrix_power(M, -0.25, method=method) for M in A], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("d", [1, 2, 127, 300])  # one block, and blocks within blocks
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_cholesky_inverse_errs_by_the_condition_number(d: int, scale: float) -> None:
+    """The float32 error is within a unit of rounding times the condition number, at any scale, of batches too."""
+    conditions = (1e1, 1e3, 1e6)
+    A = np.stack([factor(condition, d) for condition in conditions])
+    X = np.asarray(jax.jit(cholesky_inverse)(jnp.asarray(A * np.float32(scale))), np.float64) * scale
+    for condition, mine, given in zip(conditions, X, A, strict=True):
+        assert error(mine, exact(given, -1)) <= np.finfo(np.float32).eps * condition
+
+
+@pytest.mark.parametrize("d", [2, 300])
+def test_cholesky_inverse_of_what_is_not_positive_is_nan(d: int) -> None:
+    """Also where only the last block shows it."""
+    A = jnp.eye(d).at[-1, -1].set(-1)
+    assert np.isnan(cholesky_inverse(A)).any()
+    assert np.isnan(cholesky_inverse(A.at[0, 0].set(jnp.nan))).any()

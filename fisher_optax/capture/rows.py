@@ -53,7 +53,9 @@ def spread(total: int, count: int) -> np.ndarray:
     return np.floor((np.arange(count) + shift) * total / count).astype(np.int32)
 
 
-def second_moment(X: Float[Array, "*E P d"], weights: Float[Array, " P"] | None, ones: bool = False) -> Array:
+def second_moment(
+    X: Float[Array, "*E P d"], weights: Float[Array, " P"] | None, ones: bool = False
+) -> Float[Array, "*E n n"]:
     """``Σ_i w_i x_i x_iᵀ`` with weights 0 or 1, in float32 at least; with ``ones``, each x has a 1 at its end."""
     w = jnp.ones((X.shape[-2], 1), X.dtype) if weights is None else weights[:, None].astype(X.dtype)
     X = X if weights is None else X * w

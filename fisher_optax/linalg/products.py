@@ -88,7 +88,9 @@ class Products:
         return out.astype(jnp.promote_types(A.dtype, jnp.float32))
 
 
-def second_moment(X: Float[Array, "*batch k d"], last: Float[Array, "*batch k 1"] | None = None) -> Array:
+def second_moment(
+    X: Float[Array, "*batch k d"], last: Float[Array, "*batch k 1"] | None = None
+) -> Float[Array, "*batch n n"]:
     """``Xᵀ X``, or ``[X last]ᵀ [X last]``, in float32 at least, by rows of blocks where that is faster.
 
     >>> print(second_moment(jnp.array([[1.0, 2.0]])))

@@ -18,7 +18,7 @@ from .scaling import unit_scale
 METHODS = ("eigh", "newton", "polynomial")
 # Steps of the iterations at most: both converge in far fewer for condition numbers to 1e7.
 NEWTON_STEPS, POLYNOMIAL_STEPS = 100, 12
-# Blocks up to this size are factorised by LAPACK: twice as large, it stays on one thread.
+# Blocks up to this size are factorised by LAPACK, bordered to twice that: seen to stay on one of two threads there.
 LEAF = 126
 
 
