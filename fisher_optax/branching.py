@@ -1,5 +1,6 @@
 """Choices that are made in Python where they can be, and hidden from the compiler where that spares work."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,3 +43,14 @@ def numbers(n: int, count: Array) -> Sequence[Any]:
         return range(n)
     known, other = (tuple(jnp.asarray(i * j, jnp.int32) for i in range(n)) for j in (1, 0))
     return jax.lax.cond(count >= 0, lambda: known, lambda: other)
+
+
+def after(done: Any, values: Any, count: Array) -> Any:
+    """The arrays ``values``, but not before those of ``done`` are there: what is made of them may then overwrite what
+    these were made of, and use the memory that they no longer need. ``count`` is any counter from 0 on.
+    """
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(done)):
+        return values
+    below = functools.reduce(jnp.logical_or, [x[(0,) * x.ndim] < 0 for x in jax.tree.leaves(done)])
+    there = jax.lax.cond(below, lambda n: n >= 0, lambda n: n > -1, count)  # true, but the compiler cannot know
+    return jax.tree.map(lambda x: jnp.where(there, x, jnp.zeros_like(x)), values)

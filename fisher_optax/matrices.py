@@ -95,15 +95,22 @@ def stack_key(shape: tuple[int, ...], dtype: Any) -> str:
     return f"{shape[-2]}x{shape[-1]}" + ("" if dtype == jnp.float32 else f" {jnp.dtype(dtype)}")
 
 
-def to_stacks(
+def by_shape(
     leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
-) -> dict[str, Float[Array, "N m n"]]:
-    """All matrices of the leaves, stacked by shape, in float32 at least."""
+) -> dict[str, list[Float[Array, "_ m n"]]]:
+    """All matrices of the leaves by their shapes, in float32 at least: the parts of the stacks."""
     members: dict[str, list[Array]] = {}
     for x, a in zip(leaves, axes, strict=True):
         for piece in to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a, block_size):
             members.setdefault(stack_key(piece.shape, piece.dtype), []).append(piece.reshape(-1, *piece.shape[-2:]))
-    return {key: jnp.concatenate(pieces) for key, pieces in members.items()}
+    return members
+
+
+def to_stacks(
+    leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
+) -> dict[str, Float[Array, "N m n"]]:
+    """All matrices of the leaves, stacked by shape, in float32 at least."""
+    return {key: jnp.concatenate(parts) for key, parts in by_shape(leaves, axes, block_size).items()}
 
 
 def sides_to_stacks(

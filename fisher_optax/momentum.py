@@ -7,45 +7,85 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .branching import held
+from .branching import after, held
 from .checks import at
 
 
 class MomentumState(NamedTuple):
-    """State of `momentum`: the weighted mean of the gradients, whose weights sum to ``weight``."""
+    """The weighted mean of the gradients, whose weights sum to ``weight``."""
+
+    HOLDS_ITSELF = True  # under the argument ``go``
 
     count: Int[Array, ""]
     weight: Float[Array, ""]
     mean: Any
 
 
-def momentum(beta: Any, nesterov: bool, dtype: Any = None) -> optax.GradientTransformation:
+def momentum(beta: Any, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
     """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at
     any scale of the dtype. Sums and results are float32 at least, and so is m unless ``dtype`` says otherwise.
     """
 
-    def init(params: Any) -> MomentumState:
-        mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype or _at_least_float32(x)), params)
-        weight = jnp.zeros([], jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
-        return MomentumState(jnp.zeros([], jnp.int32), weight, mean)
+    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, MomentumState]:
+        del params, extra
+        (now, _), s = _weights(beta, state)
+        mean = _means(now, state.mean, updates)
+        return mean, held(go, MomentumState(state.count + 1, s, _stored(mean, state.mean)), state)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MomentumState]:
-        del params
-        β = at(beta, state.count)
-        s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
+    return optax.GradientTransformationExtraArgs(lambda params: _start(params, dtype), update)
 
-        def blend(m: Array, g: Array, old: Array) -> Array:
-            dtype = _at_least_float32(g)
-            m, g, old = m.astype(dtype), g.astype(dtype), old.astype(dtype)
-            return old * m + (g - old * g)
 
-        now, ahead = (w / (w + 1) for w in (β * state.weight, β * s))
-        mean = jax.tree.map(lambda g, m: blend(m, g, now), updates, state.mean)
-        u = jax.tree.map(lambda g, m: blend(m, g, ahead), updates, mean) if nesterov else mean
-        mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
-        return u, MomentumState(state.count + 1, s, mean)
+def with_momentum(
+    inner: optax.GradientTransformation, beta: Any, nesterov: bool, dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """``inner`` of `momentum`, or of the next one for the same gradient (``nesterov``).
 
-    return optax.GradientTransformation(init, update)
+    The old m is overwritten last, and what ``inner`` gets is made of it: then it need not be in memory as a whole.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> tuple[MomentumState, Any]:
+        return _start(params, dtype), inner.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, Any]:
+        old, inside = state
+        (now, ahead), s = _weights(beta, old)
+        extra |= {} if go is None else {"go": go}
+        u = _means(now * ahead if nesterov else now, old.mean, updates)
+        u, inside = inner.update(u, inside, params, **extra)
+        mean = _stored(_means(after(inside, now, old.count), old.mean, updates), old.mean)
+        return u, (held(go, MomentumState(old.count + 1, s, mean), old), inside)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _start(params: Any, dtype: Any) -> MomentumState:
+    mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype or _at_least_float32(x)), params)
+    weight = jnp.zeros([], jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
+    return MomentumState(jnp.zeros([], jnp.int32), weight, mean)
+
+
+def _weights(beta: Any, state: MomentumState) -> tuple[tuple[Array, Array], Array]:
+    """The share of the old mean in the new one, and of that in the one after it; the sum of all weights."""
+    β = at(beta, state.count)
+    s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
+    now, ahead = (w / (w + 1) for w in (β * state.weight, β * s))
+    return (now, ahead), s
+
+
+def _means(w: Array, mean: Any, updates: Any) -> Any:
+    """``w m + (1 - w) g``."""
+
+    def blend(g: Array, m: Array) -> Array:
+        dtype = _at_least_float32(g)
+        m, g, old = m.astype(dtype), g.astype(dtype), w.astype(dtype)
+        return old * m + (g - old * g)
+
+    return jax.tree.map(blend, updates, mean)
+
+
+def _stored(mean: Any, old: Any) -> Any:
+    return jax.tree.map(lambda m, old: m.astype(old.dtype), mean, old)
 
 
 class TraceState(NamedTuple):

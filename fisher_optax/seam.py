@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .branching import held, numbers
-from .matrices import canonical_shape, from_stacks, matrix_shapes, sides_to_stacks, stack_key, to_stacks
+from .branching import after, held, numbers
+from .matrices import by_shape, canonical_shape, from_stacks, matrix_shapes, sides_to_stacks, stack_key
 from .matrix_axes import LeafAxes, MatrixAxes
 from .refresh import KEEP, START, Policy, renew
 from .routing import by_axes, skip_first_call
@@ -143,10 +143,10 @@ class Seam:
         go = extra.pop("go", None)  # whether to change any state at all
         first = state.count == 0
         step = state.count + (0 if self.skip_first else 1)  # the parameter step this is: a skipped first call was none
-        stacks = to_stacks(leaves, axes, self.storage.block_size)
+        pieces = by_shape(leaves, axes, self.storage.block_size)
         given = self._given(extra, leaves, axes)
-        counts = {key: len(G) for key, G in stacks.items()}
-        phases = self.policy.phases({key: self._refresh_flops(*G.shape[-2:]) for key, G in stacks.items()}, counts)
+        counts = {key: sum(map(len, Gs)) for key, Gs in pieces.items()}
+        phases = self.policy.phases({key: self._refresh_flops(*Gs[0].shape[-2:]) for key, Gs in pieces.items()}, counts)
 
         def one(
             G: Array, mine: MatrixState, action: Array, seen: Any, alone: bool = False
@@ -160,19 +160,24 @@ class Seam:
         def all_of(G: Array, mine: MatrixState, action: Array, seen: Any) -> Any:
             return over_stack(one, G, mine, action, seen, uniform=uniform, max_stack=self.max_stack)
 
-        directions, matrices, kept = {}, {}, state.kept
-        for key, G in stacks.items():
+        # Where no conditional keeps all results, and the stacks of directions are what takes memory.
+        one_by_one = go is not None and self.factors is None
+        directions, matrices, kept, last = {}, {}, state.kept, None
+        for key, Gs in pieces.items():
             action = self.policy.action(first, step, jnp.asarray(phases[key], jnp.int32))
             action = action if go is None else jnp.where(go, action, KEEP)
-            operands = (G, state.matrices[key], action, given.get(key))
+            Gs = after(last, Gs, state.count) if one_by_one else Gs
+            operands = (jnp.concatenate(Gs), state.matrices[key], action, given.get(key))
             done = all_of(*operands) if self.mesh_axis is None else spread(all_of, self.mesh_axis, *operands)
             directions[key], matrices[key] = done[:2]
+            last = directions[key]
             if self.decomposition is not None:
                 kept = kept + jnp.sum(done[2], dtype=jnp.int32)
         places = numbers(max(counts.values()), state.count)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
-        done = 1 if go is None else go.astype(jnp.int32)
-        return treedef.unflatten(out), PreconditionState(state.count + done, kept, matrices)
+        count = state.count + (1 if go is None else go.astype(jnp.int32))
+        count = after(last, count, state.count) if one_by_one else count
+        return treedef.unflatten(out), PreconditionState(count, kept, matrices)
 
     def _given(self, extra: dict[str, Any], leaves: list[Array], axes: list[MatrixAxes]) -> dict[str, Any]:
         """The statistics of the leaves, taken out of ``extra`` and stacked like their matrices; nothing without any."""

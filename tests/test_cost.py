@@ -4,9 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 import pytest
 
 import fisher_optax as fo
+from benchmarks import harness
 from benchmarks.flops import FlopCount, count_matmul_flops
 from benchmarks.trees import TREES, make_params
 
@@ -44,6 +46,23 @@ def test_muon_takes_the_cheaper_iteration_of_each_shape(options: dict[str, Any])
         return direct if options.get("method") == "direct" else min(direct, gram)
 
     assert counted(fo.muon(1e-2, **options)).most == total(flops)
+
+
+def test_muon_holds_one_stack_of_directions_at_a_time() -> None:
+    """A step that overwrites parameters and state takes less than the parameters' bytes besides: the directions of all
+    layers and the gradients that they are made of would be twice as much.
+    """
+    params = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for i, shape in enumerate(SHAPES * 6)}
+    tx = fo.muon(1e-2)
+
+    def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return state, optax.apply_updates(params, updates)
+
+    state = jax.eval_shape(tx.init, params)
+    used: Any = jax.jit(step, donate_argnums=(1, 2)).lower(params, state, params).compile().memory_analysis()
+    assert used.output_size_in_bytes - used.alias_size_in_bytes < 1e4  # all is overwritten
+    assert used.temp_size_in_bytes < 0.8 * harness.nbytes(params)
 
 
 def test_the_program_does_not_grow_with_the_number_of_layers() -> None:

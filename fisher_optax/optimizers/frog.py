@@ -207,7 +207,7 @@ def _direction(
         raise ValueError("damping must be above 0, since samples need not span all inputs; got 0. Try 1e-6.")
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a number of steps, 1 or more; got {iterations!r}.")
-    average = weighted_mean(momentum, nesterov=False, dtype=momentum_dtype)
+    average = weighted_mean(momentum, momentum_dtype)
 
     def init(params: Any) -> FrogState:
         return FrogState(jnp.zeros([], jnp.int32), cast(MomentumState, average.init(params)))

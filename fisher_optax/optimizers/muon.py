@@ -21,7 +21,7 @@ from ..checks import in_range
 from ..decay import Mask, visible
 from ..guard import guarded
 from ..matrices import from_matrices, matrix_shapes, to_matrices
-from ..momentum import momentum
+from ..momentum import with_momentum
 from ..precondition import seam
 from ..routing import Build, by_axes, is_matrix
 from ..seam import Seam
@@ -51,11 +51,12 @@ def scale_by_muon(
       >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(0.1),
       ...                  optax.scale_by_learning_rate(1e-2))
     """
-    average, polar = _parts(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
+    in_range("beta", beta, 0, 1)
+    polar = _polar(scale, polynomial, method, dtype, max_stack, mesh_axis)
     fallback = optax.scale_by_adam() if fallback is None else fallback
 
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        return optax.chain(average, polar.on_matrices(leaf_axes))
+        return with_momentum(polar.on_matrices(leaf_axes), beta, nesterov, momentum_dtype)
 
     return _routed(build, fallback, axes, polar)
 
@@ -108,7 +109,8 @@ def muon(
     """
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
-    average, polar = _parts(beta, nesterov, scale, polynomial, momentum_dtype, method, dtype, max_stack, mesh_axis)
+    in_range("beta", beta, 0, 1)
+    polar = _polar(scale, polynomial, method, dtype, max_stack, mesh_axis)
 
     # A decay that is zero for good would still read the parameters.
     none = isinstance(weight_decay, int | float) and weight_decay == 0
@@ -116,26 +118,15 @@ def muon(
     rate = optax.scale_by_learning_rate(learning_rate)
 
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        return optax.chain(average, polar.on_matrices(leaf_axes), decay, rate)
+        return optax.chain(with_momentum(polar.on_matrices(leaf_axes), beta, nesterov, momentum_dtype), decay, rate)
 
     fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
     return _routed(build, fallback, axes, polar)
 
 
-def _parts(
-    beta: Any,
-    nesterov: bool,
-    scale: Any,
-    polynomial: Any,
-    momentum_dtype: Any,
-    method: str,
-    dtype: Any,
-    max_stack: int,
-    mesh_axis: str | None,
-) -> tuple[optax.GradientTransformation, Seam]:
-    in_range("beta", beta, 0, 1)
-    polar = orthogonal(polynomial, scale, method=method, dtype=dtype)
-    return momentum(beta, nesterov, momentum_dtype), seam(None, None, polar, max_stack=max_stack, mesh_axis=mesh_axis)
+def _polar(scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None) -> Seam:
+    rule = orthogonal(polynomial, scale, method=method, dtype=dtype)
+    return seam(None, None, rule, max_stack=max_stack, mesh_axis=mesh_axis)
 
 
 def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, polar: Seam) -> Any:
@@ -143,6 +134,7 @@ def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, pol
     return guarded(
         by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe),
         lambda updates: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(updates, axes)],
+        in_place=True,
     )
 
 
