@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import harness
+from benchmarks import harness, step_promises
 from benchmarks.contenders import CONTENDERS, Contender, build
 from benchmarks.results import Column, result, spread, table
 from benchmarks.steps import PERIOD, WARM_UP, means, medians, ratio, slowest, where
@@ -33,8 +33,6 @@ SIDES = {"cpu": 1536}  # of the square product whose rate is measured, long enou
 REPEATS = {"small": 3, "deep": 3, "gpt2": 1}
 # On two cores the others' first steps, an eigendecomposition of every factor, and refreshes would take half an hour.
 ON_A_CPU = {"gpt2": ("adamw", "optax_muon", "fo_muon", "fo_soap")}
-# Times as fast, refreshes included. On a CPU the products that both SOAPs need leave no room for the second.
-PROMISES = {"fo_muon": ("optax_muon", 2.0, True), "fo_soap": ("soap_plain", 2.0, False)}
 MS = Column("", ".3g", spread=True)
 COLUMNS = {
     "label": Column("optimizer"),
@@ -53,13 +51,6 @@ COLUMNS = {
     "step_gflop": Column("step, GF", ".4g"),
     "mean_gflop": Column("mean of ten, GF", ".4g"),
     "note": Column("run with"),
-}
-PROMISED = {
-    "label": Column("optimizer"),
-    "than": Column("than"),
-    "faster": Column("times as fast", ".2f", spread=True),
-    "promised": Column("at least", ".2g"),
-    "holds": Column("holds"),
 }
 RATES = {"gflops": Column("GF/s", ".4g", spread=True), "shape": Column("shape")}
 ABSENT = {"reason": Column("left out")}
@@ -103,6 +94,8 @@ def of_tree(name: str, dtype: str, only: Sequence[str], repeats: int) -> dict[st
         for key, contender in contenders.items()
     }
     compare(rows, times)
+    compiles = {key: [program.compile_s for program in contender.compiles] for key, contender in contenders.items()}
+    promised = step_promises.promises(name, surroundings["platform"], rows, times, compiles)
     suffix = "" if dtype == "float32" else f"_{dtype}"
     return result(
         f"step_time_{name}{suffix}_{surroundings['platform']}",
@@ -110,7 +103,7 @@ def of_tree(name: str, dtype: str, only: Sequence[str], repeats: int) -> dict[st
         f"python -m benchmarks step_time --tree {name} --dtype {dtype}" + (f" --only {','.join(only)}" if only else ""),
         {
             "steps": table("Optimizer steps", COLUMNS, rows),
-            "promises": table("Promises", PROMISED, promises(rows, times, on_cpu)),
+            "promises": table("Promises", step_promises.COLUMNS, promised),
             "rates": table("Rates of matrix products", RATES, described_rates(rates, products)),
             "absent": table("Left out", ABSENT, {key: {"reason": reason} for key, reason in absent.items()}),
         },
@@ -182,22 +175,6 @@ def compare(rows: Mapping[str, dict[str, Any]], times: Mapping[str, Sequence[flo
         if yardstick in rows:
             for key, row in rows.items():
                 row[f"over_{yardstick}"] = ratio(means(times[key]), means(times[yardstick]))
-
-
-def promises(rows: Mapping[str, Any], times: Mapping[str, Sequence[float]], on_cpu: bool) -> dict[str, dict[str, Any]]:
-    """What this project says of its own steps, where both ran."""
-    found = {}
-    for mine, (other, promised, everywhere) in PROMISES.items():
-        if mine in rows and other in rows:
-            faster = ratio(means(times[other]), means(times[mine]))
-            found[mine] = {
-                "label": CONTENDERS[mine].label,
-                "than": CONTENDERS[other].label,
-                "faster": faster,
-            }
-            if everywhere or not on_cpu:
-                found[mine] |= {"promised": promised, "holds": faster["median"] >= promised}
-    return found
 
 
 def described_rates(rates: Mapping[str, Sequence[float]], products: Mapping[str, Any]) -> dict[str, Any]:

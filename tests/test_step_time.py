@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from benchmarks import capture_cost, contenders, results, step_time, train_step
+from benchmarks import capture_cost, contenders, results, step_promises, step_time, train_step
 from benchmarks.capture_models import Model
 from benchmarks.contenders import Contender, Row
 from benchmarks.steps import by_repeat, means, medians, ratio, slowest
@@ -56,15 +56,29 @@ def test_a_floor_is_the_flops_of_ten_steps_at_the_rate() -> None:
     assert row["state"] == 1 / 100
 
 
-def test_promises_hold_from_the_promised_ratio_on() -> None:
-    times = {"optax_muon": [2.0] * 10, "fo_muon": [1.0] * 10, "soap_plain": [1.9] * 10, "fo_soap": [1.0] * 10}
-    found = step_time.promises(times, times, on_cpu=False)
-    assert [(found[name]["faster"]["median"], found[name]["holds"]) for name in ("fo_muon", "fo_soap")] == [
-        (2.0, True),
-        (1.9, False),
-    ]
-    assert "holds" not in step_time.promises(times, times, on_cpu=True)["fo_soap"]
-    assert not step_time.promises({"fo_muon": {}}, times, on_cpu=False)
+def test_promises_are_judged_where_they_are_made() -> None:
+    """And elsewhere shown as ratios alone; of who did not run nothing is said."""
+    sizes = {"floor_ms": 1500, "step_gflop": 2.0, "mean_gflop": 3.0}
+    times = {"fo_muon": [0.8] * 10, "optax_muon": [2.0] * 10, "fo_soap": [1.5] * 10}
+    times["fo_soap_staggered"] = [1.0] * 9 + [1.6]
+    rows = dict.fromkeys(times, sizes)
+    compiles = {"fo_muon": [1.0, 1.0], "optax_muon": [1.5, 2.5], "fo_soap": [2.0, 2.4]}
+    small = step_promises.promises("small", "cpu", rows, times, compiles)
+    ratios = {key: round(row["ratio"]["median"], 3) for key, row in small.items()}
+    assert ratios == {
+        "muon_step": 0.4,
+        "muon_compile": 0.5,
+        "soap_step": 1.5,
+        "soap_compile": 1.1,
+        "staggered_slowest": 1.6,
+    }
+    judged = {key: row["holds"] for key, row in small.items() if "holds" in row}
+    assert judged == {"muon_step": True, "soap_step": False, "staggered_slowest": False}
+    deep = step_promises.promises("deep", "cpu", rows, times, compiles)
+    assert {key: row["holds"] for key, row in deep.items() if "holds" in row} == dict.fromkeys(
+        ["muon_compile", "soap_compile"], True
+    )
+    assert not step_promises.promises("deep", "cpu", {"fo_muon": sizes}, times, compiles)
 
 
 def test_ten_steps_in_one_program_are_ten_steps() -> None:
