@@ -30,7 +30,7 @@ def momentum(beta: Any, dtype: Any = None) -> optax.GradientTransformationExtraA
         del params, extra
         (now, _), s = _weights(beta, state)
         mean = _means(now, state.mean, updates)
-        return mean, held(go, MomentumState(state.count + 1, s, _stored(mean, state.mean)), state)
+        return mean, _next(state, s, mean, go)
 
     return optax.GradientTransformationExtraArgs(lambda params: _start(params, dtype), update)
 
@@ -53,8 +53,7 @@ def with_momentum(
         extra |= {} if go is None else {"go": go}
         u = _means(now * ahead if nesterov else now, old.mean, updates)
         u, inside = inner.update(u, inside, params, **extra)
-        mean = _stored(_means(after(inside, now, old.count), old.mean, updates), old.mean)
-        return u, (held(go, MomentumState(old.count + 1, s, mean), old), inside)
+        return u, (_next(old, s, _means(after(inside, now, old.count), old.mean, updates), go), inside)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -84,8 +83,9 @@ def _means(w: Array, mean: Any, updates: Any) -> Any:
     return jax.tree.map(blend, updates, mean)
 
 
-def _stored(mean: Any, old: Any) -> Any:
-    return jax.tree.map(lambda m, old: m.astype(old.dtype), mean, old)
+def _next(state: MomentumState, weight: Array, mean: Any, go: Array | None) -> MomentumState:
+    mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
+    return MomentumState(*held(go, (state.count + 1, weight, mean), tuple(state)))
 
 
 class TraceState(NamedTuple):

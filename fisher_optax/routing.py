@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool
 
 from . import reporting
 from .axes import resolve_axes
+from .branching import branch
 from .layers import Layer, layers_of
 from .matrix_axes import LeafAxes, MatrixAxes
 
@@ -63,7 +64,7 @@ def _routed(
     describe: Callable[[LeafAxes], dict[str, Any]],
 ) -> optax.GradientTransformationExtraArgs:
     require_transformation("fallback", fallback)
-    rest = in_float32(fallback)
+    rest = held_by_branch(in_float32(fallback))
 
     def routes(tree: Any) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
         leaves = resolve_axes(tree, axes)
@@ -133,6 +134,35 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
         return tx.update(cast(updates), state, cast(params), **extra)
 
     return optax.GradientTransformationExtraArgs(lambda params: tx.init(cast(params)), update)
+
+
+class HeldState(NamedTuple):
+    """State of `held_by_branch`."""
+
+    HOLDS_ITSELF = True  # under the argument ``go``
+
+    inner: Any
+
+
+def held_by_branch(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``tx``, in a conditional under the argument ``go``: XLA computes a state that makes the step, as Adam's moments
+    do, once for each, and where only one of the two is selected under ``go``, it copies the old state for the other.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, HeldState]:
+        def step(updates: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+            return tx.update(updates, inner, params, **extra)
+
+        def skip(updates: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, inner, params)[0]), inner
+
+        done = (
+            step(updates, state.inner, params) if go is None else branch(go, step, skip, updates, state.inner, params)
+        )
+        return done[0], HeldState(done[1])
+
+    return optax.GradientTransformationExtraArgs(lambda params: HeldState(tx.init(params)), update)
 
 
 class SkipFirstState(NamedTuple):

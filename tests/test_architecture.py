@@ -40,7 +40,7 @@ MAY_IMPORT = {
     # Statistics from a model know nothing of optimizers.
     "capture": {"linalg", "matrices", "matrix_axes", "tables", "types"},
     "reporting": {"axes", "capture", "guard", "matrix_axes", "tables"},
-    "routing": {"axes", "layers", "matrix_axes", "reporting"},
+    "routing": {"axes", "branching", "layers", "matrix_axes", "reporting"},
     # What a preconditioner is put together from: these never import each other.
     "factors": {"branching", "checks", "linalg", "types"},
     "grafting": {"axes", "guard", "matrix_axes", "routing"},

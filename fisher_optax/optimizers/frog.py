@@ -219,7 +219,9 @@ def _direction(
             raise ValueError(
                 f"fo.{method} keeps no curvature between steps, so that statistics=None leaves it none: {SOURCE}."
             )
-        means, averaged = cast(tuple[list[Array], MomentumState], average.update(updates, state.momentum))
+        means, averaged = cast(
+            tuple[list[Array], MomentumState], average.update(updates, state.momentum, go=extra.get("go"))
+        )
         τ = at(damping, state.count)
         Z = [
             in_stack(SOLVES[method], averaged.weight.astype(m.dtype) * m, samples, τ, iterations)
