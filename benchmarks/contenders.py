@@ -153,22 +153,32 @@ class Contender:
 
 
 def build(only: Sequence[str], shapes: Any, dtype: Any) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The contenders that run here, compiled, and why the other ones do not."""
+    """The contenders that run here, compiled, and why the other ones do not.
+
+    Peers come last: some make programs beside which everything compiles two or three times as slowly.
+    """
     contenders, absent = {}, {}
-    for name in only:
-        reason = peers.absence(name) if name in peers.PEERS else ""
-        if not reason:
-            try:
-                contenders[name] = Contender(CONTENDERS[name], shapes, dtype)
-            except Exception as error:  # a peer may fail in any way, and not take the run along
-                if name not in peers.PEERS:
-                    raise
-                first, *_ = str(error).split("\n")
-                reason = f"does not run: {type(error).__name__}: {first}"
-        if reason:
-            absent[name] = reason
-        print(f"{name}: {reason or 'compiled'}", flush=True)
-    for _, contender in itertools.product(range(COMPILES - 1), contenders.values()):
-        if contender.compiles[0].compile_s < PATIENCE:
+    for of_peers in (False, True):
+        group = [name for name in only if (name in peers.PEERS) is of_peers]
+        for name in group:
+            made = attempt(name, shapes, dtype)
+            (absent if isinstance(made, str) else contenders)[name] = made
+            print(f"{name}: {made if isinstance(made, str) else 'compiled'}", flush=True)
+        fast = [contenders[name] for name in group if name in contenders]
+        fast = [contender for contender in fast if contender.compiles[0].compile_s < PATIENCE]
+        for _, contender in itertools.product(range(COMPILES - 1), fast):
             contender.compile()
-    return contenders, absent
+    return {name: contenders[name] for name in only if name in contenders}, absent
+
+
+def attempt(name: str, shapes: Any, dtype: Any) -> Contender | str:
+    """A contender, or why it does not run here."""
+    if name not in peers.PEERS:
+        return Contender(CONTENDERS[name], shapes, dtype)
+    if reason := peers.absence(name):
+        return reason
+    try:
+        return Contender(CONTENDERS[name], shapes, dtype)
+    except Exception as error:  # a peer may fail in any way, and not take the run along
+        first, *_ = str(error).split("\n")
+        return f"does not run: {type(error).__name__}: {first}"
