@@ -89,8 +89,10 @@ class Contender:
             raise TypeError(f"its state changes type in the first step with parameters in {dtype}")
         self.flops = count_matmul_flops(self.step, shapes, self.state, shapes)
         self.exact = row.exact(dtype)
-        self.compiles: list[harness.Program] = []
+        self.trace_s: list[float] = []
+        self.compile_s: list[float] = []
         self.program = self.compile()
+        self.lines = {"stablehlo_lines": self.program.stablehlo_lines, "hlo_lines": self.program.hlo_lines}
 
     def step(self, grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
         # Results in the order of the arguments: JAX hands donated buffers to results of their shape in that order,
@@ -109,11 +111,10 @@ class Contender:
         return jax.lax.fori_loop(0, PERIOD, one, (state, params))
 
     def compile(self) -> harness.Program:
-        """The step, compiled anew; what that took is kept, and not what it made: beside many programs the next
-        takes twice as long.
-        """
+        """The step, compiled anew; what that took is kept."""
         program = harness.compile_program(self.step, self.shapes, self.state, self.params, donate=(1, 2))
-        self.compiles.append(program._replace(run=None))
+        self.trace_s.append(program.trace_s)
+        self.compile_s.append(program.compile_s)
         return program
 
     def join_steps(self) -> None:
@@ -141,10 +142,9 @@ class Contender:
         """What is known of it beside its times."""
         mean = self.mean_flops
         return {
-            "compile_s": spread([program.compile_s for program in self.compiles]),
-            "trace_s": spread([program.trace_s for program in self.compiles]),
-            "stablehlo_lines": self.compiles[0].stablehlo_lines,
-            "hlo_lines": self.compiles[0].hlo_lines,
+            "compile_s": spread(self.compile_s),
+            "trace_s": spread(self.trace_s),
+            **self.lines,
             "state": harness.nbytes(self.state) / harness.nbytes(self.params),
             "step_gflop": self.between_flops / 1e9,
             "mean_gflop": None if mean is None else mean / 1e9,
@@ -165,7 +165,7 @@ def build(only: Sequence[str], shapes: Any, dtype: Any) -> tuple[dict[str, Conte
             (absent if isinstance(made, str) else contenders)[name] = made
             print(f"{name}: {made if isinstance(made, str) else 'compiled'}", flush=True)
         fast = [contenders[name] for name in group if name in contenders]
-        fast = [contender for contender in fast if contender.compiles[0].compile_s < PATIENCE]
+        fast = [contender for contender in fast if contender.compile_s[0] < PATIENCE]
         for _, contender in itertools.product(range(COMPILES - 1), fast):
             contender.compile()
     return {name: contenders[name] for name in only if name in contenders}, absent

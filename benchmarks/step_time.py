@@ -94,8 +94,8 @@ def of_tree(name: str, dtype: str, only: Sequence[str], repeats: int) -> dict[st
         for key, contender in contenders.items()
     }
     compare(rows, times)
-    compiles = {key: [program.compile_s for program in contender.compiles] for key, contender in contenders.items()}
-    promised = step_promises.promises(name, surroundings["platform"], rows, times, compiles)
+    compiling = {key: contender.compile_s for key, contender in contenders.items()}
+    promised = step_promises.promises(name, surroundings["platform"], rows, times, compiling)
     suffix = "" if dtype == "float32" else f"_{dtype}"
     return result(
         f"step_time_{name}{suffix}_{surroundings['platform']}",
