@@ -10,13 +10,14 @@ from jaxtyping import Array, Bool
 
 from . import reporting
 from .axes import resolve_axes
-from .branching import branch
+from .branching import branch, held
 from .layers import Layer, layers_of
 from .matrix_axes import LeafAxes, MatrixAxes
 
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
 BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
 MATRIX, FALLBACK = "matrix", "fallback"
+COPIED = 2**22  # bytes of a state that a step may copy: a conditional is not worth its compilation for fewer
 
 
 def by_axes(
@@ -64,7 +65,7 @@ def _routed(
     describe: Callable[[LeafAxes], dict[str, Any]],
 ) -> optax.GradientTransformationExtraArgs:
     require_transformation("fallback", fallback)
-    rest = held_by_branch(in_float32(fallback))
+    rest = holding_itself(in_float32(fallback))
 
     def routes(tree: Any) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
         leaves = resolve_axes(tree, axes)
@@ -137,16 +138,18 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 class HeldState(NamedTuple):
-    """State of `held_by_branch`."""
+    """State of `holding_itself`."""
 
     HOLDS_ITSELF = True  # under the argument ``go``
 
     inner: Any
 
 
-def held_by_branch(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``tx``, in a conditional under the argument ``go``: XLA computes a state that makes the step, as Adam's moments
-    do, once for each, and where only one of the two is selected under ``go``, it copies the old state for the other.
+def holding_itself(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``tx``, whose state changes under the argument ``go`` alone: in a conditional, unless it is small.
+
+    XLA computes a state that makes the step, as Adam's moments do, once for each, and where only one of the two is
+    selected under ``go``, it copies the old state for the other.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -157,10 +160,11 @@ def held_by_branch(tx: optax.GradientTransformation) -> optax.GradientTransforma
         def skip(updates: Any, inner: Any, params: Any) -> tuple[Any, Any]:
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, inner, params)[0]), inner
 
-        done = (
-            step(updates, state.inner, params) if go is None else branch(go, step, skip, updates, state.inner, params)
-        )
-        return done[0], HeldState(done[1])
+        if go is None or sum(x.nbytes for x in jax.tree.leaves(state.inner)) <= COPIED:
+            u, inner = step(updates, state.inner, params)
+            return u, HeldState(held(go, inner, state.inner))
+        u, inner = branch(go, step, skip, updates, state.inner, params)
+        return u, HeldState(inner)
 
     return optax.GradientTransformationExtraArgs(lambda params: HeldState(tx.init(params)), update)
 
@@ -181,9 +185,8 @@ def skip_first_call(tx: optax.GradientTransformation, hold: bool = True) -> opta
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         new, inner = tx.update(updates, state.inner, params, **extra)
-        new = jax.tree.map(lambda u: jnp.where(state.called, u, 0), new)
-        held = jax.tree.map(lambda a, b: jnp.where(state.called, a, b), inner, state.inner) if hold else inner
-        return new, SkipFirstState(jnp.ones([], bool), held)
+        new = held(state.called, new, jax.tree.map(jnp.zeros_like, new))
+        return new, SkipFirstState(jnp.ones([], bool), held(state.called, inner, state.inner) if hold else inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

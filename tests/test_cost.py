@@ -59,7 +59,7 @@ def test_muon_holds_one_stack_of_directions_at_a_time() -> None:
 def test_an_embeddings_moments_are_overwritten() -> None:
     """Beside its update, a step takes nothing for what Adam keeps of it: copies of both moments would be twice more."""
     params = {"layer": {"kernel": jax.ShapeDtypeStruct((48, 48), "float32")}}
-    params["embed"] = {"embedding": jax.ShapeDtypeStruct((4096, 48), "float32")}
+    params["embed"] = {"embedding": jax.ShapeDtypeStruct((16_384, 48), "float32")}
     assert temporaries(fo.muon(1e-2), params) < 1.5 * harness.nbytes(params)
 
 

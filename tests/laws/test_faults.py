@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from fisher_optax import routing
 from tests.comparisons import assert_close, assert_finite, assert_same_bits, assert_updates_close, types
 from tests.optimizers_table import (
     METHODS,
@@ -73,6 +74,26 @@ def test_a_bad_gradient_skips_the_whole_step(row: Row, bad: str) -> None:
     updates, state = c.update(grads[3], state, before.params)
     assert_same_bits(updates, wanted.updates) if row.one_guard else assert_finite(updates)
     assert int(fo.health(state).skipped) == 1
+
+
+def test_a_large_fallback_is_held_as_a_small_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments that are too large to be copied are left alone by a conditional: a bad step changes its counter only, and
+    the next step is the same as where moments are selected."""
+    params, grads = standard_params(), standard_gradients()
+
+    def steps() -> list[Any]:
+        tx = fo.muon(1e-2)
+        update = jax.jit(tx.update)
+        _, before = update(grads[0], tx.init(params), params)
+        updates, state = update(scaled(grads[1], np.nan), before, params)
+        assert_same_bits(updates, zeros_like(updates))
+        [(count, counted)] = changed(before, state)
+        assert (int(count), int(counted)) == (0, 1)
+        return [before, update(grads[2], state, params)]
+
+    selected = steps()
+    monkeypatch.setattr(routing, "COPIED", -1)
+    assert_close(steps(), selected, 1e-6)
 
 
 @each(METHODS)
