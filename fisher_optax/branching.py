@@ -25,24 +25,24 @@ def held(go: Array | None, new: Any, old: Any) -> Any:
     if go is None:
         return new
     done = lambda x: getattr(type(x), "HOLDS_ITSELF", False)  # noqa: E731
-    return jax.tree.map(lambda a, b: a if done(a) or a is b else jnp.where(go, a, b), new, old, is_leaf=done)
+    return jax.tree.map(lambda a, b: a if done(a) or a is b else jax.lax.select(go, a, b), new, old, is_leaf=done)
 
 
 def once(choice: Bool[Array, ""], count: Array) -> Bool[Array, ""]:
     """``choice``, as a conditional's result: XLA computes a scalar of scalars anew in every kernel that reads it, for
-    each entry. ``count`` is any counter from 0 on.
+    each entry. ``count`` is any counter from 0 on; the branches compare as loops do, and share their kernel.
     """
-    return jax.lax.cond(choice, lambda n: n >= 0, lambda n: n < 0, count)
+    return jax.lax.cond(choice, lambda n: n < jnp.iinfo(n.dtype).max, lambda n: n < 0, count)
 
 
-def numbers(n: int, count: Array) -> Sequence[Any]:
-    """0 to n - 1, as results of the program and not as constants: slices that differ by such a number alone become one
-    kernel, where constants make a kernel each, to be compiled on its own. ``count`` is any counter from 0 on.
+def numbers(n: int, choice: Array) -> Sequence[Any]:
+    """0 to n - 1 where ``choice`` is true, as results of the program and not as constants: slices that differ by such a
+    number alone become one kernel, where constants make a kernel each, to be compiled on its own.
     """
-    if not isinstance(count, Tracer):
+    if not isinstance(choice, Tracer):
         return range(n)
     known, other = (tuple(jnp.asarray(i * j, jnp.int32) for i in range(n)) for j in (1, 0))
-    return jax.lax.cond(count >= 0, lambda: known, lambda: other)
+    return jax.lax.cond(choice, lambda: known, lambda: other)
 
 
 def after(done: Any, values: Any, count: Array) -> Any:
@@ -52,5 +52,5 @@ def after(done: Any, values: Any, count: Array) -> Any:
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(done)):
         return values
     below = functools.reduce(jnp.logical_or, [x[(0,) * x.ndim] < 0 for x in jax.tree.leaves(done)])
-    there = jax.lax.cond(below, lambda n: n >= 0, lambda n: n > -1, count)  # true, but the compiler cannot know
-    return jax.tree.map(lambda x: jnp.where(there, x, jnp.zeros_like(x)), values)
+    there = below | (count >= 0)  # true, but the compiler cannot know
+    return jax.tree.map(lambda x: jax.lax.select(there, x, jnp.zeros_like(x)), values)

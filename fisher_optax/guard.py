@@ -72,7 +72,8 @@ def guarded(
             if in_place and isinstance(finite, Tracer):
                 finite = once(finite, state.steps)
                 new, inner = tx.update(updates, state.inner, params, **extra, go=finite)
-                new = jax.tree.map(lambda u, g: jnp.where(finite, u, 0).astype(g.dtype), new, updates)
+                new = held(finite, new, jax.tree.map(jnp.zeros_like, new))
+                new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
                 done = finite.astype(jnp.int32)
                 steps, skipped = state.steps + done, state.skipped + 1 - done
                 return new, state._replace(steps=steps, skipped=skipped, inner=held(finite, inner, state.inner))

@@ -78,14 +78,15 @@ def _means(w: Array, mean: Any, updates: Any) -> Any:
     def blend(g: Array, m: Array) -> Array:
         dtype = _at_least_float32(g)
         m, g, old = m.astype(dtype), g.astype(dtype), w.astype(dtype)
-        return old * m + (g - old * g)
+        return old * m + (1 - old) * g
 
     return jax.tree.map(blend, updates, mean)
 
 
 def _next(state: MomentumState, weight: Array, mean: Any, go: Array | None) -> MomentumState:
     mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
-    return MomentumState(*held(go, (state.count + 1, weight, mean), tuple(state)))
+    count = state.count + (1 if go is None else go.astype(jnp.int32))
+    return MomentumState(count, *held(go, (weight, mean), (state.weight, state.mean)))
 
 
 class TraceState(NamedTuple):

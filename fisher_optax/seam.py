@@ -173,7 +173,7 @@ class Seam:
             last = directions[key]
             if self.decomposition is not None:
                 kept = kept + jnp.sum(done[2], dtype=jnp.int32)
-        places = numbers(max(counts.values()), state.count)
+        places = numbers(max(counts.values()), state.count >= 0 if go is None else go)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
         count = state.count + (1 if go is None else go.astype(jnp.int32))
         count = after(last, count, state.count) if one_by_one else count

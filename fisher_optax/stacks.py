@@ -51,17 +51,20 @@ def over_stack(
 def _in_place(one: One, G: Array, state: Any, action: Array, given: Any) -> tuple[Array, Any, Array]:
     """A loop that overwrites gradients with directions, and factors and bases, which are most of the state."""
 
-    def body(kept: Any, member: Any) -> Any:
-        i, inner, act, seen = member
-        matrix, factors, basis = jax.tree.map(lambda x: x[i], kept)
+    def body(carry: Any, member: Any) -> Any:
+        (i, kept), (inner, act, seen) = carry, member
+        matrix, factors, basis = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False), kept
+        )
         U, new, failed = one(matrix, state._replace(factors=factors, basis=basis, application=inner), act, seen)
-        put = lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0)  # noqa: E731
-        return jax.tree.map(put, kept, (U, new.factors, new.basis)), (new.application, failed)
+        put = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0, allow_negative_indices=False)
+        made = jax.tree.map(lambda x, y: put(x, y.astype(x.dtype)), kept, (U, new.factors, new.basis))
+        return (i + 1, made), (new.application, failed)
 
     # The rest is copied from one stack to another: XLA fuses reading and writing it, and would copy a stack that is
     # both, once for each of its members.
-    kept, rest = (G, state.factors, state.basis), (jnp.arange(len(G)), state.application, action, given)
-    (U, factors, basis), (application, failed) = jax.lax.scan(body, kept, rest)
+    kept, rest = (G, state.factors, state.basis), (state.application, action, given)
+    (_, (U, factors, basis)), (application, failed) = jax.lax.scan(body, (jnp.zeros([], jnp.int32), kept), rest)
     return U, state._replace(factors=factors, basis=basis, application=application), failed
 
 

@@ -19,7 +19,7 @@ from .products import (
     symmetric_flops,
     trace,
 )
-from .scaling import unit_frobenius, unit_scale
+from .scaling import inverse_root, unit_frobenius, unit_scale
 
 # How far rounding may carry an eigenvalue of R before a Gram iteration restarts: less than the polynomials' own ripple.
 # Measured, float32 to bfloat16, rank one, half rank and singular values to 1e-6: bounded at .13, divergent at .27.
@@ -173,12 +173,12 @@ def _gram(X: Array, polynomial: Polynomial, restarts: tuple[int, ...], products:
     for start, stop in itertools.pairwise((0, *restarts, len(polynomial))):
         R = products.outer(X)
         # The trace of X Xᵀ is the squared Frobenius norm; dividing small matrices by it spares dividing X.
-        square = trace(R)[..., None, None] if start == 0 else jnp.ones([], X.dtype)
-        R = tuple(r * jnp.where(square == 0, 0, 1 / square) for r in R)
+        s = inverse_root(trace(R))[..., None, None] if start == 0 else jnp.ones([], X.dtype)
+        R = tuple(r * (s * s) for r in R)
         a, b, c = h[start]
         Z = combine(b, R, c, products.product(R, R))
         (_, _, Q), _ = jax.lax.scan(step, (R, Z, add_identity(a, Z)), (h[start : stop - 1], h[start + 1 : stop]))
-        X = products.apply(tuple(q * jnp.where(square == 0, 0, jax.lax.rsqrt(square)) for q in Q), X)
+        X = products.apply(tuple(q * s for q in Q), X)
     return X
 
 

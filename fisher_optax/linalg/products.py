@@ -126,24 +126,17 @@ def combine(a: Any, S: Symmetric, b: Any, T: Symmetric) -> Symmetric:
 
 def add_identity(a: Any, S: Symmetric) -> Symmetric:
     """``a I + S``."""
-    return tuple(
-        jnp.where(jnp.eye(s.shape[-2], s.shape[-1], first, dtype=bool), s + a, s)
-        for s, first in zip(S, _firsts(S), strict=True)
-    )
+    return tuple(s + a * i for s, i in zip(S, _identity(S), strict=True))
 
 
 def trace(S: Symmetric) -> Float[Array, "*batch"]:
     """The sum of the diagonal."""
-    parts = (jnp.sum(_diagonal(s, first), -1) for s, first in zip(S, _firsts(S), strict=True))
+    # On a CPU, XLA compiles three kernels for a slice of the diagonal and its sum; this it leaves to a library.
+    parts = (jnp.sum(s * i, (-2, -1)) for s, i in zip(S, _identity(S), strict=True))
     return functools.reduce(jnp.add, parts)
 
 
-def _diagonal(s: Float[Array, "*batch r n"], first: int) -> Float[Array, "*batch r"]:
-    """The entries at ``i, first + i``, by one strided slice."""
-    r, n = s.shape[-2:]
-    return s.reshape(*s.shape[:-2], r * n)[..., first :: n + 1][..., :r]
-
-
-def _firsts(S: Symmetric) -> list[int]:
-    """The number of the first row of each row of blocks."""
-    return [0, *np.cumsum([s.shape[-2] for s in S[:-1]]).tolist()]
+def _identity(S: Symmetric) -> Symmetric:
+    """I, cut like S."""
+    firsts = [0, *np.cumsum([s.shape[-2] for s in S[:-1]]).tolist()]
+    return tuple(jnp.eye(s.shape[-2], s.shape[-1], first, s.dtype) for s, first in zip(S, firsts, strict=True))

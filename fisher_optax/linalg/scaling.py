@@ -53,5 +53,13 @@ def unit_frobenius(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
      [0. 0.]]
     """
     X = unit_scale(X)
-    norm = jnp.sqrt(jnp.sum(X * X, axis=(-2, -1), keepdims=True))
-    return X * jnp.where(norm == 0, 0, 1 / norm)
+    return X * inverse_root(jnp.sum(X * X, axis=(-2, -1), keepdims=True))
+
+
+def inverse_root(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x^(-1/2)``, zero for zero.
+
+    >>> print(inverse_root(jnp.array([4.0, 0.0])))
+    [0.5 0. ]
+    """
+    return jnp.where(x == 0, 0, jax.lax.rsqrt(x))
