@@ -28,6 +28,11 @@ def held(go: Array | None, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: a if done(a) or a is b else jax.lax.select(go, a, b), new, old, is_leaf=done)
 
 
+def chosen(choice: Array, yes: Any, no: Any) -> Any:
+    """Every array of one of two trees of one structure, each there in any case."""
+    return jax.tree.map(lambda a, b: a if a is b else jax.lax.select(choice, a, b), yes, no)
+
+
 def once(choice: Bool[Array, ""], count: Array) -> Bool[Array, ""]:
     """``choice``, as a conditional's result: XLA computes a scalar of scalars anew in every kernel that reads it, for
     each entry. ``count`` is any counter from 0 on; the branches compare as loops do, and share their kernel.

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from . import linalg
-from .branching import branch, held, once
+from .branching import branch, chosen, held, once
 from .sharding import in_auto_mode, on_mesh
 from .types import LayerFactors
 
@@ -72,7 +72,7 @@ def guarded(
             if in_place and isinstance(finite, Tracer):
                 finite = once(finite, state.steps)
                 new, inner = tx.update(updates, state.inner, params, **extra, go=finite)
-                new = held(finite, new, jax.tree.map(jnp.zeros_like, new))
+                new = chosen(finite, new, jax.tree.map(jnp.zeros_like, new))
                 new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
                 done = finite.astype(jnp.int32)
                 steps, skipped = state.steps + done, state.skipped + 1 - done

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool
 
 from . import reporting
 from .axes import resolve_axes
-from .branching import branch, held
+from .branching import branch, chosen
 from .layers import Layer, layers_of
 from .matrix_axes import LeafAxes, MatrixAxes
 
@@ -160,10 +160,11 @@ def holding_itself(tx: optax.GradientTransformation) -> optax.GradientTransforma
         def skip(updates: Any, inner: Any, params: Any) -> tuple[Any, Any]:
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, inner, params)[0]), inner
 
-        if go is None or sum(x.nbytes for x in jax.tree.leaves(state.inner)) <= COPIED:
+        if go is not None and sum(x.nbytes for x in jax.tree.leaves(state.inner)) > COPIED:
+            u, inner = branch(go, step, skip, updates, state.inner, params)
+        else:
             u, inner = step(updates, state.inner, params)
-            return u, HeldState(held(go, inner, state.inner))
-        u, inner = branch(go, step, skip, updates, state.inner, params)
+            inner = inner if go is None else chosen(go, inner, state.inner)  # all of it: the inner one knows no ``go``
         return u, HeldState(inner)
 
     return optax.GradientTransformationExtraArgs(lambda params: HeldState(tx.init(params)), update)
@@ -185,8 +186,8 @@ def skip_first_call(tx: optax.GradientTransformation, hold: bool = True) -> opta
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         new, inner = tx.update(updates, state.inner, params, **extra)
-        new = held(state.called, new, jax.tree.map(jnp.zeros_like, new))
-        return new, SkipFirstState(jnp.ones([], bool), held(state.called, inner, state.inner) if hold else inner)
+        new = chosen(state.called, new, jax.tree.map(jnp.zeros_like, new))
+        return new, SkipFirstState(jnp.ones([], bool), chosen(state.called, inner, state.inner) if hold else inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -76,6 +76,24 @@ def test_a_bad_gradient_skips_the_whole_step(row: Row, bad: str) -> None:
     assert int(fo.health(state).skipped) == 1
 
 
+@pytest.mark.parametrize("make", [fo.muon, fo.soap], ids=["muon", "soap"])
+def test_a_fallback_of_this_package_is_held_with_the_rest(make: Any) -> None:
+    """A fallback whose own gradients are good takes no step, and keeps its state, where a matrix's are bad; and it
+    waits with the matrices where these make no step at the first call."""
+    params, grads = standard_params(), standard_gradients()
+    tx = make(1e-2, fallback=fo.muon(1e-2))
+    update = jax.jit(tx.update)
+    start = tx.init(params)
+    _, before = update(grads[0], start, params)
+    updates, state = update(spoiled(grads[1], *BAD["nan-in-a-matrix"]), before, params)
+    assert_same_bits(updates, zeros_like(updates))
+    assert len(changed(before, state)) == 1
+    if make is fo.soap:
+        pairs = zip(jax.tree.leaves_with_path(start), jax.tree.leaves(before), strict=True)
+        moved = [jax.tree_util.keystr(path) for (path, x), y in pairs if not np.array_equal(x, y)]
+        assert [path.rpartition(".")[2] for path in moved if "fallback" in path] == ["called"]
+
+
 def test_a_large_fallback_is_held_as_a_small_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments that are too large to be copied are left alone by a conditional: a bad step changes its counter only, and
     the next step is the same as where moments are selected."""
