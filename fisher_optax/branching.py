@@ -29,7 +29,7 @@ def held(go: Array | None, new: Any, old: Any) -> Any:
 
 
 def chosen(choice: Array, yes: Any, no: Any) -> Any:
-    """Every array of one of two trees of one structure, each there in any case."""
+    """``yes`` or ``no``, two trees of one structure: all of it, unlike `held`, which leaves parts alone."""
     return jax.tree.map(lambda a, b: a if a is b else jax.lax.select(choice, a, b), yes, no)
 
 
