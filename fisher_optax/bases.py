@@ -20,7 +20,7 @@ def eigenbases(state: Any, params: Any, axes: Any = None) -> Any:
       axes: the optimizer's ``axes``.
 
     Raises:
-      ValueError: where ``state`` has no bases of these layers, or those of blocks.
+      ValueError: where ``state`` has no bases of these layers, or those of blocks or of other layers.
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
@@ -33,7 +33,7 @@ def eigenbases(state: Any, params: Any, axes: Any = None) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     layers = layers_of(resolve_axes(params, axes), ("matrix", "head"))
     taken: dict[str, int] = {}
-    bases: list[Any] = [None] * len(leaves)
+    places = []
     for layer in layers:
         *batch, m, n = layer.shape(leaves)
         key = stack_key((m, n), jax.numpy.promote_types(leaves[layer.kernel].dtype, jax.numpy.float32))
@@ -42,11 +42,30 @@ def eigenbases(state: Any, params: Any, axes: Any = None) -> Any:
                 f"eigenbases: the state has no bases of {m} x {n} matrices, as {layer.path!r} is. Pass the state of "
                 "fo.ekfac (without block_size) with the params and the axes it was made for."
             )
-        start, count = taken.get(key, 0), (batch or [1])[0]
-        taken[key] = start + count
+        start = taken.get(key, 0)
+        taken[key] = start + (batch or [1])[0]
+        places.append((key, slice(start, taken[key])))
+    for one in found:
+        _require_all(taken, one)
+    bases: list[Any] = [None] * len(leaves)
+    for layer, (key, place) in zip(layers, places, strict=True):
         shape = tuple(leaves[layer.kernel].shape[a] for a in layer.axes.batch)
         kept = found[0].matrices[key].basis
         bases[layer.kernel] = Eigenbasis(
-            *(None if Q is None else Q[start : start + count].reshape(*shape, *Q.shape[1:]) for Q in kept[:2])
+            *(None if Q is None else Q[place].reshape(*shape, *Q.shape[1:]) for Q in kept[:2])
         )
     return treedef.unflatten(bases)
+
+
+def _require_all(taken: dict[str, int], state: PreconditionState) -> None:
+    """A ValueError unless as many matrices of each shape were taken as the state has: else some are another layer's."""
+    stacks = state.matrices if isinstance(state.matrices, dict) else {}
+    for key, leaves in ((key, jax.tree.leaves(mine)) for key, mine in stacks.items()):
+        count = taken.get(key, 0)
+        have = len(leaves[0]) if leaves else count
+        # A stack that is shared out over a mesh is filled up by fewer matrices than there are devices.
+        if count != have and not 0 < count < have < count + jax.device_count():
+            raise ValueError(
+                f"eigenbases: the state has bases of {have} matrices of shape {key}, and these params and axes have "
+                f"{count}. Pass the params and the axes= that the optimizer was made for."
+            )

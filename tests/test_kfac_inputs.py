@@ -236,3 +236,18 @@ def test_bases_of_another_state() -> None:
         fo.eigenbases(optax.adam(1e-3).init(p), p)
     with pytest.raises(ValueError, match="has no bases"):
         fo.eigenbases(fo.ekfac(0.1, block_size=2).init(p), p)
+
+
+def test_bases_of_other_layers_of_one_shape() -> None:
+    """Each basis is its own layer's only where the axes choose the layers that the state was made for."""
+    q = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "stack": jnp.ones((9, 4, 4))}
+    of = {"a": fo.MatrixAxes(0, 1), "b": None, "stack": None}
+    state = fo.ekfac(0.1, axes=of).init(q)
+    assert fo.eigenbases(state, q, of)["b"] is None
+    with pytest.raises(ValueError, match="bases of 1 matrices of shape 4x4, and these params and axes have 2"):
+        fo.eigenbases(state, q)
+    with pytest.raises(ValueError, match="bases of 1 matrices of shape 4x4, and these params and axes have 0"):
+        fo.eigenbases(state, q, dict.fromkeys(q))
+    more = of | {"stack": fo.MatrixAxes(1, 2, 0)}
+    with pytest.raises(ValueError, match="bases of 10 matrices of shape 4x4, and these params and axes have 1"):
+        fo.eigenbases(fo.ekfac(0.1, axes=more).init(q), q, of)
