@@ -18,10 +18,10 @@ HOW = (
     "and pass `tx.update(grads, state, params, statistics=stats)`"
 )
 KINDS = {LayerFactors: "KroneckerFactors", Samples: "LayerSamples"}
-# `axes` of a leaf that is sent to the fallback.
 REMEDY = (
-    "pass axes=fo.infer_axes(loss_fn, params, batch) to the optimizer, which leaves to the fallback what capture "
-    "cannot read; fo.report(loss_fn, params, batch) says why"
+    "make the optimizer follow the program: give it (and fo.eigenbases, for fo.ekfac) axes=fo.infer_axes(loss_fn, "
+    "params, batch, statistics=fo.{kind}(...)), and start its state anew; what capture cannot read is then left to the "
+    "fallback, and fo.report with the same arguments says why"
 )
 
 
@@ -85,7 +85,7 @@ def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: typ
         have = ", ".join(map(repr, found)) or "nothing"
         raise ValueError(
             f"fo.{method}: no statistics for {missing[0]!r} ({len(missing)} of {len(layers)} layers lack them; there "
-            f"are some for {have}). If the tree is right, {REMEDY}."
+            f"are some for {have}). If the tree is right, {REMEDY.format(kind=KINDS[wants])}."
         )
     for layer in layers:
         if not isinstance(found[layer.path], wants):

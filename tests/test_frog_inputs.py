@@ -191,3 +191,21 @@ def test_samples_of_another_layer_are_refused(inputs: Any, gradients: Any, geome
 def test_wrong_options_are_refused_by_name(method: str, option: str, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=option):
         METHODS[method][0](**{"learning_rate": 0.1, option: value})
+
+
+def test_what_has_no_samples_is_left_to_the_fallback_as_the_error_says() -> None:
+    """A loop's weights have factors and no samples."""
+    q = {"loop": jnp.eye(4), "out": jnp.eye(4)}
+
+    def looped(q: Any, x: Any) -> Any:
+        h = jax.lax.scan(lambda h, _: (jnp.tanh(h @ q["loop"]), None), x, length=3)[0]
+        return fo.losses.gaussian(h @ q["out"].T, jnp.ones((12, 4)))
+
+    kind, x = fo.LayerSamples(8), jnp.ones((12, 4))
+    _, grads, stats = fo.value_and_grad(looped, kind)(q, x)
+    with pytest.raises(ValueError, match=r"no statistics for 'loop'.*batch, statistics=fo\.LayerSamples\(\.\.\.\)"):
+        fo.frog(0.1).update(grads, fo.frog(0.1).init(q), q, statistics=stats)
+    axes = fo.infer_axes(looped, q, x, statistics=kind)
+    assert axes == {"loop": None, "out": fo.MatrixAxes(1, 0)}
+    tx = fo.frog(0.1, axes=axes)
+    jax.eval_shape(lambda: tx.update(grads, tx.init(q), q, statistics=stats))

@@ -89,7 +89,7 @@ def _shapes(
     return [tuple(x.shape for x in jax.tree.leaves(s) if x.ndim) for s in each]
 
 
-def infer_axes(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> Any:
+def infer_axes(loss_fn: Callable[..., Any], params: Any, *args: Any, statistics: Any = None, **kwargs: Any) -> Any:
     """Which axes of each parameter are inputs, outputs and batch, read off the traced program: made for ``axes=``.
 
     A leaf gets `fo.MatrixAxes`, with the path of its bias, where `fo.value_and_grad` captures it, and None (fallback)
@@ -98,6 +98,8 @@ def infer_axes(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: A
 
     Args:
       loss_fn, params, *args, **kwargs: as for `fo.value_and_grad`; arrays may be `jax.ShapeDtypeStruct`.
+      statistics: the kind the optimizer will be given: a leaf that has none of that kind (a loop's weights have no
+        samples) is left to the fallback. None: `fo.KroneckerFactors`, with matrices of any length.
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
@@ -105,7 +107,8 @@ def infer_axes(loss_fn: Callable[..., Any], params: Any, *args: Any, **kwargs: A
       >>> fo.infer_axes(loss, {"w": jnp.ones((4, 3, 2))}, jnp.ones((5, 3)))
       {'w': MatrixAxes(inputs=(1,), outputs=(0, 2), batch=())}
     """
-    traced = trace(loss_fn, KroneckerFactors(max_dim=2**31), params, args, kwargs)
+    kind = KroneckerFactors(max_dim=2**31) if statistics is None else statistics
+    traced = trace(loss_fn, kind, params, args, kwargs)
     embedding = {"embedding"}
     axes = [None if leaf.use in embedding or not leaf.sites else leaf.axes for leaf in traced.leaves]
     return jax.tree.unflatten(traced.treedef, axes)
