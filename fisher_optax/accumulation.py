@@ -1,11 +1,13 @@
 """Statistics of several micro-batches, as if they had been one."""
 
+import dataclasses
 from typing import Any
 
 import jax
 
 from .curvature import is_statistics
-from .types import LayerFactors, Logits, Rows, Samples
+from .matrix_axes import path_names
+from .types import Logits, Rows, Samples
 
 
 def accumulate_statistics(so_far: Any, new: Any) -> Any:
@@ -39,15 +41,22 @@ def accumulate_statistics(so_far: Any, new: Any) -> Any:
             f"accumulate_statistics: the two trees differ: {structures[0]} and {structures[1]}. Take both from "
             "the same fo.value_and_grad."
         )
-    return jax.tree.map(_both, so_far, new, is_leaf=is_statistics)
+    return jax.tree.map_with_path(_both, so_far, new, is_leaf=is_statistics)
 
 
-def _both(a: Any, b: Any) -> Any:
+def _both(path: Any, a: Any, b: Any) -> Any:
+    kinds = [jax.tree.structure(x) for x in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"accumulate_statistics: those of {'/'.join(path_names(path))!r} differ: {kinds[0]} and {kinds[1]}. Take "
+            "both from the same fo.value_and_grad."
+        )
     total = a.weight + b.weight
     share_b = b.weight / jax.numpy.where(total == 0, 1, total)
     share_a = 1 - share_b
     if isinstance(a, Samples):
-        return Samples(_joined(a.inputs, b.inputs, a), _joined(a.gradients, b.gradients, a), total, a.bias, a.window)
+        inputs, gradients = _joined(a.inputs, b.inputs, a), _joined(a.gradients, b.gradients, a)
+        return dataclasses.replace(a, inputs=inputs, gradients=gradients, weight=total)
 
     def mean(x: Any, y: Any) -> Any:
         if x is None:
@@ -59,7 +68,8 @@ def _both(a: Any, b: Any) -> Any:
             return Rows(jax.numpy.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
         return share_a * x + share_b * y
 
-    return LayerFactors(mean(a.left, b.left), mean(a.right, b.right), mean(a.squares, b.squares), total, a.bias)
+    means = {side: mean(getattr(a, side), getattr(b, side)) for side in ("left", "right", "squares")}
+    return dataclasses.replace(a, **means, weight=total)
 
 
 def _joined(x: Any, y: Any, samples: Samples) -> Any:

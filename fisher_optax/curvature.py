@@ -55,6 +55,8 @@ def on_layers(
         if not layers:
             return updates, state
         mine = _aligned(extra, layers, method, wants)
+        for layer, statistics in zip(layers, mine or (), strict=mine is not None):
+            _require_axes(layer, statistics, leaves[layer.kernel].shape, method)
         if mine is not None and wants is LayerFactors:
             mine = [_with_bias(s, layer) for s, layer in zip(mine, layers, strict=True)]
         extra["statistics"] = mine
@@ -102,6 +104,24 @@ def _require_order(layer: Layer, method: str) -> None:
                 f"fo.{method}: axes of {layer.path!r} are {layer.axes}; statistics come with the axes of each group in "
                 "ascending order, so write them in that order."
             )
+
+
+def _require_axes(layer: Layer, given: LayerStatistics, shape: tuple[int, ...], method: str) -> None:
+    """A ValueError unless the statistics are of the matrix that the layer is; of statistics without axes nothing is
+    known but shapes.
+
+    One of the two may have no bias, see `_with_bias`.
+    """
+    if given.axes is None:
+        return
+    mine, theirs = layer.axes, given.axes.resolve(f"{layer.path} in its statistics", shape)
+    other_bias = None not in (mine.bias, theirs.bias) and mine.bias != theirs.bias
+    if other_bias or not mine.same_matrix(theirs, shape):
+        read, seen = (f"{a}" + (f" with bias {a.bias!r}" if other_bias else "") for a in (mine, theirs))
+        raise ValueError(
+            f"fo.{method} reads {layer.path!r} of shape {shape} as {read}, but its statistics are of {seen}, as the "
+            f"program uses it: {REMEDY.format(kind=KINDS[type(given)])}."
+        )
 
 
 def _with_bias(given: LayerFactors, layer: Layer) -> LayerFactors:
@@ -167,6 +187,6 @@ def same_shapes(
             wanted = f"a {d} x {d} matrix" if whole else f"rows of a side longer than {storage.max_dim}"
             raise ValueError(
                 f"fo.{method}: the {name} statistics of {layer.path!r} are {have}; wanted {wanted}. Give the optimizer "
-                "and fo.KroneckerFactors the same max_precond_dim=max_dim and rank, and the optimizer the axes= of "
-                "fo.infer_axes(loss_fn, params, batch) where it reads the layer in another way."
+                "and fo.KroneckerFactors the same max_precond_dim=max_dim and rank; axes=fo.infer_axes(loss_fn, "
+                "params, batch) leaves to the fallback what is only looked up."
             )

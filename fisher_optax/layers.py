@@ -1,5 +1,6 @@
 """A kernel and its bias as one matrix: the bias is the weight of an input that is always 1, in the last row."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ class Layer(NamedTuple):
     path: str  # of the kernel
     kernel: int
     bias: int | None
-    axes: MatrixAxes
+    axes: MatrixAxes  # with the bias's path
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -46,7 +47,8 @@ def layers_of(leaves: list[LeafAxes], kinds: tuple[str, ...], with_bias: bool = 
         bias = leaf.bias if with_bias and leaf.bias not in taken else None
         taken |= {bias} if bias else set()
         assert leaf.axes is not None
-        layers.append(Layer(leaf.path, i, None if bias is None else places[bias], leaf.axes))
+        axes = dataclasses.replace(leaf.axes, bias=bias)
+        layers.append(Layer(leaf.path, i, None if bias is None else places[bias], axes))
     return layers
 
 

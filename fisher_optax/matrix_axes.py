@@ -57,6 +57,19 @@ class MatrixAxes:
             )
         return MatrixAxes(*groups, bias=self.bias)
 
+    def same_matrix(self, other: "MatrixAxes", shape: tuple[int, ...]) -> bool:
+        """Whether both, counted from the front, make one matrix of a leaf of that shape, an axis of length 1 being
+        nowhere in it.
+
+        >>> MatrixAxes(0, 1).same_matrix(MatrixAxes(1, 0), (4, 4))
+        False
+        """
+        mine, theirs = (
+            [[a for a in group if shape[a] != 1] for group in (axes.inputs, axes.outputs, axes.batch)]
+            for axes in (self, other)
+        )
+        return mine == theirs
+
 
 class LeafAxes(NamedTuple):
     """What one leaf of the parameters is, and why."""

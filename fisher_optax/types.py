@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
+from .matrix_axes import MatrixAxes
+
 
 class Kronecker(NamedTuple):
     """Running factors of ``F ≈ left ⊗ right`` for one matrix (row-major ``vec``)."""
@@ -127,14 +129,15 @@ class Logits(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("left", "right", "squares", "weight"), meta_fields=("bias",)
+    jax.tree_util.register_dataclass, data_fields=("left", "right", "squares", "weight"), meta_fields=("bias", "axes")
 )
 @dataclasses.dataclass(frozen=True)
 class LayerFactors:
     """Second moments of one layer's inputs ``a`` and output gradients ``δ``: its Fisher is about ``left ⊗ right``.
 
     Where the layer's bias is folded in (``bias`` is its path), inputs end with a 1, which gives ``left`` one more row
-    and column. What was not asked for is None.
+    and column. What was not asked for is None. ``axes`` says which axes of the parameter the sides belong to, and None
+    that nobody knows.
     """
 
     left: Any  # (*batch, m, m); of an embedding, its diagonal (V,); or `Rows`
@@ -142,6 +145,7 @@ class LayerFactors:
     squares: Any  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
     weight: Any  # (): how many inputs it is the mean of
     bias: str | None = None
+    axes: MatrixAxes | None = None
 
 
 class Window(NamedTuple):
@@ -155,7 +159,9 @@ class Window(NamedTuple):
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("inputs", "gradients", "weight"), meta_fields=("bias", "window")
+    jax.tree_util.register_dataclass,
+    data_fields=("inputs", "gradients", "weight"),
+    meta_fields=("bias", "window", "axes"),
 )
 @dataclasses.dataclass(frozen=True)
 class Samples:
@@ -163,6 +169,7 @@ class Samples:
 
     Of a dense layer an example is one position. Of a convolution (``window``) it is a whole input, and axes are
     ``(r, *spatial, channels)``. A bias that belongs to the layer (``bias`` is its path) has no column in ``inputs``.
+    ``axes`` as in `LayerFactors`.
     """
 
     inputs: Any  # (*batch, r, m)
@@ -170,6 +177,7 @@ class Samples:
     weight: Any  # (): how many examples they stand for
     bias: str | None = None
     window: Window | None = None
+    axes: MatrixAxes | None = None
 
 
 LayerStatistics = LayerFactors | Samples

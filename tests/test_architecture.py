@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "matrix_axes": set(),
     "stacks": set(),
     "tables": set(),
-    "types": set(),
+    "types": {"matrix_axes"},
     "axes_rules": {"matrix_axes"},
     "axes": {"axes_rules", "matrix_axes"},
     "decay": {"checks"},
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "layers": {"matrices", "matrix_axes", "sharding"},
     "storage": {"linalg", "types"},
     "curvature": {"layers", "matrix_axes", "storage", "types"},
-    "accumulation": {"curvature", "types"},
+    "accumulation": {"curvature", "matrix_axes", "types"},
     "guard": {"branching", "linalg", "sharding", "types"},
     "refresh": {"branching", "linalg", "types"},
     # Statistics from a model know nothing of optimizers.

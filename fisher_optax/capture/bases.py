@@ -36,7 +36,12 @@ def _fitting(leaf: LeafPlan, side: int, Q: Any) -> Any:
     batch = tuple(leaf.shape[a] for a in sorted(site.batch_axes))
     if tuple(jnp.shape(Q)) != (*batch, d, d):
         name = ("left", "right")[side]
-        raise ValueError(f"bases of {leaf.path!r}: {name} has shape {jnp.shape(Q)}; wanted {(*batch, d, d)}.")
+        bias = leaf.axes.bias if leaf.axes else None
+        raise ValueError(
+            f"bases of {leaf.path!r}: {name} has shape {jnp.shape(Q)}; wanted {(*batch, d, d)}, since the program uses "
+            f"it as {leaf.axes}{f' with bias {bias!r}' if bias else ''}. Where the optimizer reads it otherwise, give "
+            "it and fo.eigenbases axes=fo.infer_axes(loss_fn, params, batch), and start its state anew."
+        )
     return in_product_order(Q, leaf)
 
 

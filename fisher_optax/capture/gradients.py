@@ -267,6 +267,7 @@ def _check_losses(counted: Counted, fisher: str, normalizer: Any) -> None:
 
 
 def _with_path(statistics: Any, leaf: LeafPlan, leaves: list[LeafPlan]) -> Any:
-    if not isinstance(statistics, LayerFactors | Samples) or leaf.bias is None:
+    if not isinstance(statistics, LayerFactors | Samples):
         return statistics
-    return dataclasses.replace(statistics, bias=leaves[leaf.bias].path)
+    bias = None if leaf.bias is None else leaves[leaf.bias].path
+    return dataclasses.replace(statistics, bias=bias, axes=leaf.axes)

@@ -105,7 +105,8 @@ def frog(
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without
-        ``statistics`` of every layer, or with some that do not fit it.
+        ``statistics`` of every layer, or with some that do not fit it or are of other axes; then pass
+        ``axes=fo.infer_axes(..., statistics=fo.LayerSamples())``.
 
     Example (16 to 64 samples of a batch are usual):
       >>> import jax.numpy as jnp, fisher_optax as fo

@@ -132,7 +132,8 @@ def kfac(
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without
-        ``statistics``, or with those of another kind or shape.
+        ``statistics``, or with those of another kind, shape or axes: where the program uses a layer in another way than
+        the rules read it, pass ``axes=fo.infer_axes(...)``.
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
