@@ -20,8 +20,8 @@ def orthogonal_iteration(method: str = "qr") -> Decomposition:
     A basis drifts slowly, so one step tracks it at a fraction of an eigendecomposition's cost.
 
     Args:
-      method: "qr" (Householder; the SOAP authors') or "cholesky" (shifted CholeskyQR2: matrix products and Cholesky
-        factors alone, for hardware on which QR is slow).
+      method: "qr" (Householder; the SOAP authors') or "cholesky" (shifted CholeskyQR: follows as well by products and
+        Cholesky factors alone, for hardware on which QR is slow).
 
     Raises:
       ValueError: for any other method.

@@ -122,7 +122,7 @@ def soap(
       adaptive_tolerance: τ in ``|B - diag B| > τ |B|``, ``B = Qᵀ L Q``.
       transport: of v when a basis turns: "permute" (the authors': follow the columns' new order) or "squared" (``(C∘C)
         v (C∘C)ᵀ``, ``C = Q_newᵀ Q_old``).
-      decomposition: "qr", "cholesky" (CholeskyQR2) or "eigh": how a basis is refreshed.
+      decomposition: "qr", "cholesky" (shifted CholeskyQR, where QR is slow) or "eigh": how a basis is refreshed.
       normalize_updates: scale every matrix's direction to root mean square 1.
       block_size: cut longer sides into blocks of at most this, each with its own factors.
       sides: "both", or "shorter": only the shorter side of each matrix gets a factor, at a quarter of the state.
