@@ -58,6 +58,7 @@ CATALOGUE = {
     "frog_cifar": Entry("frog_cifar", 40),
     "dykaf_regimes": Entry("dykaf_regimes", 20),
     "kronecker_error": Entry("kronecker_error", 1),
+    "orthogonal_iteration": Entry("orthogonal_iteration", 2),
     "fisher_tools": Entry("fisher_tools", 2),
     "pruning": Entry("pruning", 14),
     "merging": Entry("merging", 2),
