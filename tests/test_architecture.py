@@ -20,7 +20,7 @@ EVERYTHING = "*"
 MAY_IMPORT = {
     "branching": set(),
     "checks": set(),
-    "linalg": set(),
+    "linalg": {"branching"},
     "matrix_axes": set(),
     "stacks": set(),
     "tables": set(),

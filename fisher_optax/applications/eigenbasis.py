@@ -2,7 +2,8 @@
 
 The inner state stays in the basis. When the basis turns, moments must turn with it, or they speak of directions that
 are gone: fields named in ``linear``
-are rotated like a gradient, fields named in ``quadratic`` are carried like its square.
+are rotated like a gradient, fields named in ``quadratic`` are carried like its square. A direction that gradients never
+had gets no step: what an inner transformation makes of rounding (`rounding` says what that is) is left out.
 """
 
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from ..checks import at
 from ..types import Application, Eigenbasis, Eigenpairs, Moments
+from .rounding import counts
 
 Matrix = Float[Array, "m n"]
 
@@ -37,6 +39,9 @@ def in_eigenbasis(
       quadratic: names of the fields that hold averages of squared gradients.
       left, right: names of the fields that hold a vector along a side, averaged over the squares of the other.
 
+    Entries whose second moment (that of ``quadratic``, or of ``left`` and ``right``; else the square of ``linear``, or
+    of the gradient) is rounding, relative to its row and column, get no step.
+
     Example:
       >>> import optax, fisher_optax as fo
       >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
@@ -45,8 +50,21 @@ def in_eigenbasis(
     transform: Any = optax.with_extra_args_support(inner)
 
     def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:
-        direction, state = transform.update(into(G, basis), state, None, **extra)
-        return out_of(direction, basis), state
+        if basis.left is None and basis.right is None:
+            return transform.update(G, state, None, **extra)
+        H = into(G, basis)
+        H = jnp.where(~_is_first(state) | counts(jnp.square(H), first=True), H, 0)
+        X, state = transform.update(H, state, None, **extra)
+        values = (basis.left_values, basis.right_values) if isinstance(basis, Eigenpairs) else (None, None)
+        return out_of(jnp.where(counts(second_moment(state, H), values=values), X, 0), basis), state
+
+    def second_moment(state: Any, H: Matrix) -> Matrix:
+        """Of each entry, as the inner state has it; else the square of its mean, or of this gradient."""
+        sides = [*_fields(state, left), *_fields(state, right)]
+        if len(sides) == 2:
+            return jnp.outer(*sides)
+        squares = [*_fields(state, quadratic), *(jnp.square(m.astype(H.dtype)) for m in _fields(state, linear))]
+        return next((v for v in squares if v.shape == H.shape), jnp.square(H))
 
     def moments(state: Any) -> Moments:
         return Moments(*(tuple(_fields(state, names)) for names in (linear, quadratic, left, right)))
@@ -95,7 +113,8 @@ def adam(
 
     Args:
       b1, b2: decay rates, numbers or schedules of the step.
-      eps: in units of the gradient; small, since it is compared with an average that still carries its bias.
+      eps: in units of the gradient; small, since it is compared with an average that still carries its bias. Where
+        this runs in a basis, rounding is kept out by a floor relative to the gradient, and not by eps.
       bias_correction: whether the factor in front is applied.
       mu_dtype: storage of m; the gradient's by default.
       normalize: scale ``m / (sqrt(v) + eps)`` to root mean square 1 before the correction; zero stays zero.
@@ -121,6 +140,11 @@ def adam(
         return u, AdamState(t, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_first(state: Any) -> Array:
+    """Whether the state has seen no gradient, where it counts them."""
+    return next((count == 0 for count in _fields(state, ("count",))), jnp.zeros([], bool))
 
 
 def _is_state(node: Any) -> bool:

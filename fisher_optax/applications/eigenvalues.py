@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from ..checks import at
 from ..types import Application, Eigenpairs, Moments
 from .eigenbasis import into, out_of
+from .rounding import counts
 
 
 class EigenvaluesState(NamedTuple):
@@ -24,7 +25,8 @@ def inverse_root_of_eigenvalues(
 
     Args:
       b1: decay of m, number or schedule.
-      eps: against division by zero, in units of the gradient.
+      eps: against division by zero, in units of the gradient. Entries whose ``λ_L λ_Rᵀ`` is rounding relative to its
+        row and column get no step.
       bias_correction: divide m by ``1 - b1ᵗ``.
       mu_dtype: storage of m, default the gradient's.
 
@@ -44,6 +46,7 @@ def inverse_root_of_eigenvalues(
         root = jnp.sqrt(λ_L) * jnp.sqrt(λ_R) + eps
         # Zero before the first gradient that is not.
         u = m / jnp.where(root > 0, root, 1) / ((1 - β**t) if bias_correction else 1.0)
+        u = jnp.where(counts(jnp.broadcast_to(_in_units(λ_L) * _in_units(λ_R), m.shape)), u, 0)
         return out_of(u.astype(G.dtype), basis), EigenvaluesState(t, m.astype(state.mu.dtype))
 
     return Application(
@@ -54,3 +57,9 @@ def inverse_root_of_eigenvalues(
         lambda state: Moments((state.mu,), ()),
         lambda state, moments: state._replace(mu=moments.linear[0]),
     )
+
+
+def _in_units(λ: Any) -> Array:
+    """Relative to the largest: a product of two has the scale of a fourth power."""
+    largest = jnp.max(jnp.asarray(λ))
+    return λ / jnp.where(largest > 0, largest, 1)

@@ -32,7 +32,7 @@ def rank1_adam(
 
     Args:
       b1, b2: decay rates, numbers or schedules of the step.
-      eps: in units of the gradient; l and r start at eps each.
+      eps: in units of the gradient; l and r start at eps each. Rounding is kept out as for `adam`.
       bias_correction: whether the factor in front is applied.
       mu_dtype: storage of m; the gradient's by default.
 

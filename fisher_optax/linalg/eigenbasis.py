@@ -1,10 +1,14 @@
 """Orthonormal eigenbases of symmetric matrices: exact, or followed one orthogonal iteration at a time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
+from ..branching import branch
+from .completion import apart_last, completed, known, without_dust
 from .lapack import one_by_one
 from .scaling import unit_scale
 
@@ -21,19 +25,16 @@ def eigenbasis(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
       A: symmetric, of any scale; half types are computed in float32.
 
     Returns:
-      Orthonormal in float32 at least, for a zero matrix too; NaN where A is not finite.
-
-    Source: Vyas et al. 2024 (arXiv 2409.11321), whose code adds the same ridge of 1e-30.
+      Orthonormal in float32 at least, for a zero matrix too; NaN where A is not finite. Eigenvectors of the smallest
+        eigenvalue and those within 16 units of rounding (2e-6 of the largest in float32), which could be any, are what
+        is left of the axes.
 
     >>> print(jnp.abs(eigenbasis(jnp.diag(jnp.array([1.0, 3.0, 2.0])))))
     [[0. 0. 1.]
      [1. 0. 0.]
      [0. 1. 0.]]
     """
-    A = unit_scale(_at_least_float32(A))
-    A = A + 1e-30 * jnp.eye(A.shape[-1], dtype=A.dtype)
-    # LAPACK's order is ascending.
-    return one_by_one(lambda A: jnp.linalg.eigh(A).eigenvectors)(-A)
+    return one_by_one(_eigenvectors)(unit_scale(_at_least_float32(A)))
 
 
 def project(
@@ -80,9 +81,10 @@ def orthogonal_iteration(
       A: symmetric, of any scale.
       Q: the basis so far.
       P: `project(A, Q)`, where the caller has it.
-      method: "qr": Householder QR (the SOAP authors'; signs are whatever it gives). "cholesky": shifted CholeskyQR, as
-        below: products, Cholesky factors and triangular solves alone, about 13 d³ multiplications, for accelerators; on
-        a CPU QR is faster. Both follow A equally well.
+      method: "qr": Householder QR (the SOAP authors'; signs are whatever it gives), with what is left of the old basis
+        in columns that ``A Q`` does not reach. "cholesky": shifted CholeskyQR, as below: products, Cholesky factors and
+        triangular solves alone, about 13 d³ multiplications, for accelerators; on a CPU QR is faster. Both follow A
+        equally well.
       precision: of the products.
 
     "cholesky" takes the QR of ``M = (A + 8 ε |A| I) Q``, ε the type's epsilon, in four passes. Each divides M's columns
@@ -117,9 +119,7 @@ def orthogonal_iteration(
     Q = Q.astype(P.dtype)
     order = descending(Q, P)[..., None, :]
     if method == "qr":
-        return one_by_one(lambda M: jnp.linalg.qr(M).Q)(
-            jnp.take_along_axis(P, order, axis=-1, mode="promise_in_bounds")
-        )
+        return one_by_one(_qr)(A, jnp.take_along_axis(P, order, axis=-1, mode="promise_in_bounds"), Q)
     norm, epsilon = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True), float(jnp.finfo(P.dtype).eps)
     M = P + jnp.where(norm == 0, 1, FLOOR * epsilon * norm) * Q
     M = jnp.take_along_axis(M, order, axis=-1, mode="promise_in_bounds")
@@ -171,6 +171,29 @@ def keep_last_good(
     """
     failed = ~jnp.isfinite(jnp.sum(new - new, axis=(-2, -1)))
     return jnp.where(failed[..., None, None], old, new), failed
+
+
+@functools.partial(jnp.vectorize, signature="(d,d)->(d,d)")
+def _eigenvectors(A: Array) -> Array:
+    """By descending eigenvalue; of those at the lower end that cannot be told apart, what is left of the axes."""
+    order = apart_last(A)
+    first = order[::-1]  # from where LAPACK finds them to the bit
+    values, V = jnp.linalg.eigh(-A[first][:, first])  # ascending
+    V, found = V[::-1], known(-values, jnp.max(jnp.abs(values)), -values[-1])
+    V = branch(jnp.all(found), lambda: V, lambda: completed(V, found, jnp.eye(len(A), dtype=A.dtype)))
+    # LAPACK may find finite vectors of what is not.
+    return jnp.where(jnp.isfinite(jnp.sum(A)), without_dust(V)[jnp.argsort(order)], jnp.nan)
+
+
+@functools.partial(jnp.vectorize, signature="(d,d),(d,d),(d,d)->(d,d)")
+def _qr(A: Array, P: Array, old: Array) -> Array:
+    """The Q of P's QR; in columns that A does not reach, what is left of the old basis."""
+    order = apart_last(A)
+    Q, R = jnp.linalg.qr(P[order])
+    # A row of R is a column of A in the new basis: the longest is about the largest eigenvalue, even from a poor basis.
+    found = known(jnp.abs(jnp.diagonal(R)), jnp.max(jnp.linalg.norm(R, axis=1)))
+    Q = branch(jnp.all(found), lambda: Q, lambda: completed(without_dust(Q), found, old[order]))
+    return without_dust(Q)[jnp.argsort(order)]
 
 
 def _cholesky_qr(M: Array, shift: float, precision: Precision | str) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from .completion import apart_last
 from .lapack import one_by_one
 from .polynomials import polar_express
 from .scaling import unit_scale
@@ -137,7 +138,9 @@ def _by_eigenvalues(A: Array, exponent: float, ridge: Any) -> Array:
         λ, Q = jnp.linalg.eigh(A, symmetrize_input=False)
         return jnp.concatenate([λ[None], Q])
 
-    λ, Q = jnp.split(one_by_one(eigh)(A), [1])
+    first = apart_last(A)[::-1]
+    λ, Q = jnp.split(one_by_one(eigh)(A[first][:, first]), [1])
+    Q = Q[jnp.argsort(first)]
     λ = jnp.maximum(λ[0], 0) + ridge * jnp.max(λ)
     return _matmul(Q * λ**exponent, Q.mT)
 

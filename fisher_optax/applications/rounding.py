@@ -1,0 +1,61 @@
+"""Where a rotated gradient is the rounding of its rotation, and nothing to divide by.
+
+Gradients that span less than the matrix have entries of ``Q_Lᵀ G Q_R`` that should be zero. In floating point they are
+some units of rounding ε times the norms of their row and column of the gradient: by the two products 1 to 3, and by
+the basis ``ε κ``, where the singular values that the gradients do have span κ, since a product of a matrix with itself
+shows an eigenvector of theirs no better. Adam divides by a root second moment, and makes steps of them as long as any,
+unless its ``eps`` is larger; but that is in units of the gradient, which nobody knows. So there is a floor relative to
+the gradient itself, and entries below it get no step:
+
+    an entry of second moment v counts where  v > (256 ε)² (Σ_row v + Σ_column v + Σ v / max(m, n))
+
+The others are as without it, at any scale. In float32 256 ε is 3e-5: a direction in which gradients are smaller by that
+than in their largest cannot be told from one that they never had.
+
+Factors that start at the identity hold little of the first gradients, and show their eigenvectors worse. A direction
+whose eigenvalue nothing has raised shares it with others: of a basis that has eigenvalues, entries of such a one count
+from a thousandth of their column's (or row's) norm on, which would begin to raise it.
+
+At the first step v is of one gradient, and its basis perhaps of the same. Then all but the diagonal should be zero, for
+any κ: the product keeps singular values down to √ε of the largest, and leaves up to √ε elsewhere. So the last term is
+``ε Σ v / max(m, n)`` there, and what does not count is left out of the moments.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+UNITS = 256
+SAME = 16  # eigenvalues that many units of the largest apart are one
+RAISES = 1e-3
+
+Values = tuple[Float[Array, " m"] | None, Float[Array, " n"] | None]
+
+
+def counts(v: Float[Array, "m n"], first: bool = False, values: Values = (None, None)) -> Bool[Array, "m n"]:
+    """Which entries are more than rounding (see the top of this file), from the second moments of all.
+
+    Args:
+      v: of a matrix in its basis, of any scale.
+      first: whether v is of the first gradient.
+      values: the eigenvalues of the left and of the right basis, where they are known.
+
+    >>> print(counts(jnp.array([[1.0, 1e-4], [1e-14, 0.0]])))
+    [[ True  True]
+     [False False]]
+    """
+    ε = jnp.finfo(v.dtype).eps
+    floor = (UNITS * ε) ** 2
+    largest = jnp.max(v)
+    v = v / jnp.where(largest > 0, largest, 1)  # sums of squares overflow
+    rows, columns = jnp.sum(v, 1, keepdims=True), jnp.sum(v, 0, keepdims=True)
+    least = floor * (rows + columns) + (ε if first else floor) * jnp.sum(rows) / max(v.shape)
+    for λ, norms, axis in zip(values, (columns, rows), (1, 0), strict=True):
+        if λ is not None:
+            least = least + jnp.expand_dims(jnp.where(_unraised(λ), RAISES**2, 0), axis) * norms
+    return v > least
+
+
+def _unraised(λ: Float[Array, " d"]) -> Bool[Array, " d"]:
+    """Which of them are the smallest, if that is more than one."""
+    lowest = λ - jnp.min(λ) <= SAME * jnp.finfo(λ.dtype).eps * jnp.max(λ)
+    return lowest & (jnp.sum(lowest) > 1)
