@@ -17,8 +17,8 @@ def accumulate_statistics(so_far: Any, new: Any) -> Any:
     result with the last one. Rows and samples, which stand for the whole, are those of both, one after the other.
 
     Args:
-      so_far: statistics of the earlier micro-batches; None: there were none.
-      new: of the next, with equal structure. None: nothing is added.
+      so_far: statistics of the earlier micro-batches; None: there were none, and the result is ``new`` itself.
+      new: of the next, with equal structure. None: nothing is added, and the result is ``so_far`` itself.
 
     Raises:
       ValueError: where the two differ in structure.

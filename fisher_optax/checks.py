@@ -3,9 +3,11 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 # What `optax.inject_hyperparams` may trace; everything else shapes the program.
 TRACED = (
@@ -28,10 +30,31 @@ def at(value: Any, count: Any) -> Any:
     return value(count) if callable(value) else value
 
 
-def scheduled(factory: Callable[..., Any], **options: Any) -> Any:
-    """An Optax transformation that takes numbers alone, with schedules injected where there are any."""
-    wrap = optax.inject_hyperparams if any(map(callable, options.values())) else lambda f: f
-    return wrap(factory)(**options)
+class ScheduledState(NamedTuple):
+    """State of `scheduled`, where there are schedules."""
+
+    count: Int[Array, ""]
+    inner: Any
+
+
+def scheduled(factory: Callable[..., Any], **options: Any) -> optax.GradientTransformationExtraArgs:
+    """An Optax transformation that takes numbers alone, with schedules evaluated at the call where there are any.
+
+    `optax.inject_hyperparams` would keep the numbers in the state: an array that the caller still holds among them.
+    """
+
+    def now(count: Any) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(factory(**{name: at(value, count) for name, value in options.items()}))
+
+    def init(params: Any) -> ScheduledState:
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledState(count, now(count).init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ScheduledState]:
+        updates, inner = now(state.count).update(updates, state.inner, params, **extra)
+        return updates, ScheduledState(state.count + 1, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update) if any(map(callable, options.values())) else now(None)
 
 
 def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:

@@ -46,8 +46,8 @@ def guarded(
 
     def init(params: optax.Params) -> GuardState:
         def start(params: Any) -> GuardState:
-            zero = jnp.zeros([], jnp.int32)
-            return GuardState(jnp.asarray(STATE_VERSION, jnp.int32), zero, zero, tx.init(params))
+            steps, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+            return GuardState(jnp.asarray(STATE_VERSION, jnp.int32), steps, skipped, tx.init(params))
 
         return on_mesh(start, params)
 

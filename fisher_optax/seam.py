@@ -101,9 +101,9 @@ class Seam:
 
     def _init(self, axes: list[MatrixAxes], params: Any) -> PreconditionState:
         leaves, treedef = jax.tree.flatten(params)
-        count = jnp.zeros([], jnp.int32)
+        count, kept = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         if not leaves:  # optax.tree.map_params asks with a placeholder where the parameters would be
-            return PreconditionState(count, count, treedef.unflatten([]))
+            return PreconditionState(count, kept, treedef.unflatten([]))
         counts: dict[str, int] = {}
         layouts: dict[str, set[Layout | None]] = {}
         for x, a in zip(leaves, axes, strict=True):
@@ -117,7 +117,7 @@ class Seam:
             for key, n in counts.items()
         }
         states = {key: share_out(place(state, layouts[key]), self.mesh_axis) for key, state in states.items()}
-        return PreconditionState(count, count, states)
+        return PreconditionState(count, kept, states)
 
     def _start(self, key: str) -> MatrixState:
         """The state of one matrix of a stack."""

@@ -26,7 +26,7 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
       the scale of v. DyKAF: as SOAP, whose factors are too large for it by their trace until they are forgotten. Muon:
       Adam's first moment as momentum.
     Fallbacks that hold Adam: its state.
-    Counters of schedules start at 0.
+    Counters of schedules start at 0. All is copied: ``adam_state`` is still there when the new state was donated.
 
     Args:
       tx: the transformation to start, e.g. ``fo.soap(3e-3)``.
@@ -53,7 +53,7 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     def leafwise(moments: Any, into: Any) -> Any:
         pairs = zip(jax.tree.leaves(moments), treedef.flatten_up_to(into), strict=True)
         return treedef.unflatten(
-            [old if isinstance(old, optax.MaskedNode) else x.astype(old.dtype) for x, old in pairs]
+            [old if isinstance(old, optax.MaskedNode) else jnp.array(x, old.dtype) for x, old in pairs]
         )
 
     def stacked(moments: Any) -> dict[str, Array]:
@@ -67,7 +67,9 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     def fill(node: Any) -> Any:
         if isinstance(node, optax.ScaleByAdamState):
             used.append(node)
-            return node._replace(count=adam.count, mu=leafwise(adam.mu, node.mu), nu=leafwise(adam.nu, node.nu))
+            return node._replace(
+                count=jnp.array(adam.count), mu=leafwise(adam.mu, node.mu), nu=leafwise(adam.nu, node.nu)
+            )
         if isinstance(node, MomentumState):
             used.append(node)
             weights = 1 - b1**adam.count

@@ -38,6 +38,17 @@ def assert_finite(tree: Any) -> None:
         assert bool(jnp.isfinite(x).all()), jax.tree_util.keystr(path)
 
 
+def assert_own_buffers(state: Any, *others: Any) -> None:
+    """No two leaves of the state share memory, nor one of them with the other trees: all of it may be donated."""
+    first: dict[int, str] = {}
+    for name, tree in [*zip(map(str, range(len(others))), others, strict=True), ("state", state)]:
+        for path, x in jax.tree.leaves_with_path(tree):
+            for shard in x.addressable_shards if isinstance(x, jax.Array) and x.size else ():
+                place = name + jax.tree_util.keystr(path)
+                taken = first.setdefault(shard.data.unsafe_buffer_pointer(), place)
+                assert taken == place or name != "state", f"{place} is {taken}"
+
+
 def types(tree: Any) -> Any:
     """Shape, dtype and weakness of every leaf, by path."""
     leaves = jax.tree.leaves_with_path(tree)

@@ -88,8 +88,8 @@ def gradual(
             plain = jax.tree.map(lambda W: jax.ShapeDtypeStruct(W.shape, W.dtype), params)  # on no mesh
             shapes = jax.eval_shape(lambda x: _moments(as_matrices(x, axes), block), plain)
         moments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        zero = jnp.zeros([], jnp.int32)
-        return GradualState(zero, jnp.zeros([], jnp.float32), masks, moments, zero, tx.init(params))
+        count, gathered = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        return GradualState(count, jnp.zeros([], jnp.float32), masks, moments, gathered, tx.init(params))
 
     def update(grads: Any, state: GradualState, params: Any, **extra: Any) -> tuple[Any, GradualState]:
         done, axes, grads = state.count + 1, pruning.axes_of(params), masked(grads, state.masks)

@@ -27,7 +27,8 @@ class KeepMasksState(NamedTuple):
 def keep_masks(tx: optax.GradientTransformation, masks: Any) -> optax.GradientTransformationExtraArgs:
     """``tx``, under which pruned weights stay exactly 0; ones that are not yet become 0 in the first step.
 
-    Masks are part of the state, so that a checkpoint has them. A gradient that is not finite skips the whole step.
+    Masks are part of the state, as a copy, so that a checkpoint has them. A gradient that is not finite skips the whole
+    step.
 
     Args:
       tx: any optimizer; other arguments of ``update`` are passed on to it.
@@ -66,7 +67,7 @@ def _fitting(masks: Any, params: Any) -> Any:
     def one(path: tuple, W: Any, M: Any) -> Array | None:
         if M is None:
             return None
-        name, M = "/".join(path_names(path)), jnp.asarray(M)
+        name, M = "/".join(path_names(path)), jnp.array(M)  # a copy: whoever donates the state keeps the masks
         if M.dtype != bool:
             raise TypeError(f"masks at {name!r} are {M.dtype}; wanted booleans, True for a weight that stays.")
         if M.shape != W.shape:

@@ -45,8 +45,9 @@ class DiagonalFisher(NamedTuple):
     def zeros(cls, like: Any) -> "DiagonalFisher":
         """Nothing seen yet, of groups shaped like ``like``."""
         float_like = lambda x: jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32))  # noqa: E731
-        mean, zero, none = jax.tree.map(float_like, like), jnp.zeros([]), jnp.zeros([], jnp.int32)
-        return cls(mean, mean, zero, zero, none, none, none)
+        mean, m2 = (jax.tree.map(float_like, like) for _ in range(2))
+        # A buffer each, so that all may be donated.
+        return cls(mean, m2, *(jnp.zeros([]) for _ in range(2)), *(jnp.zeros([], jnp.int32) for _ in range(3)))
 
     def update(self, x: Any, w: Float[Array, " b"]) -> "DiagonalFisher":
         """With the squares of ``b`` more examples, stacked in front; one that is not finite is skipped and counted, one

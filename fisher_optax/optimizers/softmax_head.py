@@ -101,9 +101,12 @@ def scale_by_head(fisher: str, decay: Any, damping: Any, rows: int) -> optax.Gra
 
 
 def _start(fisher: str, m: int, V: int, rows: int) -> HeadState:
-    zero, none = jnp.zeros([]), jnp.zeros((rows, V))
-    right = EmpiricalHead(none, zero) if fisher == "empirical" else SoftmaxHead(none[0], none, none[:, 0], zero, False)
-    return HeadState(jnp.zeros([], jnp.int32), zero, jnp.zeros((m, m)), right)
+    total, none = jnp.zeros([]), jnp.zeros((rows, V))
+    if fisher == "empirical":
+        right: Any = EmpiricalHead(none, total)
+    else:
+        right = SoftmaxHead(jnp.zeros(V), none, jnp.zeros(rows), total, False)
+    return HeadState(jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.zeros((m, m)), right)
 
 
 def _seen(state: HeadState, seen: LayerFactors, decay: Any, rows: int) -> HeadState:

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from tests.comparisons import assert_close, assert_same_bits, assert_updates_close
+from tests.comparisons import assert_close, assert_own_buffers, assert_same_bits, assert_updates_close
 from tests.optimizers_table import (
     FACTORIES,
     METHODS,
@@ -41,10 +41,13 @@ def test_unknown_arguments_are_accepted_and_nothing_compiles_twice(row: Row) -> 
 
 @each()
 def test_jitted_equals_eager(row: Row) -> None:
+    """And of what an eager step leaves in the state, nothing is there twice or belongs to the caller."""
     c = compiled(row)
-    params = standard_params()
-    eager = run(updater(c.tx, **row.update_kwargs), c.tx.init(params), params, standard_gradients()[:3])
+    params, gradients = standard_params(), standard_gradients()[:3]
+    eager = run(updater(c.tx, **row.update_kwargs), c.tx.init(params), params, gradients)
     assert_updates_close(eager, trajectory(row), row.tolerance)
+    for point in eager:
+        assert_own_buffers(point.state, point.updates, point.params, params, gradients)
 
 
 @each(METHODS)
