@@ -13,9 +13,9 @@ from .applications import in_eigenbasis
 from .axes import label_params
 from .bases import eigenbases
 from .capture import CaptureReport, InputGram, KroneckerFactors, LayerSamples, infer_axes, losses, value_and_grad
-from .checks import static_args as _static_args
 from .decay import add_cautious_decay, add_decay_after_step
 from .grafting import graft
+from .hyperparameters import static_args as _static_args
 from .linalg import jordan, polar_express, you
 from .matrix_axes import MatrixAxes
 from .optimizers.dykaf import dykaf, scale_by_dykaf
@@ -30,7 +30,7 @@ from .precondition import precondition
 from .reporting import Health, Report, Row, check_state, health, report
 from .warm_start import from_adam
 
-# For optax.inject_hyperparams(fo.soap, static_args=fo.STATIC_ARGS["soap"]): only numbers are ever traced.
+# What shapes the program and cannot be traced, for tools other than optax.inject_hyperparams: that needs no list.
 _FACTORIES = (
     *(soap, scale_by_soap, muon, scale_by_muon, dykaf, scale_by_dykaf),
     *(shampoo, scale_by_shampoo),

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from .checks import at
+from .hyperparameters import injectable
 
 Mask = Any | Callable[[Any], Any] | None
 
@@ -19,6 +20,7 @@ class DecayState(NamedTuple):
     count: Int[Array, ""]
 
 
+@injectable
 def add_decay_after_step(
     learning_rate: Any, weight_decay: Any = 0.01, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,6 +70,7 @@ def decay_after_step(
     return optax.GradientTransformationExtraArgs(_init, update)
 
 
+@injectable
 def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
     """Decay only the weights that the step shrinks anyway: ``u ← u + wd W [u W > 0]``. Comes before the learning rate,
     like `optax.add_decayed_weights`.
@@ -98,6 +101,13 @@ def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.Gra
         return jax.tree.map(one, updates, params, visible(mask)(params)), DecayState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
+
+
+def decayed_weights(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights`, which needs no parameters where the decay is 0 for good, with the same state."""
+    tx = optax.add_decayed_weights(weight_decay, visible(mask))
+    none = isinstance(weight_decay, int | float) and weight_decay == 0
+    return optax.GradientTransformation(tx.init, lambda updates, state, params=None: (updates, state)) if none else tx
 
 
 def visible(mask: Mask) -> Callable[[Any], Any]:

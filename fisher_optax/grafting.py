@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from .axes import resolve_axes
 from .guard import guarded
+from .hyperparameters import injectable
 from .matrix_axes import MatrixAxes
 from .routing import in_float32, require_transformation
 
@@ -21,6 +22,7 @@ class GraftState(NamedTuple):
     magnitude: Any
 
 
+@injectable
 def graft(direction: Any, magnitude: Any, axes: Any = None) -> optax.GradientTransformationExtraArgs:
     """``U = D |M| / |D|`` for each matrix: where ``direction`` points, as far as ``magnitude`` goes.
 

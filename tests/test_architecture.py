@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "types": {"matrix_axes"},
     "axes_rules": {"matrix_axes"},
     "axes": {"axes_rules", "matrix_axes"},
-    "decay": {"checks"},
+    "decay": {"checks", "hyperparameters"},
+    "hyperparameters": {"checks"},
     "momentum": {"branching", "checks"},
     "matrices": {"matrix_axes"},
     "sharding": {"matrix_axes"},
@@ -43,7 +44,7 @@ MAY_IMPORT = {
     "routing": {"axes", "branching", "layers", "matrix_axes", "reporting"},
     # What a preconditioner is put together from: these never import each other.
     "factors": {"branching", "checks", "linalg", "types"},
-    "grafting": {"axes", "guard", "matrix_axes", "routing"},
+    "grafting": {"axes", "guard", "hyperparameters", "matrix_axes", "routing"},
     "decompositions": {"branching", "linalg", "types"},
     "applications": {"checks", "linalg", "types"},
     # The seam knows their contracts in `types`, not them.
@@ -56,16 +57,16 @@ MAY_IMPORT = {
     # A named optimizer is the seam called with parts; nothing but the package itself imports one.
     "optimizers": {
         *("applications", "axes", "axes_rules", "checks", "curvature", "decay", "decompositions", "factors", "fisher"),
-        *("grafting", "guard", "layers", "linalg", "matrices", "matrix_axes", "momentum", "precondition", "routing"),
-        *("seam", "types"),
+        *("grafting", "guard", "hyperparameters", "layers", "linalg", "matrices", "matrix_axes", "momentum"),
+        *("precondition", "routing", "seam", "types"),
     },
     "train_state": set(),
     "fisher": {
         *("axes", "capture", "checks", "factors", "layers", "linalg", "matrices", "matrix_axes", "tables", "types"),
     },
     "compression": {
-        *("axes", "branching", "capture", "checks", "fisher", "guard", "linalg", "matrices", "matrix_axes", "tables"),
-        "types",
+        *("axes", "branching", "capture", "checks", "fisher", "guard", "hyperparameters", "linalg", "matrices"),
+        *("matrix_axes", "tables", "types"),
     },
     "__init__": {EVERYTHING},
 }

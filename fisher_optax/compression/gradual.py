@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ..branching import branch
 from ..checks import in_range
+from ..hyperparameters import injectable
 from .keeping import kept, masked, transformation, wrapper
 from .obert import block_moments, obert_scores, obert_step
 from .targets import Pruning, as_leaves, as_matrices
@@ -33,6 +34,7 @@ class GradualState(NamedTuple):
     inner: Any
 
 
+@injectable
 def gradual(
     tx: optax.GradientTransformation,
     sparsity: Any,

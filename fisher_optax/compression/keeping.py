@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array
 
 from ..guard import guarded
+from ..hyperparameters import injectable
 from ..matrix_axes import path_names
 from .targets import by_path
 
@@ -24,6 +25,7 @@ class KeepMasksState(NamedTuple):
     inner: Any
 
 
+@injectable
 def keep_masks(tx: optax.GradientTransformation, masks: Any) -> optax.GradientTransformationExtraArgs:
     """``tx``, under which pruned weights stay exactly 0; ones that are not yet become 0 in the first step.
 

@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Int
 
 from ..checks import at, in_range
+from ..hyperparameters import injectable
 from .keeping import masked, transformation, wrapper
 from .targets import Pruning, as_leaves, as_matrices
 
@@ -36,6 +37,7 @@ class MovementState(NamedTuple):
     inner: Any
 
 
+@injectable
 def movement(
     tx: optax.GradientTransformation,
     sparsity: Any = None,

@@ -14,12 +14,13 @@ from typing import Any
 import optax
 
 from ..applications import rank1_adam
-from ..checks import takes
 from ..factors import projector_splitting
+from ..hyperparameters import injectable, takes
 from ..seam import Seam
 from .soap import complete, direction, scale_by_soap, soap, soap_seam
 
 
+@injectable
 @takes(scale_by_soap)
 def scale_by_dykaf(
     *,
@@ -38,6 +39,7 @@ def scale_by_dykaf(
     return direction("dykaf", parts=_parts(init, variant, first, rank1_second_moment), **options)
 
 
+@injectable
 @takes(soap)
 def dykaf(
     *,

@@ -19,8 +19,9 @@ from jaxtyping import Array, Int
 from ..applications.conjugate_gradient import Solve, check_samples, frog_direction, in_stack, kfrog_direction
 from ..checks import at, in_range
 from ..curvature import HOW, KINDS, on_layers
-from ..decay import Mask, visible
+from ..decay import Mask, decayed_weights
 from ..guard import guarded
+from ..hyperparameters import injectable
 from ..layers import Layer
 from ..momentum import MomentumState
 from ..momentum import momentum as weighted_mean
@@ -39,6 +40,7 @@ class FrogState(NamedTuple):
     momentum: MomentumState
 
 
+@injectable
 def scale_by_frog(
     momentum: Any = 0.9,
     damping: Any = 1e-4,
@@ -58,6 +60,7 @@ def scale_by_frog(
     return _scale_by("frog", **locals())
 
 
+@injectable
 def scale_by_kfrog(
     momentum: Any = 0.9,
     damping: Any = 1e-4,
@@ -76,8 +79,9 @@ def scale_by_kfrog(
     return _scale_by("kfrog", **locals())
 
 
+@injectable
 def frog(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     momentum: Any = 0.9,
     damping: Any = 1e-4,
     iterations: int = 4,
@@ -119,8 +123,9 @@ def frog(
     return _complete("frog", **locals())
 
 
+@injectable
 def kfrog(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     momentum: Any = 0.9,
     damping: Any = 1e-4,
     iterations: int = 4,
@@ -174,8 +179,7 @@ def _complete(
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
     direction = _direction(method, **options)
-    decay = optax.add_decayed_weights(weight_decay, visible(mask))
-    rate = optax.scale_by_learning_rate(learning_rate)
+    decay, rate = decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
 
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         return optax.chain(_on_samples(direction, method, layers), decay, rate)

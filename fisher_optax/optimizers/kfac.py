@@ -17,13 +17,14 @@ from typing import Any
 import optax
 
 from ..applications import damped, eigenvalue_corrected
-from ..checks import in_range, scheduled, takes
+from ..checks import in_range
 from ..curvature import layer_axes, on_layers, same_shapes, whole_sides
-from ..decay import Mask, visible
+from ..decay import Mask, decayed_weights
 from ..decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
 from ..factors import kronecker, tikhonov
 from ..grafting import graft_on, magnitude_of
 from ..guard import guarded
+from ..hyperparameters import injectable, scheduled, takes
 from ..layers import Layer
 from ..momentum import held_trace
 from ..precondition import seam
@@ -37,6 +38,7 @@ KINDS = ("matrix", "head")
 DECOMPOSITIONS = ("eigh", "qr", "inverse")
 
 
+@injectable
 def scale_by_kfac(
     curvature_decay: Any = 0.95,
     damping: Any = 1e-3,
@@ -67,8 +69,9 @@ def scale_by_kfac(
     return _direction("kfac", **locals())
 
 
+@injectable
 def kfac(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     momentum: Any = 0.9,
     curvature_decay: Any = 0.95,
     damping: Any = 1e-3,
@@ -146,12 +149,14 @@ def kfac(
     return _complete("kfac", **locals())
 
 
+@injectable
 @takes(scale_by_kfac)
 def scale_by_ekfac(**options: Any) -> optax.GradientTransformationExtraArgs:
     """The direction of `ekfac`, in `scale_by_kfac`'s arguments."""
     return _direction("ekfac", **options)
 
 
+@injectable
 @takes(kfac)
 def ekfac(**options: Any) -> optax.GradientTransformationExtraArgs:
     """EKFAC, in `kfac`'s arguments: S, the moving average of the squares of each example's gradient in the eigenbasis,
@@ -208,9 +213,7 @@ def _complete(
     in_range("weight_decay", weight_decay, 0)
     in_range("kl_clip", 0.0 if kl_clip is None else kl_clip, 0)
     magnitude = None if grafting is None else magnitude_of(grafting)
-    after = optax.chain(
-        optax.add_decayed_weights(weight_decay, visible(mask)), optax.scale_by_learning_rate(learning_rate)
-    )
+    after = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
 
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         direction = _on_layers(name, method, of_heads, magnitude, kl_clip, learning_rate, layers)

@@ -10,9 +10,9 @@ from typing import Any
 
 import optax
 
-from ..checks import takes
 from ..curvature import layer_axes, on_layers, same_shapes
 from ..factors import kronecker
+from ..hyperparameters import injectable, takes
 from ..layers import Layer
 from ..routing import by_layers
 from ..seam import Seam
@@ -20,12 +20,14 @@ from ..types import LayerFactors
 from . import soap as soap_parts
 
 
+@injectable
 @takes(soap_parts.scale_by_soap)
 def scale_by_kfac_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
     """The direction of `kfac_soap`, in `fo.scale_by_soap`'s arguments."""
     return soap_parts.direction("kfac_soap", route=by_layers, on=_on_layers, factors=kronecker, **options)
 
 
+@injectable
 @takes(soap_parts.soap)
 def kfac_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
     """KFAC-SOAP (see the top of this file for the rule), in `fo.soap`'s arguments; ``shampoo_beta`` is the decay of A

@@ -14,14 +14,15 @@ from typing import Any
 import optax
 
 from ..applications import inverse_root_of_eigenvalues
-from ..checks import takes
 from ..factors import kullback_leibler
+from ..hyperparameters import injectable, takes
 from ..seam import Seam
 from .soap import complete, direction, scale_by_soap, soap, soap_seam
 
 BETAS = {"b1": 0.9, "b2": 0.98}  # the authors'
 
 
+@injectable
 @takes(scale_by_soap, **BETAS)
 def scale_by_kl_soap(*, init: str = "gradient", **options: Any) -> optax.GradientTransformationExtraArgs:
     """The direction of `kl_soap`, without learning rate and decay; arguments of `scale_by_soap`.
@@ -33,6 +34,7 @@ def scale_by_kl_soap(*, init: str = "gradient", **options: Any) -> optax.Gradien
     return direction("kl_soap", parts=_kl_soap(init), **options)
 
 
+@injectable
 @takes(soap, **BETAS)
 def kl_soap(*, init: str = "gradient", **options: Any) -> optax.GradientTransformationExtraArgs:
     """KL-SOAP (see the top of this file). Takes the arguments of `soap`; the betas are the authors', (.9, .98).
@@ -53,6 +55,7 @@ def kl_soap(*, init: str = "gradient", **options: Any) -> optax.GradientTransfor
     return complete("kl_soap", parts=_kl_soap(init), **options)
 
 
+@injectable
 @takes(scale_by_soap, **BETAS)
 def scale_by_kl_shampoo(*, init: str = "gradient", **options: Any) -> optax.GradientTransformationExtraArgs:
     """The direction of `kl_shampoo`, without learning rate and decay; arguments of `scale_by_soap`.
@@ -64,6 +67,7 @@ def scale_by_kl_shampoo(*, init: str = "gradient", **options: Any) -> optax.Grad
     return direction("kl_shampoo", parts=_kl_shampoo(init), **options)
 
 
+@injectable
 @takes(soap, **BETAS)
 def kl_shampoo(*, init: str = "gradient", **options: Any) -> optax.GradientTransformationExtraArgs:
     """KL-Shampoo (see the top of this file). Takes the arguments of `soap`, which mean the same: ``b2`` (or

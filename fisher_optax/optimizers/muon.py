@@ -18,8 +18,9 @@ from jaxtyping import Array
 from ..applications import orthogonal
 from ..axes import resolve_axes
 from ..checks import in_range
-from ..decay import Mask, visible
+from ..decay import Mask, decayed_weights
 from ..guard import guarded
+from ..hyperparameters import injectable
 from ..matrices import from_matrices, matrix_shapes, to_matrices
 from ..momentum import with_momentum
 from ..precondition import seam
@@ -29,6 +30,7 @@ from ..seam import Seam
 KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
 
 
+@injectable
 def scale_by_muon(
     beta: Any = 0.95,
     nesterov: bool = True,
@@ -61,8 +63,9 @@ def scale_by_muon(
     return _routed(build, fallback, axes, polar)
 
 
+@injectable
 def muon(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     beta: Any = 0.95,
     nesterov: bool = True,
     weight_decay: Any = 0.0,
@@ -111,11 +114,7 @@ def muon(
     in_range("weight_decay", weight_decay, 0)
     in_range("beta", beta, 0, 1)
     polar = _polar(scale, polynomial, method, dtype, max_stack, mesh_axis)
-
-    # A decay that is zero for good would still read the parameters.
-    none = isinstance(weight_decay, int | float) and weight_decay == 0
-    decay = optax.identity() if none else optax.add_decayed_weights(weight_decay, visible(mask))
-    rate = optax.scale_by_learning_rate(learning_rate)
+    decay, rate = decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
 
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
         return optax.chain(with_momentum(polar.on_matrices(leaf_axes), beta, nesterov, momentum_dtype), decay, rate)
@@ -144,7 +143,8 @@ class NorMuonState(NamedTuple):
     nu: Any
 
 
-def scale_by_normuon(b2: Any = 0.95, eps: float = 1e-8, *, axes: Any = None) -> optax.GradientTransformationExtraArgs:
+@injectable
+def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> optax.GradientTransformationExtraArgs:
     """NorMuon's second half, after `scale_by_muon`: give every output neuron an update of like size.
 
         v ← b2 v + (1-b2) mean_in(O²);   O' = O / (sqrt(v) + eps);   U = O' |O| / |O'|
@@ -161,6 +161,7 @@ def scale_by_normuon(b2: Any = 0.95, eps: float = 1e-8, *, axes: Any = None) -> 
       >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), optax.scale_by_learning_rate(1e-2))
     """
     in_range("b2", b2, 0, 1)
+    in_range("eps", eps, 0)
 
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
         def matrix(x: Array, a: Any) -> Array:

@@ -14,12 +14,13 @@ from typing import Any
 import optax
 
 from ..applications import power
-from ..checks import in_range, scheduled
-from ..decay import Mask, visible
+from ..checks import in_range
+from ..decay import Mask, decayed_weights
 from ..decompositions import inverse_root
 from ..factors import outer_product
 from ..grafting import graft_on, magnitude_of
 from ..guard import guarded
+from ..hyperparameters import injectable, scheduled
 from ..precondition import seam
 from ..routing import Build, by_axes
 from ..seam import Seam
@@ -27,6 +28,7 @@ from ..seam import Seam
 KINDS = ("matrix", "head")
 
 
+@injectable
 def scale_by_shampoo(
     b1: Any = 0.9,
     b2: Any = 0.99,
@@ -62,8 +64,9 @@ def scale_by_shampoo(
     return guarded(by_axes("shampoo", grafted, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
+@injectable
 def shampoo(
-    learning_rate: Any,
+    learning_rate: optax.ScalarOrSchedule,
     b1: Any = 0.9,
     b2: Any = 0.99,
     eps: Any = 1e-6,
@@ -133,9 +136,7 @@ def shampoo(
     grafted, method = _parts(**_common(locals()))
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
-    after = optax.chain(
-        optax.add_decayed_weights(weight_decay, visible(mask)), optax.scale_by_learning_rate(learning_rate)
-    )
+    after = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
     fallback = optax.chain(_adam(b1, b2), after) if fallback is None else fallback
     return guarded(
         by_axes(

@@ -16,11 +16,12 @@ from typing import Any
 import optax
 
 from ..applications import adam, in_eigenbasis
-from ..checks import in_range, scheduled
-from ..decay import Mask, decay_after_step, visible
+from ..checks import in_range
+from ..decay import Mask, decay_after_step, decayed_weights
 from ..decompositions import eigh, orthogonal_iteration, with_eigenvalues
 from ..factors import outer_product
 from ..guard import guarded
+from ..hyperparameters import injectable, scheduled
 from ..precondition import seam
 from ..routing import by_axes, skip_first_call
 from ..seam import Seam
@@ -34,6 +35,7 @@ DECOMPOSITIONS = {
 }
 
 
+@injectable
 def scale_by_soap(
     b1: Any = 0.95,
     b2: Any = 0.95,
@@ -71,8 +73,9 @@ def scale_by_soap(
     return direction("soap", **locals())
 
 
+@injectable
 def soap(
-    learning_rate: Any = 3e-3,
+    learning_rate: optax.ScalarOrSchedule = 3e-3,
     b1: Any = 0.95,
     b2: Any = 0.95,
     eps: Any = 1e-8,
@@ -197,9 +200,7 @@ def complete(
 
     if fallback is None:
         # AdamW, whose Adam waits with the matrices while its schedules count calls, as theirs do.
-        rest = optax.chain(
-            optax.add_decayed_weights(weight_decay, visible(mask)), optax.scale_by_learning_rate(learning_rate)
-        )
+        rest = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
         rest = skip_first_call(rest, hold=False) if first_step == "skip" else rest
         fallback = optax.chain(method.with_first(_adam(b1, b2, eps)), rest)
     else:

@@ -1,6 +1,5 @@
 """How optimizers may be called: once compiled, eagerly, mapped, wrapped by optax, with traced or scheduled numbers."""
 
-import functools
 import inspect
 import operator
 from typing import Any
@@ -74,10 +73,10 @@ def test_an_ensemble_under_vmap_equals_a_loop(row: Row) -> None:
         assert_updates_close(member, points, row.tolerance)
 
 
-def assert_stops_after_three(row: Row, tx: optax.GradientTransformationExtraArgs) -> None:
+def assert_stops_after_three(row: Row, tx: optax.GradientTransformationExtraArgs, state: Any) -> None:
     """Three calls as in the row's run, then none: with a rate of zero there is no weight decay either."""
     params = standard_params()
-    points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, standard_gradients()[:5])
+    points = run(jax.jit(updater(tx, **row.update_kwargs)), state, params, standard_gradients()[:5])
     assert_updates_close(points[:3], trajectory(row), row.tolerance)
     for point in points[3:]:
         assert_same_bits(point.updates, jax.tree.map(jnp.zeros_like, params))
@@ -90,10 +89,15 @@ def numbers(row: Row) -> dict[str, float]:
 
 @each(row for row in FACTORIES if row.static_args)
 def test_injected_hyperparameters_are_the_ones_used(row: Row) -> None:
-    """Every number of the factory is traced (rates, betas, decay), and the rate is a schedule evaluated outside."""
+    """Every rate, beta and decay is traced, the rate a schedule evaluated outside, and a decay of zero may be raised.
+    The state inside is the one without."""
     rate = optax.piecewise_constant_schedule(numbers(row)["learning_rate"], {3: 0.0})
-    inject = functools.partial(optax.inject_hyperparams, static_args=fo.STATIC_ARGS[row.static_args])
-    assert_stops_after_three(row, build(row, wrap=inject, learning_rate=rate))
+    tx = build(row, wrap=optax.inject_hyperparams, learning_rate=rate, **row.undecayed)
+    state = tx.init(standard_params())
+    injected, plain = (s if row.rate_after is None else s[0] for s in (state, trajectory(row)[0].state))
+    assert jax.tree.structure(injected.inner_state) == jax.tree.structure(plain)
+    injected.hyperparams.update({name: jnp.asarray(numbers(row)[name]) for name in row.undecayed})
+    assert_stops_after_three(row, tx, state)
 
 
 @each(row for row in FACTORIES if row.scheduled)
@@ -101,7 +105,8 @@ def test_schedules_are_the_numbers_they_give(row: Row) -> None:
     """Rates, decay and momentum may be schedules, of the number of the call."""
     schedules = {name: optax.constant_schedule(numbers(row)[name]) for name in row.scheduled}
     schedules["learning_rate"] = optax.piecewise_constant_schedule(numbers(row)["learning_rate"], {3: 0.0})
-    assert_stops_after_three(row, build(row, **schedules))
+    tx = build(row, **schedules)
+    assert_stops_after_three(row, tx, tx.init(standard_params()))
 
 
 @each(STATES)

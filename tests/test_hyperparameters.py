@@ -1,0 +1,79 @@
+"""`optax.inject_hyperparams` takes every factory as it is: what is no hyperparameter stays what it was given as."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import fisher_optax as fo
+from fisher_optax.hyperparameters import TRACED, Fixed
+from tests.comparisons import assert_close, assert_same_bits
+from tests.optimizers_table import standard_gradients, standard_params
+
+PARAMS, GRADS = standard_params(), standard_gradients()[0]
+
+
+def axes_of(params: Any) -> Any:
+    return jax.tree.map(lambda _: None, params) | {"conv": {"kernel": fo.MatrixAxes((0, 1, 2), 3)}}
+
+
+def matrices_only(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def a_step(tx: Any, state: Any = None) -> Any:
+    return tx.update(GRADS, tx.init(PARAMS) if state is None else state, PARAMS)[0]
+
+
+def wrapped(name: str, **options: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    return getattr(fo.compression, name), {"tx": optax.sgd(0.1), **options}
+
+
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "soap": (fo.soap, {"max_precond_dim": 6, "axes": axes_of, "mask": matrices_only, "first_step": "adam"}),
+    "muon": (fo.muon, {"learning_rate": 0.1, "scale": 0.3, "mask": matrices_only, "weight_decay": 0.1}),
+    "shampoo": (fo.shampoo, {"learning_rate": 0.1, "exponent": -0.5, "momentum_dtype": jnp.bfloat16}),
+    "dykaf": (fo.dykaf, {"rank1_second_moment": True, "block_size": 3, "init": "identity", "first_step": "adam"}),
+    "normuon": (fo.scale_by_normuon, {"b2": 0.9, "axes": axes_of}),
+    "decay-after-step": (fo.add_decay_after_step, {"learning_rate": 0.1, "mask": matrices_only}),
+    "cautious-decay": (fo.add_cautious_decay, {"weight_decay": 0.2, "mask": matrices_only}),
+    "graft": (fo.graft, {"direction": optax.sgd(0.1), "magnitude": "adam", "axes": axes_of}),
+    "keep-masks": wrapped("keep_masks", masks=jax.tree.map(lambda x: x > 0, PARAMS)),
+    "movement": wrapped("movement", sparsity=0.5, score_learning_rate=0.1, prune=matrices_only),
+    "gradual": wrapped("gradual", sparsity=fo.compression.cubic_schedule(0.5, 0, 3), every=1, prune=matrices_only),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_periods_sizes_and_functions_are_not_traced(name: str) -> None:
+    factory, options = CALLS[name]
+    injected: Any = optax.inject_hyperparams(factory)(**options)
+    assert injected.init(PARAMS).hyperparams.keys() <= set(TRACED)
+    assert_close(jax.jit(lambda: a_step(injected))(), a_step(factory(**options)), 1e-4)
+
+
+def test_partial_and_nested_factories_are_taken_too() -> None:
+    wanted = a_step(fo.soap(0.1, b1=0.8, max_precond_dim=6, first_step="adam"))
+    some = functools.partial(fo.soap, max_precond_dim=6, first_step="adam")
+    twice = optax.inject_hyperparams(optax.inject_hyperparams(some))
+    assert_close(a_step(optax.inject_hyperparams(some)(0.1, b1=0.8)), wanted, 1e-6)
+    assert_close(a_step(twice(0.1, b1=0.8)), wanted, 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(fo.STATIC_ARGS))
+def test_signatures_are_those_in_the_source(name: str) -> None:
+    factory = getattr(fo, name)
+    assert str(inspect.signature(factory)) == str(inspect.signature(factory.__wrapped__))
+    for parameter in inspect.signature(factory).parameters.values():
+        assert not isinstance(parameter.default, Fixed)
+
+
+@pytest.mark.parametrize("make", [fo.muon, fo.shampoo])
+def test_no_parameters_are_needed_where_nothing_decays(make: Any) -> None:
+    tx = make(0.1)
+    assert_same_bits(tx.update(GRADS, tx.init(PARAMS))[0], a_step(tx))
