@@ -168,6 +168,16 @@ def test_the_rank_one_moment_takes_a_side_each() -> None:
     assert size(fo.dykaf()) == size(fo.soap())
 
 
+def test_a_second_moment_of_rank_one_grows_from_an_eps_of_zero() -> None:
+    """As the one that starts at a tiny eps: zero times zero would stay zero."""
+    G = jnp.asarray(np.random.default_rng(3).normal(size=(3, 4, 5)), jnp.float32)
+    inner = fo.applications.rank1_adam(eps=0.0), fo.applications.rank1_adam(eps=1e-20)
+    states = [tx.init(G[0]) for tx in inner]
+    for g in G:
+        (u, states[0]), (wanted, states[1]) = (tx.update(g, state) for tx, state in zip(inner, states, strict=True))
+        np.testing.assert_allclose(u, wanted, rtol=1e-5)
+
+
 def test_the_rank_one_moment_is_exact_on_products() -> None:
     """Squares p qᵀ are an outer product: the step is then the full second moment's, but for its start at eps."""
     g = {"kernel": jnp.outer(jnp.array([1.0, -2.0, 3.0]), jnp.array([0.5, 4.0]))}

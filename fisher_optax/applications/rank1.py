@@ -32,7 +32,8 @@ def rank1_adam(
 
     Args:
       b1, b2: decay rates, numbers or schedules of the step.
-      eps: in units of the gradient; l and r start at eps each. Rounding is kept out as for `adam`.
+      eps: in units of the gradient; l and r start at eps each, at next to nothing for 0. Rounding is kept out as for
+        `adam`.
       bias_correction: whether the factor in front is applied.
       mu_dtype: storage of m; the gradient's by default.
 
@@ -42,7 +43,12 @@ def rank1_adam(
 
     def init(params: Any) -> Rank1AdamState:
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=mu_dtype), params)
-        side = lambda axis: jax.tree.map(lambda x: jnp.full(x.shape[axis], eps, x.dtype), params)  # noqa: E731
+
+        def side(axis: int) -> Any:
+            # Zero would stay zero.
+            start = lambda x: jnp.maximum(jnp.asarray(eps, x.dtype), jnp.finfo(x.dtype).tiny)  # noqa: E731
+            return jax.tree.map(lambda x: jnp.full(x.shape[axis], start(x), x.dtype), params)
+
         return Rank1AdamState(jnp.zeros([], jnp.int32), mu, side(-2), side(-1))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Rank1AdamState]:
