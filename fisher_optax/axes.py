@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .axes_rules import BIAS_BESIDE, Leaf, Rules, no_matrix
 from .matrix_axes import LeafAxes, MatrixAxes, path_names
+from .trees import made
 
 
 def resolve_axes(params: Any, axes: Any | Callable[[Any], Any] | None = None) -> list[LeafAxes]:
@@ -29,11 +30,7 @@ def resolve_axes(params: Any, axes: Any | Callable[[Any], Any] | None = None) ->
     """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     leaves = [Leaf(path_names(path), jnp.shape(value), jnp.result_type(value)) for path, value in flat]
-    read = (
-        list(map(Rules(leaves).read, leaves))
-        if axes is None
-        else _read_given(axes(params) if callable(axes) else axes, leaves)
-    )
+    read = list(map(Rules(leaves).read, leaves)) if axes is None else _read_given(made(axes, params), leaves)
     shapes = {leaf.path: leaf.shape for leaf in read}
     return [leaf._replace(bias=_bias_path(leaf, shapes)) for leaf in read]
 
@@ -52,7 +49,8 @@ def label_params(params: Any, axes: Any | Callable[[Any], Any] | None = None) ->
     """A tree like ``params`` that says what each leaf is, made for ``optax.partition``.
 
     ``"embedding"``: below a name with "embed", wte or wpe; ``"head"``: a matrix of head, lm_head, logits; ``"matrix"``:
-    any other; ``"other"``: vectors and whatever is ambiguous. ``axes`` and what raises are as in ``resolve_axes``.
+    any other; ``"other"``: vectors and whatever is ambiguous. ``axes`` and what raises are as in ``resolve_axes``. Of
+    parameters that could be called (Equinox, nnx) hand this function to ``optax.partition``, which calls such a tree.
 
     >>> label_params({"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}, "wte": jnp.ones((9, 3))})
     {'dense': {'bias': 'other', 'kernel': 'matrix'}, 'wte': 'embedding'}

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from .checks import at
 from .hyperparameters import injectable
+from .trees import is_function, made
 
 Mask = Any | Callable[[Any], Any] | None
 
@@ -116,11 +117,12 @@ def visible(mask: Mask) -> Callable[[Any], Any]:
     def masked(params: Any) -> Any:
         if mask is None:
             return jax.tree.map(lambda _: True, params)
-        tree = mask(params) if callable(mask) else mask
         hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-        full = jax.tree.map(lambda m, p: jax.tree.map(lambda _: m, p), tree, params, is_leaf=hidden)
+        full = jax.tree.map(lambda m, p: jax.tree.map(lambda _: m, p), made(mask, params), params, is_leaf=hidden)
         return (
-            full if callable(mask) else jax.tree.map(lambda p, m: p if hidden(p) else m, params, full, is_leaf=hidden)
+            full
+            if is_function(mask)
+            else jax.tree.map(lambda p, m: p if hidden(p) else m, params, full, is_leaf=hidden)
         )
 
     return masked

@@ -73,7 +73,7 @@ def report(tx: Any, params: Any, *args: Any, **options: Any) -> Any:
       >>> [row.use for row in fo.report(loss, params, jax.ShapeDtypeStruct((8, 64), "float32")).rows]
       ['bias of Dense_0/kernel', 'dense']
     """
-    if callable(tx):
+    if callable(tx) and not (hasattr(tx, "init") and hasattr(tx, "update")):
         return capture_report(tx, params, *args, **options)
     if args or options:
         raise TypeError("report(tx, params) takes no more for an optimizer; arguments are a loss function's.")

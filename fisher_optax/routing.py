@@ -73,7 +73,8 @@ def _routed(
         mine = sorted(place for layer in layers for place in layer.places)
         labels = [MATRIX if i in set(mine) else FALLBACK for i in range(len(leaves))]
         tx: dict[Hashable, Any] = {MATRIX: build([layer.among(mine) for layer in layers]), FALLBACK: rest}
-        return leaves, layers, optax.partition(tx, jax.tree.structure(tree).unflatten(labels))
+        labelled = jax.tree.structure(tree).unflatten(labels)
+        return leaves, layers, optax.partition(tx, lambda _: labelled)  # a tree that could be called, it would call
 
     def init(params: optax.Params) -> optax.OptState:
         leaves, layers, tx = routes(params)

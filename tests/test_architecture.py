@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "stacks": set(),
     "tables": set(),
     "types": {"matrix_axes"},
+    "trees": set(),
     "axes_rules": {"matrix_axes"},
-    "axes": {"axes_rules", "matrix_axes"},
-    "decay": {"checks", "hyperparameters"},
+    "axes": {"axes_rules", "matrix_axes", "trees"},
+    "decay": {"checks", "hyperparameters", "trees"},
     "hyperparameters": {"checks"},
     "momentum": {"branching", "checks"},
     "matrices": {"matrix_axes"},
@@ -66,7 +67,7 @@ MAY_IMPORT = {
     },
     "compression": {
         *("axes", "branching", "capture", "checks", "fisher", "guard", "hyperparameters", "linalg", "matrices"),
-        *("matrix_axes", "tables", "types"),
+        *("matrix_axes", "tables", "trees", "types"),
     },
     "__init__": {EVERYTHING},
 }

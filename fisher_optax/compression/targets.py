@@ -15,6 +15,7 @@ from ..axes import resolve_axes
 from ..checks import at
 from ..matrices import canonical_shape, from_matrices, to_matrices
 from ..matrix_axes import path_names
+from ..trees import made
 from .masks import SCOPES, Pattern, as_sparsity, check_pattern, global_masks, mask
 
 LATE = 2**31 - 1  # of any schedule, the last step
@@ -111,7 +112,7 @@ class Pruning(NamedTuple):
         if self.prune is None:
             chosen: list[Any] = [leaf.kind == "matrix" for leaf in leaves]
         else:
-            chosen = by_path("prune", self.prune(params) if callable(self.prune) else self.prune, params)
+            chosen = by_path("prune", made(self.prune, params), params)
         for leaf, goes in zip(leaves, chosen, strict=True):
             if goes and leaf.axes is None:
                 raise ValueError(

@@ -173,7 +173,7 @@ def require_alike(a: DiagonalFisher, b: DiagonalFisher) -> None:
 
 def _require_shapes(*trees: Any) -> None:
     first, second = (jax.tree.map(jnp.shape, tree) for tree in trees)
-    if first != second:
+    if jax.tree.flatten(first) != jax.tree.flatten(second):  # a module is equal to itself alone
         raise ValueError(
             f"two Fishers of different groups: {_shown(first)} and {_shown(second)}. Take both with the same groups= "
             "and parameters."

@@ -18,7 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ..axes import resolve_axes
 from ..capture.sums import check_counts
+from ..matrix_axes import MatrixAxes
 from .diagonal_fisher import DiagonalFisher
 from .groups import Groups, grouping
 from .matrix import FISHERS, check_temperature
@@ -36,7 +38,7 @@ class Settings:
     unit: str
     labels: Labels
     groups: Groups
-    axes: Any
+    axes: tuple[MatrixAxes | None, ...] | None  # of the parameters' leaves, where they are given
     microbatch: int
 
 
@@ -101,7 +103,8 @@ def diagonal(
     """
     labels = _labels(unit, fisher, n_samples, temperature, key)
     check_counts("diagonal", microbatch=microbatch)
-    settings = Settings(example_loss_fn, unit, labels, groups, axes, microbatch)
+    read_axes = None if axes is None else tuple(leaf.axes for leaf in resolve_axes(params, axes))
+    settings = Settings(example_loss_fn, unit, labels, groups, read_axes, microbatch)
     state, read = resume, 0
     for i, batch in enumerate(batches if progress is None else progress(batches)):
         batch = jax.tree.map(jnp.asarray, batch)
@@ -152,7 +155,8 @@ def _count(batch: Any, i: int) -> int:
 
 def _microbatch_squares(settings: Settings, params: Any, batch: Any, keys: Any) -> tuple[Any, Array, Array]:
     """Stacked squares and weights of independent draws, and how many examples are wrong that these do not show."""
-    reduce = grouping(settings.groups, params, settings.axes)
+    axes = None if settings.axes is None else jax.tree.structure(params).unflatten(settings.axes)
+    reduce = grouping(settings.groups, params, axes)
     if settings.unit == "position":
         x, w, wrong = position_squares(settings.loss_fn, settings.labels, params, batch, keys)
         return jax.tree.map(lambda s: s[None], reduce(x)), w[None], wrong
