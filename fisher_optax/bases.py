@@ -3,11 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .axes import resolve_axes
 from .layers import layers_of
 from .matrices import stack_key
 from .seam import PreconditionState
+from .trees import wide_dtype
 from .types import Eigenbasis
 
 
@@ -36,7 +38,7 @@ def eigenbases(state: Any, params: Any, axes: Any = None) -> Any:
     places = []
     for layer in layers:
         *batch, m, n = layer.shape(leaves)
-        key = stack_key((m, n), jax.numpy.promote_types(leaves[layer.kernel].dtype, jax.numpy.float32))
+        key = stack_key((m, n), jnp.promote_types(wide_dtype(leaves[layer.kernel].dtype), jnp.float32))
         if len(found) != 1 or key not in found[0].matrices:
             raise ValueError(
                 f"eigenbases: the state has no bases of {m} x {n} matrices, as {layer.path!r} is. Pass the state of "

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from .checks import at
 from .hyperparameters import injectable
-from .trees import is_function, made
+from .trees import floating, is_function, made
 
 Mask = Any | Callable[[Any], Any] | None
 
@@ -63,6 +63,7 @@ def decay_after_step(
         happened = moved(updates)
 
         def one(u: Any, W: Any, decays: Any) -> Array:
+            u, W = floating(u), floating(W)
             decayed = u - jnp.asarray(shrink, u.dtype) * (W + u)
             return jnp.where(happened & jnp.asarray(decays), decayed, u).astype(u.dtype)
 
@@ -96,6 +97,7 @@ def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.Gra
         decay = at(weight_decay, state.count)
 
         def one(u: Any, W: Any, decays: Any) -> Array:
+            u, W = floating(u), floating(W)
             agrees = (jnp.sign(u) * jnp.sign(W) > 0) & jnp.asarray(decays)
             return jnp.where(agrees, u + jnp.asarray(decay, u.dtype) * W, u).astype(u.dtype)
 

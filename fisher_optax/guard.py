@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Int
 from . import linalg
 from .branching import branch, chosen, held, once
 from .sharding import in_auto_mode, on_mesh
+from .trees import arrays, step_dtype
 from .types import LayerFactors
 
 STATE_VERSION = 1  # changes whenever a state saved by an older release can no longer be continued
@@ -38,9 +39,12 @@ def guarded(
 
     A gradient whose sum of squares overflows counts as one, since every second moment and every Kronecker factor entry
     is bounded by that sum.
-    ``squares(updates)`` says for each leaf whether squares are taken of it (default: of all). With ``in_place``, ``tx``
-    is called in any case and its state selected afterwards, where it does not hold itself by the argument ``go``: a
-    conditional would copy all of the state, which for K-FAC is most of a step's memory traffic.
+    ``squares(tree)`` says for each leaf whether squares are taken of its gradient (default: of all). With ``in_place``,
+    ``tx`` is called in any case and its state selected afterwards, where it does not hold itself by the argument
+    ``go``: a conditional would copy all of the state, which for K-FAC is most of a step's memory traffic.
+
+    ``tx`` gets numbers and float8 as `arrays` has them. An update has its gradient's dtype, or for whole numbers that
+    of a float, as AdamW's has.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -49,22 +53,25 @@ def guarded(
             steps, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
             return GuardState(jnp.asarray(STATE_VERSION, jnp.int32), steps, skipped, tx.init(params))
 
-        return on_mesh(start, params)
+        return on_mesh(start, arrays(params))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
     ) -> tuple[Any, GuardState]:
-        updates, state, params = jax.tree.map(jnp.asarray, (updates, state, params))
+        grads = jax.tree.map(jnp.asarray, updates)
+        updates, params, state = arrays(updates), arrays(params), jax.tree.map(jnp.asarray, state)
         leaves = jax.tree.leaves(updates)
-        squared = squares(updates) if squares else [True] * len(leaves)
+        squared = squares(updates if params is None else params) if squares else [True] * len(leaves)
+
+        def like_grads(new: Any) -> Any:
+            return jax.tree.map(lambda u, g: u.astype(step_dtype(g.dtype)), new, grads)
 
         def step(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
             new, inner = tx.update(updates, state.inner, params, **extra)
-            new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
-            return new, state._replace(steps=state.steps + 1, inner=inner)
+            return like_grads(new), state._replace(steps=state.steps + 1, inner=inner)
 
         def skip(updates: Any, state: GuardState, *_: Any) -> tuple[Any, GuardState]:
-            return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
+            return like_grads(jax.tree.map(jnp.zeros_like, updates)), state._replace(skipped=state.skipped + 1)
 
         def either(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
             seen = list(_witnesses(extra.get("statistics")))
@@ -73,10 +80,11 @@ def guarded(
                 finite = once(finite, state.steps)
                 new, inner = tx.update(updates, state.inner, params, **extra, go=finite)
                 new = chosen(finite, new, jax.tree.map(jnp.zeros_like, new))
-                new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
                 done = finite.astype(jnp.int32)
                 steps, skipped = state.steps + done, state.skipped + 1 - done
-                return new, state._replace(steps=steps, skipped=skipped, inner=held(finite, inner, state.inner))
+                return like_grads(new), state._replace(
+                    steps=steps, skipped=skipped, inner=held(finite, inner, state.inner)
+                )
             act = functools.partial(step, extra=extra)
             return branch(finite, act, skip, updates, state, params)
 

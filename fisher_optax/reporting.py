@@ -13,6 +13,7 @@ from .capture import capture_report
 from .guard import STATE_VERSION, GuardState
 from .matrix_axes import LeafAxes, MatrixAxes
 from .tables import table
+from .trees import shapes
 
 
 class Row(NamedTuple):
@@ -79,8 +80,7 @@ def report(tx: Any, params: Any, *args: Any, **options: Any) -> Any:
         raise TypeError("report(tx, params) takes no more for an optimizer; arguments are a loss function's.")
     token = _rows.set([])
     try:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        jax.eval_shape(lambda p: tx.init(p), shapes)  # a new function: a trace that is cached writes no rows
+        jax.eval_shape(lambda p: tx.init(p), shapes(params))  # a new function: a trace that is cached writes no rows
         seen = _rows.get() or []
     finally:
         _rows.reset(token)
@@ -168,7 +168,7 @@ def check_state(tx: Any, state: Any, params: Any) -> None:
       >>> fo.check_state(tx, tx.init(params), params)
     """
     health(state)
-    wanted = jax.eval_shape(tx.init, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params))
+    wanted = jax.eval_shape(tx.init, shapes(params))
     if jax.tree.structure(state) != jax.tree.structure(wanted):
         raise ValueError(
             "check_state: the state was made by another optimizer, other options or other parameters: its structure "

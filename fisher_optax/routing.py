@@ -13,6 +13,7 @@ from .axes import resolve_axes
 from .branching import branch, chosen
 from .layers import Layer, layers_of
 from .matrix_axes import LeafAxes, MatrixAxes
+from .trees import step_dtype
 
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
 BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
@@ -93,7 +94,8 @@ def _routed(
         return tx.init(params)
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any) -> Any:
-        return routes(updates)[2].update(updates, state, params, **extra)
+        # By the parameters' dtypes, as in `init`.
+        return routes(updates if params is None else params)[2].update(updates, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -116,18 +118,20 @@ def _state_bytes(tx: optax.GradientTransformation, params: Any, places: tuple[in
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """``tx`` on half-precision leaves cast to float32: a second moment overflows in float16 and stands still in
-    bfloat16.
+    bfloat16. So are whole numbers, whose moments would change their dtype in the first step.
     """
     tx = optax.with_extra_args_support(tx)
 
     def cast(tree: Any) -> Any:
         def one(x: Any) -> Any:
-            if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32):
+            half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+            dtype = jnp.float32 if half else step_dtype(x.dtype)
+            if dtype == x.dtype or jnp.issubdtype(x.dtype, jax.dtypes.extended):
                 return x
             return (
-                jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+                jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
                 if isinstance(x, jax.ShapeDtypeStruct)
-                else x.astype(jnp.float32)
+                else x.astype(dtype)
             )
 
         return jax.tree.map(one, tree)

@@ -14,6 +14,7 @@ from .matrices import to_stacks
 from .momentum import MomentumState
 from .reporting import report
 from .seam import MatrixState, PreconditionState
+from .trees import arrays
 from .types import Eigenpairs, Kronecker
 
 
@@ -44,7 +45,7 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
       >>> params = {"w": jnp.ones((4, 4))}
       >>> state = fo.from_adam(fo.soap(3e-3), optax.adamw(1e-3).init(params), params)
     """
-    adam: Any = _find_adam(adam_state, params)
+    adam: Any = arrays(_find_adam(adam_state, params))
     rows = {row.path: row for row in report(tx, params).rows if row.axes is not None}
     leaves = [rows.get(leaf.path) for leaf in resolve_axes(params)]
     treedef = jax.tree.structure(params)
@@ -117,7 +118,7 @@ def _find_adam(state: Any, params: Any) -> optax.ScaleByAdamState:
             f"from_adam: adam_state must hold one optax.ScaleByAdamState, found {len(adams)} in "
             f"{type(state).__name__}; pass the state of optax.adamw over all parameters."
         )
-    shapes, wanted = ([x.shape for x in jax.tree.leaves(tree)] for tree in (adams[0].mu, params))
+    shapes, wanted = ([jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (adams[0].mu, params))
     if shapes != wanted:
         raise ValueError(
             f"from_adam: Adam's moments have shapes {shapes}, the parameters {wanted}; pass the state that belongs "

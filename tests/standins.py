@@ -15,6 +15,7 @@ import fisher_optax as fo
 from fisher_optax.axes import resolve_axes
 from fisher_optax.layers import join, layers_of
 from fisher_optax.sharding import explicit_mesh
+from fisher_optax.trees import arrays
 from fisher_optax.types import LayerFactors, Samples
 
 
@@ -57,15 +58,15 @@ def fed(factory: Callable[..., Any], make: Callable[..., Any], with_bases: bool 
     def build(*args: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
         tx, axes = factory(*args, **options), options.get("axes")
 
-        def made(grads: Any, state: Any) -> Any:
-            bases = fo.eigenbases(state, grads, axes) if with_bases else None
+        def made(grads: Any, state: Any, like: Any) -> Any:
+            bases = fo.eigenbases(state, like, axes) if with_bases else None
             return statistics_of(grads, make, bases, axes)
 
         def update(grads: Any, state: Any, params: Any = None, **extra: Any) -> Any:
             grads = jax.tree.map(jnp.asarray, grads)
-            mesh = explicit_mesh(grads)
+            mesh, like = explicit_mesh(grads), grads if params is None else params
             make_here = made if mesh is None else jax.sharding.auto_axes(made, out_sharding=NamedSharding(mesh, P()))
-            return tx.update(grads, state, params, statistics=make_here(grads, state), **extra)
+            return tx.update(grads, state, params, statistics=make_here(arrays(grads), state, like), **extra)
 
         return optax.GradientTransformationExtraArgs(tx.init, update)
 

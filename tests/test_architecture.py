@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "stacks": set(),
     "tables": set(),
     "types": {"matrix_axes"},
-    "trees": set(),
+    "trees": {"matrix_axes"},
     "axes_rules": {"matrix_axes"},
     "axes": {"axes_rules", "matrix_axes", "trees"},
     "decay": {"checks", "hyperparameters", "trees"},
@@ -37,12 +37,12 @@ MAY_IMPORT = {
     "storage": {"linalg", "types"},
     "curvature": {"layers", "matrix_axes", "storage", "types"},
     "accumulation": {"curvature", "matrix_axes", "types"},
-    "guard": {"branching", "linalg", "sharding", "types"},
+    "guard": {"branching", "linalg", "sharding", "trees", "types"},
     "refresh": {"branching", "linalg", "types"},
     # Statistics from a model know nothing of optimizers.
-    "capture": {"linalg", "matrices", "matrix_axes", "tables", "types"},
-    "reporting": {"axes", "capture", "guard", "matrix_axes", "tables"},
-    "routing": {"axes", "branching", "layers", "matrix_axes", "reporting"},
+    "capture": {"linalg", "matrices", "matrix_axes", "tables", "trees", "types"},
+    "reporting": {"axes", "capture", "guard", "matrix_axes", "tables", "trees"},
+    "routing": {"axes", "branching", "layers", "matrix_axes", "reporting", "trees"},
     # What a preconditioner is put together from: these never import each other.
     "factors": {"branching", "checks", "linalg", "types"},
     "grafting": {"axes", "guard", "hyperparameters", "matrix_axes", "routing"},
@@ -53,8 +53,8 @@ MAY_IMPORT = {
         *("branching", "matrices", "matrix_axes", "refresh", "routing", "sharding", "stacks", "storage", "types"),
     },
     "precondition": {"guard", "refresh", "seam", "storage", "types"},
-    "bases": {"axes", "layers", "matrices", "seam", "types"},
-    "warm_start": {"applications", "axes", "linalg", "matrices", "momentum", "reporting", "seam", "types"},
+    "bases": {"axes", "layers", "matrices", "seam", "trees", "types"},
+    "warm_start": {"applications", "axes", "linalg", "matrices", "momentum", "reporting", "seam", "trees", "types"},
     # A named optimizer is the seam called with parts; nothing but the package itself imports one.
     "optimizers": {
         *("applications", "axes", "axes_rules", "checks", "curvature", "decay", "decompositions", "factors", "fisher"),

@@ -36,6 +36,16 @@ def test_cautious_decay_decays_where_signs_agree() -> None:
     np.testing.assert_allclose(got["b"], [1.5, 0.5], rtol=1e-6)
 
 
+def test_decays_take_numbers_as_optax_does() -> None:
+    """Whole ones too: what is added to them is not."""
+    updates, params = {"n": 2, "x": 0.5, "flag": True}, {"n": 3, "x": 1.0, "flag": True}
+    for decay, wanted in ((fo.add_cautious_decay(0.5), (1.5, 3.5, 1.0)), (fo.add_decay_after_step(0.1, 0.5), None)):
+        got = decay.update(updates, decay.init(params), params)[0]
+        optaxs = optax.add_decayed_weights(0.5).update(updates, optax.EmptyState(), params)[0]
+        assert [x.dtype for x in jax.tree.leaves(got)] == [jnp.asarray(x).dtype for x in jax.tree.leaves(optaxs)]
+        np.testing.assert_allclose(jax.tree.leaves(got), wanted or (0.9, 1.75, 0.425), rtol=1e-6)
+
+
 @pytest.mark.parametrize("decay", [fo.add_decay_after_step(0.1, 0.5), fo.add_cautious_decay(0.5)])
 def test_decay_without_parameters_says_so(decay: Any) -> None:
     with pytest.raises(ValueError, match="update was called without them"):

@@ -1,4 +1,4 @@
-"""Trees that come from outside, told from functions."""
+"""Trees that come from outside: told from functions, and what their leaves may be."""
 
 import functools
 from typing import Any
@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.trees import is_function
+from fisher_optax.trees import arrays, is_function
 from tests.callable_trees import Module, NnxModule, module_of
 
 compression = fo.compression
@@ -30,6 +30,36 @@ def test_what_has_nothing_but_functions_for_leaves_is_a_function(function: Any) 
 @pytest.mark.parametrize("tree", [Module(a=True), Module(a=None), NnxModule(a=1.0), {"a": decays}, None, 0.5], ids=str)
 def test_what_has_other_leaves_or_cannot_be_called_is_a_tree(tree: Any) -> None:
     assert not is_function(tree)
+
+
+def test_numbers_become_arrays_and_arrays_stay() -> None:
+    given = {"a": 1.5, "b": 2, "c": True, "d": np.float64(1), "e": jnp.ones(2, jnp.bfloat16), "f": np.ones(2, np.int8)}
+    made = arrays(given)
+    assert [str(made[name].dtype) for name in "abcdef"] == ["float32", "int32", "bool", "float32", "bfloat16", "int8"]
+    assert not any(x.weak_type for x in made.values())
+    assert made["e"] is given["e"]
+    eighth = jax.ShapeDtypeStruct((2, 3), jnp.float8_e4m3fn)
+    assert arrays(eighth) == jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    assert arrays(jnp.ones(2, jnp.float8_e5m2)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("leaf", ["words", jnp.tanh], ids=["text", "function"])
+def test_a_leaf_that_is_no_number_is_named(leaf: Any) -> None:
+    """An Equinox model that was not filtered, say."""
+    model = {"layers": [{"kernel": jnp.ones((2, 3))}], "activation": leaf}
+    for use in (lambda: fo.muon(0.1).init(model), lambda: fo.report(fo.muon(0.1), model)):
+        with pytest.raises(TypeError, match=r"'activation' is \w+, no array and no number: .*eqx.filter"):
+            use()
+
+
+def test_the_gradient_of_an_integer_is_named() -> None:
+    params = {"w": jnp.ones((2, 3)), "step": jnp.asarray(3)}
+    grads = jax.grad(lambda p: jnp.sum(p["w"]) * p["step"], allow_int=True)(params)
+    tx = fo.muon(0.1)
+    with pytest.raises(TypeError, match=r"the gradient of 'step' is float0, .*optax.masked"):
+        tx.update(grads, tx.init(params), params)
+    masked = optax.masked(tx, {"w": True, "step": False})
+    assert np.any(masked.update(grads, masked.init(params), params)[0]["w"])
 
 
 @pytest.mark.parametrize("node", [Module, NnxModule])

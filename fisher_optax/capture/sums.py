@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ..trees import wide_dtype
+
 
 class Seen(NamedTuple):
     """What a tap sees: a layer's input and output gradient, and what it was given."""
@@ -18,7 +20,7 @@ class Seen(NamedTuple):
 
 def accumulator(*dtypes: Any) -> Any:
     """The dtype of sums: float32 at least."""
-    return jnp.result_type(jnp.float32, *dtypes)
+    return jnp.result_type(jnp.float32, *map(wide_dtype, dtypes))
 
 
 def joined(xs: Sequence[Array], axis: int | None) -> Array:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from ..branching import branch
 from ..checks import in_range
 from ..hyperparameters import injectable
+from ..trees import shapes
 from .keeping import kept, masked, transformation, wrapper
 from .obert import block_moments, obert_scores, obert_step
 from .targets import Pruning, as_leaves, as_matrices
@@ -85,11 +86,11 @@ def gradual(
     def init(params: Any) -> GradualState:
         axes = pruning.axes_of(params)
         masks = jax.tree.map(lambda W, A: None if A is None else jnp.ones(W.shape, bool), params, axes)
-        shapes = None
+        found = None
         if method == "obert":
-            plain = jax.tree.map(lambda W: jax.ShapeDtypeStruct(W.shape, W.dtype), params)  # on no mesh
-            shapes = jax.eval_shape(lambda x: _moments(as_matrices(x, axes), block), plain)
-        moments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            plain = shapes(params)  # on no mesh
+            found = jax.eval_shape(lambda x: _moments(as_matrices(x, axes), block), plain)
+        moments = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
         count, gathered = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return GradualState(count, jnp.zeros([], jnp.float32), masks, moments, gathered, tx.init(params))
 

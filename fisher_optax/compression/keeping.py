@@ -107,7 +107,9 @@ def wrapper(name: str, init: Any, update: Any) -> optax.GradientTransformationEx
                 f"{name} sets weights to 0, but update was called without them: call update(grads, state, params)."
             )
         # A guarded update has the gradient's dtype, and -W must not be rounded.
-        wide = jax.tree.map(lambda g, W: jnp.asarray(g, jnp.promote_types(g.dtype, W.dtype)), updates, params)
+        wide = jax.tree.map(
+            lambda g, W: jnp.asarray(g, jnp.promote_types(*map(jnp.result_type, (g, W)))), updates, params
+        )
         return tx.update(wide, state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, with_params)

@@ -211,28 +211,42 @@ def odd_params() -> dict[str, Any]:
         "deep": {"wide": {"kernel": jnp.ones((1, 3))}, "tall": {"kernel": jnp.ones((3, 1))}, "none": None},
         "empty": jnp.zeros((0, 3)),
         "empty_vector": jnp.zeros((0,)),
+        "eighth": {"kernel": jnp.ones((2, 3), jnp.float8_e5m2)},
+        "flags": {"kernel": jnp.ones((2, 3), bool)},
+        "number": 0.5,
         "one": {"kernel": jnp.ones((1, 1))},
         "scalar": jnp.ones(()),
         "single": jnp.ones((1,)),
+        "steps": {"kernel": jnp.ones((2, 3), jnp.int32)},
+        "whole": 3,
     }
 
 
 @each(METHODS)
 def test_odd_leaves(row: Row) -> None:
-    """Complex, empty, scalar, single-entry and missing leaves, and sides of length one."""
+    """Complex, empty, scalar, single-entry and missing leaves, sides of length one, numbers, integers, booleans and
+    float8: updates have the types that AdamW's have, and the state keeps its own."""
     tx = compiled(row).tx
     params = odd_params()
     rng = np.random.default_rng(2)
 
-    def draw(x: jax.Array) -> jax.Array:
-        noise = rng.normal(size=(2, *x.shape))
-        return jnp.asarray(noise[0] + 1j * noise[1] if jnp.iscomplexobj(x) else noise[0], x.dtype)
+    def draw(x: Any) -> jax.Array:
+        noise, dtype = rng.normal(size=(2, *jnp.shape(x))), jnp.result_type(x)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return jnp.ones(jnp.shape(x), dtype)
+        return jnp.asarray(noise[0] + 1j * noise[1] if jnp.iscomplexobj(x) else noise[0], dtype)
 
     gradients = [jax.tree.map(draw, params) for _ in range(4)]
     points = run(jax.jit(updater(tx, **row.update_kwargs)), tx.init(params), params, gradients)
     assert_finite(points)
-    assert types(points[-1].updates) == types(params)
+    adamw = optax.adamw(0.1)
+    wanted = jax.eval_shape(adamw.update, gradients[0], jax.eval_shape(adamw.init, params), params)[0]
+    assert types(points[-1].updates) == types(wanted)
     assert types(points[-1].state) == types(points[0].state)
+    methods = {leaf.path: leaf.method for leaf in fo.report(tx, params).rows}
+    odd = ("complex", "flags/kernel", "number", "steps/kernel", "whole")
+    assert {methods[path] for path in odd} <= {"fallback", "-"}
+    assert methods["eighth/kernel"] not in ("fallback", "-")
     assert all(bool(jnp.any(u)) for u in jax.tree.leaves(points[-1].updates) if u.size)
 
 

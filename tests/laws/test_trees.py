@@ -1,8 +1,10 @@
-"""What a tree of parameters may be made of: nodes that could be called."""
+"""What a tree of parameters may be made of: nodes that could be called, leaves that are no arrays of real numbers."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 import fisher_optax as fo
 from tests.callable_trees import Module, NnxModule, module_of
@@ -30,3 +32,19 @@ def test_a_tree_that_could_be_called_is_the_dictionary_of_its_names(row: Row) ->
     for node in (Module, NnxModule):
         given = {name: module_of(tree, node) for name, tree in options.items()}
         assert program(row, module_of(params, node), **given) == wanted
+
+
+@each(row for row in METHODS if row.takes_axes)
+def test_leaves_that_are_no_real_matrices_move_as_their_fallback_moves_them(row: Row) -> None:
+    """Integers too, whose gradients are integers or not. With equal gradients, Adam's steps are equal."""
+    whole = {"flag": True, "i": jnp.arange(6).reshape(2, 3), "mixed": jnp.ones((2, 3), jnp.int32), "n": 2}
+    params = whole | {"x": 0.5, "z": jnp.asarray([[1 + 2j, 3j], [1.0, -1j]], jnp.complex64)}
+    grads = jax.tree.map(lambda p: p, params) | {"mixed": jnp.full((2, 3), 0.5)}
+    adamw = optax.adamw(0.1, weight_decay=0.1)
+    wanted, _ = adamw.update(grads, adamw.init(params), params)
+    tx = build(row, fallback=adamw)
+    _, state = tx.update(grads, tx.init(params), params, **row.update_kwargs)  # some make no step at the first call
+    updates, _ = tx.update(grads, state, params, **row.update_kwargs)
+    for name, u in updates.items():
+        assert u.dtype == wanted[name].dtype
+        assert jnp.allclose(u, wanted[name], rtol=1e-4, atol=1e-6), name
