@@ -11,7 +11,9 @@ from .matrix_axes import LeafAxes, MatrixAxes, path_names
 from .trees import made
 
 
-def resolve_axes(params: Any, axes: Any | Callable[[Any], Any] | None = None) -> list[LeafAxes]:
+def resolve_axes(
+    params: Any, axes: Any | Callable[[Any], Any] | None = None, dtypes: Any = jnp.floating
+) -> list[LeafAxes]:
     """One ``LeafAxes`` per leaf of ``params``, in the order of ``jax.tree.leaves``.
 
     Args:
@@ -20,9 +22,12 @@ def resolve_axes(params: Any, axes: Any | Callable[[Any], Any] | None = None) ->
       axes: ``None``, the rules by path and shape; or a tree with ``MatrixAxes`` or ``None`` (fallback) for every leaf,
         matched by path, so that it may hold more than a masked ``params``; or a function from params to such a tree.
         A ``MatrixAxes`` given here makes the leaf a matrix, embeddings and heads included.
+      dtypes: what ``axes`` may make a matrix of, ``jnp.floating`` or ``jnp.inexact``. The rules leave complex leaves
+        to the fallback.
 
     The rules need neighbours: where ``optax.masked`` or ``optax.partition`` hides some, pass the whole tree's axes.
-    Raises ``ValueError`` for leaves that ``axes`` lacks or does not fit, ``TypeError`` for an entry of another type.
+    Raises ``ValueError`` for leaves that ``axes`` lacks or does not fit, by shape or by dtype, ``TypeError`` for an
+    entry of another type.
 
     >>> params = {"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
     >>> [(leaf.path, leaf.kind, leaf.reason) for leaf in resolve_axes(params)]
@@ -30,8 +35,8 @@ def resolve_axes(params: Any, axes: Any | Callable[[Any], Any] | None = None) ->
     """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     leaves = [Leaf(path_names(path), jnp.shape(value), jnp.result_type(value)) for path, value in flat]
-    read = list(map(Rules(leaves).read, leaves)) if axes is None else _read_given(made(axes, params), leaves)
-    shapes = {leaf.path: leaf.shape for leaf in read}
+    read = list(map(Rules(leaves).read, leaves)) if axes is None else _read_given(made(axes, params), leaves, dtypes)
+    shapes = {leaf.path: leaf.shape for leaf in read if jnp.issubdtype(leaf.dtype, jnp.floating)}
     return [leaf._replace(bias=_bias_path(leaf, shapes)) for leaf in read]
 
 
@@ -55,10 +60,10 @@ def label_params(params: Any, axes: Any | Callable[[Any], Any] | None = None) ->
     >>> label_params({"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}, "wte": jnp.ones((9, 3))})
     {'dense': {'bias': 'other', 'kernel': 'matrix'}, 'wte': 'embedding'}
     """
-    return jax.tree.structure(params).unflatten([leaf.kind for leaf in resolve_axes(params, axes)])
+    return jax.tree.structure(params).unflatten([leaf.kind for leaf in resolve_axes(params, axes, jnp.inexact)])
 
 
-def _read_given(tree: Any, leaves: list[Leaf]) -> list[LeafAxes]:
+def _read_given(tree: Any, leaves: list[Leaf], dtypes: Any) -> list[LeafAxes]:
     """The verdicts of a user's tree, matched by path."""
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
     given = {path_names(path): value for path, value in flat}
@@ -74,7 +79,16 @@ def _read_given(tree: Any, leaves: list[Leaf]) -> list[LeafAxes]:
         )
 
     def read(leaf: Leaf, axes: MatrixAxes | None) -> LeafAxes:
-        axes = axes and axes.resolve("/".join(leaf.names), leaf.shape)
-        return no_matrix(leaf) or leaf.as_("matrix" if axes else "other", axes, "user" if axes else "user: fallback")
+        path = "/".join(leaf.names)
+        axes = axes and axes.resolve(path, leaf.shape)
+        if axes and not jnp.issubdtype(leaf.dtype, dtypes):
+            wanted = "real or complex" if dtypes is jnp.inexact else "real (of complex ones, fo.muon takes matrices)"
+            raise ValueError(
+                f"axes= makes a matrix of {path!r}, which is {leaf.dtype}; wanted is floating point, {wanted}. Give it "
+                "None, the fallback."
+            )
+        return no_matrix(leaf, dtypes) or leaf.as_(
+            "matrix" if axes else "other", axes, "user" if axes else "user: fallback"
+        )
 
     return [read(leaf, given[leaf.names]) for leaf in leaves]

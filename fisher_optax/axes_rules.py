@@ -47,9 +47,9 @@ class Leaf(NamedTuple):
         return LeafAxes("/".join(self.names), self.shape, self.dtype, axes, kind, reason)
 
 
-def no_matrix(leaf: Leaf) -> LeafAxes | None:
-    """The verdict on a leaf that is no real matrix whatever its name, or None."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+def no_matrix(leaf: Leaf, dtypes: Any = jnp.floating) -> LeafAxes | None:
+    """The verdict on a leaf that is no matrix of these dtypes whatever its name, or None."""
+    if not jnp.issubdtype(leaf.dtype, dtypes):
         return leaf.as_("other", None, f"{leaf.dtype}, not real floating point")
     small = "empty" if 0 in leaf.shape else {0: "scalar", 1: "vector"}.get(len(leaf.shape))
     return leaf.as_("other", None, small) if small else None

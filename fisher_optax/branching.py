@@ -56,6 +56,6 @@ def after(done: Any, values: Any, count: Array) -> Any:
     """
     if not any(isinstance(x, Tracer) for x in jax.tree.leaves(done)):
         return values
-    below = functools.reduce(jnp.logical_or, [x[(0,) * x.ndim] < 0 for x in jax.tree.leaves(done)])
+    below = functools.reduce(jnp.logical_or, [x[(0,) * x.ndim].real < 0 for x in jax.tree.leaves(done)])
     there = below | (count >= 0)  # true, but the compiler cannot know
     return jax.tree.map(lambda x: jax.lax.select(there, x, jnp.zeros_like(x)), values)

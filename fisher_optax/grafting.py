@@ -48,7 +48,7 @@ def graft(direction: Any, magnitude: Any, axes: Any = None) -> optax.GradientTra
     magnitude = magnitude_of(magnitude)
 
     def on_axes(tree: Any) -> optax.GradientTransformationExtraArgs:
-        return graft_on(direction, magnitude, [leaf.axes for leaf in resolve_axes(tree, axes)])
+        return graft_on(direction, magnitude, [leaf.axes for leaf in resolve_axes(tree, axes, jnp.inexact)])
 
     return guarded(
         optax.GradientTransformationExtraArgs(

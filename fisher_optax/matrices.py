@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Inexact, Shaped
 
 from .matrix_axes import MatrixAxes
 
@@ -97,7 +97,7 @@ def stack_key(shape: tuple[int, ...], dtype: Any) -> str:
 
 def by_shape(
     leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
-) -> dict[str, list[Float[Array, "_ m n"]]]:
+) -> dict[str, list[Inexact[Array, "_ m n"]]]:
     """All matrices of the leaves by their shapes, in float32 at least: the parts of the stacks."""
     members: dict[str, list[Array]] = {}
     for x, a in zip(leaves, axes, strict=True):
@@ -108,7 +108,7 @@ def by_shape(
 
 def to_stacks(
     leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
-) -> dict[str, Float[Array, "N m n"]]:
+) -> dict[str, Inexact[Array, "N m n"]]:
     """All matrices of the leaves, stacked by shape, in float32 at least."""
     return {key: jnp.concatenate(parts) for key, parts in by_shape(leaves, axes, block_size).items()}
 

@@ -59,8 +59,12 @@ def with_momentum(
 
 
 def _start(params: Any, dtype: Any) -> MomentumState:
-    mean = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype or _at_least_float32(x)), params)
-    weight = jnp.zeros([], jnp.result_type(jnp.float32, *jax.tree.leaves(params)))
+    def zeros(x: Any) -> Array:
+        kept = jnp.promote_types(dtype, jnp.complex64) if dtype and jnp.iscomplexobj(x) else dtype
+        return jnp.zeros_like(x, dtype=kept or _at_least_float32(x))
+
+    mean = jax.tree.map(zeros, params)
+    weight = jnp.zeros([], jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(params))).dtype)
     return MomentumState(jnp.zeros([], jnp.int32), weight, mean)
 
 

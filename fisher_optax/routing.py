@@ -29,18 +29,19 @@ def by_axes(
     axes: Any = None,
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
+    dtypes: Any = jnp.floating,
 ) -> optax.GradientTransformationExtraArgs:
     """``build(axes of the matrix leaves, in order)`` for leaves of the given kinds, ``fallback`` for the others.
 
     Axes come from the whole tree at every call, so both sides see `optax.MaskedNode` where a leaf is not theirs, as
-    under `optax.partition`.
+    under `optax.partition`. ``dtypes`` are those of the matrices that ``axes`` may name.
     """
 
     def of_layers(layers: list[Layer]) -> optax.GradientTransformation:
         return build([layer.axes for layer in layers])
 
     return _routed(
-        method, of_layers, fallback, axes, lambda leaves: layers_of(leaves, kinds, with_bias=False), describe
+        method, of_layers, fallback, axes, lambda leaves: layers_of(leaves, kinds, with_bias=False), describe, dtypes
     )
 
 
@@ -64,12 +65,13 @@ def _routed(
     axes: Any,
     layers_among: Callable[[list[LeafAxes]], list[Layer]],
     describe: Callable[[LeafAxes], dict[str, Any]],
+    dtypes: Any = jnp.floating,
 ) -> optax.GradientTransformationExtraArgs:
     require_transformation("fallback", fallback)
     rest = holding_itself(in_float32(fallback))
 
     def routes(tree: Any) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
-        leaves = resolve_axes(tree, axes)
+        leaves = resolve_axes(tree, axes, dtypes)
         layers = layers_among(leaves)
         mine = sorted(place for layer in layers for place in layer.places)
         labels = [MATRIX if i in set(mine) else FALLBACK for i in range(len(leaves))]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Inexact, Int
 
 # One(G, state, action, given, alone=False) -> (U, state, failures), for one matrix, which may be alone in its stack.
 One = Callable[..., tuple[Array, Any, Array]]
@@ -20,7 +20,7 @@ AT_ONCE = (2, 3)
 
 def over_stack(
     one: One,
-    G: Float[Array, "N m n"],
+    G: Inexact[Array, "N m n"],
     state: Any,
     action: Int[Array, " N"],
     given: Any = None,
@@ -28,7 +28,7 @@ def over_stack(
     uniform: bool,
     max_stack: int,
     batched: bool | None = None,
-) -> tuple[Float[Array, "N m n"], Any, Int[Array, " N"]]:
+) -> tuple[Inexact[Array, "N m n"], Any, Int[Array, " N"]]:
     """``one`` of every matrix of the stack; ``given`` is more to read for each, or nothing.
 
     A batch is only for an ``action`` that is the same for all (``uniform``): a branch taken by some of a batch is

@@ -79,10 +79,13 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
             return node._replace(weight=weight, mean=leafwise(mean, node.mean))
         if not isinstance(node, PreconditionState) or not isinstance(node.matrices, dict):
             return node
+        fitting = {key: old for key, old in node.matrices.items() if isinstance(old.application, AdamState)}
+        if not fitting:
+            return node
         mu, nu = stacked(adam.mu), stacked(adam.nu)
-        known = {key: _start(old, adam.count, mu[key], nu[key]) for key, old in node.matrices.items()}
-        used.extend(key for key, new in known.items() if new is not None)
-        return node._replace(matrices={key: node.matrices[key] if new is None else new for key, new in known.items()})
+        used.extend(fitting)
+        known = {key: _start(old, adam.count, mu[key], nu[key]) for key, old in fitting.items()}
+        return node._replace(matrices=node.matrices | known)
 
     held = optax.ScaleByAdamState | MomentumState | PreconditionState
     state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, held))
@@ -94,11 +97,9 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     return state
 
 
-def _start(old: MatrixState, count: Array, mu: Array, nu: Array) -> MatrixState | None:
-    """A stack of matrices after ``count`` steps of Adam; None where nothing is held that Adam knows."""
+def _start(old: MatrixState, count: Array, mu: Array, nu: Array) -> MatrixState:
+    """A stack of matrices after ``count`` steps of Adam."""
     inner = old.application
-    if not isinstance(inner, AdamState):
-        return None
     # A stack shared out over devices may be longer.
     mu, nu = (jnp.pad(v, ((0, len(inner.mu) - len(v)), (0, 0), (0, 0))) for v in (mu, nu))
     moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}

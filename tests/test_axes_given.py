@@ -41,8 +41,29 @@ def test_the_users_axes_keep_their_order() -> None:
 
 
 def test_the_users_axes_do_not_make_matrices_of_what_cannot_be() -> None:
-    read = by_path({"w": leaf(2, 0), "z": leaf(2, 3, dtype=jnp.complex64)}, {"w": MatrixAxes(), "z": MatrixAxes()})
-    assert [(x.axes, x.kind) for x in read.values()] == [(None, "other")] * 2
+    assert by_path({"w": leaf(2, 0)}, {"w": MatrixAxes()})["w"][3:6] == (None, "other", "empty")
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32, bool], ids=str)
+def test_the_users_axes_are_refused_where_the_dtype_does_not_fit(dtype: Any) -> None:
+    """Not ignored: the fallback is another step than the one that was asked for."""
+    params = {"w": leaf(2, 3, dtype=dtype)}
+    with pytest.raises(ValueError, match=f"'w', which is {jnp.dtype(dtype)}; wanted is floating point, real"):
+        resolve_axes(params, {"w": MatrixAxes()})
+    assert resolve_axes(params, {"w": None})[0].axes is None
+
+
+def test_complex_matrices_are_matrices_where_a_method_takes_them() -> None:
+    params, axes = {"w": leaf(2, 3, dtype=jnp.complex64)}, {"w": MatrixAxes()}
+    assert [x.axes for x in resolve_axes(params, axes, jnp.inexact)] == [MatrixAxes()]
+    assert [x.kind for x in resolve_axes(params, None, jnp.inexact)] == ["other"]
+    assert label_params(params, axes) == {"w": "matrix"}
+
+
+def test_a_bias_of_another_kind_of_number_is_left_alone() -> None:
+    """A real matrix and a complex bias cannot be one matrix."""
+    read = by_path({"kernel": leaf(2, 3), "bias": leaf(3, dtype=jnp.complex64)})
+    assert (read["kernel"].axes, read["kernel"].bias) == (MatrixAxes(), None)
 
 
 def test_the_users_axes_are_matched_by_path_under_a_mask() -> None:

@@ -17,6 +17,7 @@ from fisher_optax.linalg import (
     restart_steps,
     you,
 )
+from fisher_optax.linalg.products import BLOCKED_FROM
 from tests.reference.newton_schulz import (
     direct,
     on_singular_values,
@@ -61,6 +62,20 @@ def test_equals_the_reference(polynomial: Any, shape: tuple[int, ...], method: s
     assert (Y.shape, Y.dtype) == (X.shape, np.float64)
     np.testing.assert_allclose(Y, each(direct, X, polynomial), atol=1e-10)
     np.testing.assert_allclose(Y, each(on_singular_values, X, polynomial), atol=1e-10)
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["whole", "blocked"])
+@pytest.mark.parametrize("method", ["direct", "gram"])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 12, 5)], ids=["wide", "stack of tall"])
+@pytest.mark.usefixtures("x64")
+def test_complex_matrices(shape: tuple[int, ...], method: str, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their singular values go through the polynomial, at any scale; in blocks too."""
+    if blocked:
+        monkeypatch.setitem(BLOCKED_FROM, jax.default_backend(), 1)
+    X = random(shape) + 1j * random(shape, 1)
+    Y = orthogonalize(jnp.asarray(1e-200 * X), you(), method=method)
+    assert (Y.shape, Y.dtype) == (X.shape, np.complex128)
+    np.testing.assert_allclose(Y, each(on_singular_values, X, you()), atol=1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)

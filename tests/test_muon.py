@@ -134,3 +134,26 @@ def test_mask_and_fallback() -> None:
 def test_wrong_options_are_refused_by_name(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=option):
         fo.muon(0.1, **{option: value})
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_complex_matrix_gets_the_unitary_factor(nesterov: bool) -> None:
+    """Where `axes` names it, beside real leaves, for which nothing changes; its momentum is complex, in half types too.
+    A gradient whose imaginary part is not finite is skipped."""
+    rng = np.random.default_rng(4)
+    G = {"a": rng.normal(size=(5, 3)), "z": rng.normal(size=(2, 3, 5)) + 1j * rng.normal(size=(2, 3, 5))}
+    G = {name: jnp.asarray(x, jnp.complex64 if name == "z" else jnp.float32) for name, x in G.items()}
+    axes = {"a": fo.MatrixAxes(), "z": fo.MatrixAxes(1, 2, 0)}
+    options = dict(scale=1.0, polynomial=fo.polar_express(8), nesterov=nesterov, momentum_dtype=jnp.bfloat16)
+    tx, alone = fo.muon(1.0, axes=axes, **options), fo.muon(1.0, axes={"a": axes["a"]}, **options)
+    assert {row.method for row in fo.report(tx, G).rows} == {"muon"}
+    update = jax.jit(tx.update)
+    u, state = update(G, tx.init(G), G)
+    u, state = update(jax.tree.map(lambda x: 2 * x, G), state, G)
+    U, _, Vh = np.linalg.svd(np.asarray(G["z"]), full_matrices=False)
+    np.testing.assert_allclose(u["z"], -U @ Vh, atol=1e-3)
+    a = {"a": G["a"]}
+    np.testing.assert_allclose(u["a"], alone.update(a, alone.init(a), a)[0]["a"], atol=5e-3)
+    u, state = update(G | {"z": G["z"].at[0, 0, 0].set(1 + 1j * np.nan)}, state, G)
+    assert not any(np.any(x) for x in jax.tree.leaves(u))
+    assert fo.health(state).skipped == 1

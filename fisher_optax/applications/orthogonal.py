@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from types import NoneType
 from typing import Any
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Inexact
 
 from .. import linalg
 from ..types import Application, Moments
@@ -39,7 +39,7 @@ def orthogonal(
     if method not in ("auto", "direct", "gram"):
         raise ValueError(f"method must be 'auto', 'direct' or 'gram'; got {method!r}.")
 
-    def update(G: Float[Array, "m n"], state: Any, basis: Any, **extra: Any) -> tuple[Array, Any]:
+    def update(G: Inexact[Array, "m n"], state: Any, basis: Any, **extra: Any) -> tuple[Array, Any]:
         del basis, extra
         return shape_scale(scale, *G.shape) * linalg.orthogonalize(G, coefficients, method=method, dtype=dtype), state
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Inexact
 
 from .polynomials import Polynomial, as_polynomial, polar_express
 from .products import (
@@ -27,14 +27,14 @@ DRIFT = 0.1
 
 
 def orthogonalize(
-    X: Float[Array, "*batch m n"],
+    X: Inexact[Array, "*batch m n"],
     polynomial: Sequence[Sequence[float]] = polar_express(5),
     *,
     method: str = "auto",
     restarts: tuple[int, ...] | None = None,
     precision: Any = None,
     dtype: Any = None,
-) -> Float[Array, "*batch m n"]:
+) -> Inexact[Array, "*batch m n"]:
     """``U p(S) Vᵀ`` for ``X / |X| = U S Vᵀ`` and p about 1: the nearest (semi-)orthogonal matrix, by products alone.
 
     Each matrix is divided by its Frobenius norm in float32 at least, with no epsilon: a zero matrix stays exactly zero,
@@ -51,23 +51,24 @@ def orthogonalize(
     step from being amplified by the others, which makes it 10 to 100 times smaller.
 
     Args:
-      X: matrices in the last two axes; tall ones are multiplied from the right instead of being transposed.
+      X: matrices in the last two axes; tall ones are multiplied from the right instead of being transposed. Where they
+        are complex, ᵀ is the conjugate transpose everywhere, and the result is (semi-)unitary.
       polynomial: a triple (a, b, c) for each step; default `polar_express()`.
       method: "direct", "gram", or "auto": the one with fewer flops, which is "gram" where ``m > 1.5 n``.
       restarts: steps before which "gram" forms X and R anew. R loses the square of a singular value to rounding below
         its unit roundoff u, and the error grows by a² a step; ``None`` restarts before it reaches .1 (`restart_steps`):
         never for five Polar Express steps in float32, once for eight, once for five in float16 or TF32.
       precision: of the products, as in `jax.numpy.matmul`.
-      dtype: what the products' operands are rounded to; sums are float32 at least. Default: float32 for half types, the
-        input's own otherwise. In half types "direct" is the more accurate one: on matrices of low rank it errs by .01
-        in float16 and .05 in bfloat16, "gram" by .08 and .6.
+      dtype: what the products' operands are rounded to, complex64 at least where X is complex; sums are float32 at
+        least. Default: float32 for half types, the input's own otherwise. In half types "direct" is the more accurate
+        one: on matrices of low rank it errs by .01 in float16 and .05 in bfloat16, "gram" by .08 and .6.
 
     Returns:
       An array like X. In float32 and five Polar Express steps it is within 1e-4 of exact arithmetic for "direct", and
       within .012 for "gram" (worst for singular values of 1e-3 of the largest, 5e-5 for well-conditioned X).
 
     Raises:
-      TypeError: if X or ``dtype`` is not real floating point.
+      TypeError: if X is not floating point, or ``dtype`` not real floating point.
       ValueError: if X has fewer than two axes, or for an unknown method, a bad polynomial or bad restarts.
 
     Source: Jordan et al. 2024 (Muon); Amsel et al. 2025 (arXiv 2505.16932); Gram iterations: Zhang et al. 2026.
@@ -157,7 +158,7 @@ def _direct(X: Array, polynomial: Polynomial, products: Products) -> Array:
         return a * X + products.apply(combine(b, A, c, products.product(A, A)), X), None
 
     # A loop over the steps, here and below, is compiled once instead of once a step.
-    return jax.lax.scan(step, unit_frobenius(X), jnp.asarray(polynomial, X.dtype))[0]
+    return jax.lax.scan(step, unit_frobenius(X), _coefficients(polynomial, X))[0]
 
 
 def _gram(X: Array, polynomial: Polynomial, restarts: tuple[int, ...], products: Products) -> Array:
@@ -169,11 +170,11 @@ def _gram(X: Array, polynomial: Polynomial, restarts: tuple[int, ...], products:
         # a stays out of Z: next to it the small eigenvalues of Z would be rounded away.
         return (R, Z, combine(a, Q, 1, products.product(Z, Q))), None
 
-    X, h = unit_scale(X), jnp.asarray(polynomial, X.dtype)
+    X, h = unit_scale(X), _coefficients(polynomial, X)
     for start, stop in itertools.pairwise((0, *restarts, len(polynomial))):
         R = products.outer(X)
         # The trace of X Xᵀ is the squared Frobenius norm; dividing small matrices by it spares dividing X.
-        s = inverse_root(trace(R))[..., None, None] if start == 0 else jnp.ones([], X.dtype)
+        s = inverse_root(trace(R))[..., None, None] if start == 0 else jnp.ones([], h.dtype)
         R = tuple(r * (s * s) for r in R)
         a, b, c = h[start]
         Z = combine(b, R, c, products.product(R, R))
@@ -184,15 +185,20 @@ def _gram(X: Array, polynomial: Polynomial, restarts: tuple[int, ...], products:
 
 def _check(X: Array, method: str, dtype: Any) -> jnp.dtype:
     """The dtype of the products, or what is wrong."""
-    dtype = jnp.dtype(dtype or _at_least_float32(X.dtype))
-    for name, kind in (("X", X.dtype), ("dtype", dtype)):
-        if not jnp.issubdtype(kind, jnp.floating):
-            raise TypeError(f"orthogonalize: {name} must be real floating point; got {kind}. Cast it first.")
+    if not jnp.issubdtype(X.dtype, jnp.inexact):
+        raise TypeError(f"orthogonalize: X must be floating point; got {X.dtype}. Cast it first.")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"orthogonalize: dtype must be real floating point; got {jnp.dtype(dtype)}.")
     if X.ndim < 2:
         raise ValueError(f"orthogonalize: X needs two axes or more, the last two the matrix; got shape {X.shape}.")
     if method not in ("auto", "direct", "gram"):
         raise ValueError(f"orthogonalize: method must be 'auto', 'direct' or 'gram'; got {method!r}.")
-    return dtype
+    dtype = jnp.dtype(dtype or _at_least_float32(X.dtype))
+    return jnp.promote_types(dtype, jnp.complex64) if jnp.iscomplexobj(X) else dtype
+
+
+def _coefficients(polynomial: Polynomial, X: Array) -> Array:
+    return jnp.asarray(polynomial, jnp.finfo(X.dtype).dtype)
 
 
 def _at_least_float32(dtype: Any) -> Any:
@@ -201,6 +207,7 @@ def _at_least_float32(dtype: Any) -> Any:
 
 def _unit_roundoff(dtype: Any, precision: Any) -> float:
     """Of products with these operands: off the CPU, float32 is multiplied in TF32 or bfloat16 unless told otherwise."""
+    dtype = jnp.finfo(dtype).dtype  # of the parts, where it is complex
     if precision is None:
         precision = getattr(jax.config, "jax_default_matmul_precision", None)
     full = (jax.lax.Precision.HIGHEST, "highest", "float32", (jax.lax.Precision.HIGHEST,) * 2)

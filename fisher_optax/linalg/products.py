@@ -2,7 +2,7 @@
 
 Everything an iteration multiplies on the small side is a polynomial of one matrix ``X Xᵀ``, so every product is
 symmetric again. Cut into rows of blocks S_1 ... S_k, block i, j of ``S T`` is ``S_i T_jᵀ``, and those with i <= j are
-enough: ``(k + 1) / 2k`` of the flops.
+enough: ``(k + 1) / 2k`` of the flops. Of complex matrices, ᵀ is the conjugate transpose, and symmetric is Hermitian.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Inexact
 
 # Into how many rows of blocks, and from which size on: seen on two cores, where products of smaller blocks are too slow
 # to gain anything. Not measured elsewhere, so not done there.
@@ -21,7 +21,7 @@ BLOCKED_FROM = {"cpu": 384}
 BLOCKS = 4
 
 # A symmetric matrix by its rows of blocks (one row: whole).
-Symmetric = tuple[Float[Array, "..."], ...]
+Symmetric = tuple[Inexact[Array, "..."], ...]
 
 
 def row_sizes(n: int) -> tuple[int, ...]:
@@ -61,6 +61,7 @@ class Products:
     def between(self, X: Array, Y: Array) -> Array:
         """``X Yᵀ``."""
         summed = X.ndim - (2 if self.tall else 1)
+        X, Y = (X.conj(), Y) if self.tall else (X, Y.conj())
         return self._dot(X, Y, summed, summed)
 
     def product(self, S: Symmetric, T: Symmetric) -> Symmetric:
@@ -68,7 +69,7 @@ class Products:
         last = S[0].ndim - 1
         if len(S) == 1:
             return (self._dot(S[0], T[0], last, last - 1),)
-        return from_upper(len(S), lambda i, j: self._dot(S[i], T[j], last, last))
+        return from_upper(len(S), lambda i, j: self._dot(S[i], T[j].conj(), last, last))
 
     def apply(self, S: Symmetric, X: Array) -> Array:
         """``S X``."""
@@ -111,7 +112,9 @@ def second_moment(
 def from_upper(k: int, block: Callable[[int, int], Array]) -> Symmetric:
     """k rows of the blocks ``block(i, j)``, which is asked for those with i <= j."""
     upper = {(i, j): block(i, j) for i in range(k) for j in range(i, k)}
-    return tuple(jnp.concatenate([upper[i, j] if j >= i else upper[j, i].mT for j in range(k)], -1) for i in range(k))
+    return tuple(
+        jnp.concatenate([upper[i, j] if j >= i else upper[j, i].mT.conj() for j in range(k)], -1) for i in range(k)
+    )
 
 
 def whole(S: Symmetric) -> Array:
@@ -130,10 +133,10 @@ def add_identity(a: Any, S: Symmetric) -> Symmetric:
 
 
 def trace(S: Symmetric) -> Float[Array, "*batch"]:
-    """The sum of the diagonal."""
+    """The sum of the diagonal, which is real."""
     # On a CPU, XLA compiles three kernels for a slice of the diagonal and its sum; this it leaves to a library.
     parts = (jnp.sum(s * i, (-2, -1)) for s, i in zip(S, _identity(S), strict=True))
-    return functools.reduce(jnp.add, parts)
+    return functools.reduce(jnp.add, parts).real
 
 
 def _identity(S: Symmetric) -> Symmetric:

@@ -1,12 +1,15 @@
 """Scaling that is safe over the whole range of a floating-point type."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Complex, Float, Inexact
 
 
-def unit_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """Each matrix times the power of two that brings its largest entry into [2, 4): exact, for every scale.
+def unit_scale(X: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch m n"]:
+    """Each matrix times the power of two that brings its largest entry into [2, 4): exact, for every scale. Real and
+    imaginary parts count as entries.
 
     Subnormal numbers are scaled as the smallest normal one would be: where there are no others, the largest entry
     comes to lie in [2e-7, 2).
@@ -16,11 +19,13 @@ def unit_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     from the bits, and a subnormal entry converted from its digits.
 
     Args:
-      X: float32 or float64. Zero stays zero; a matrix with an infinity or a NaN gets a NaN.
+      X: of 32 or 64 bits a part. Zero stays zero; a matrix with an infinity or a NaN gets a NaN.
 
     >>> print(unit_scale(jnp.array([[0.75, -0.125]])))
     [[ 3.  -0.5]]
     """
+    if jnp.iscomplexobj(X):
+        return _by_parts(unit_scale, X)
     info = jnp.finfo(X.dtype)
     integer = jnp.int32 if info.bits == 32 else jnp.int64
     bias, digits = info.maxexp - 1, info.nmant
@@ -42,16 +47,18 @@ def unit_scale(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     )
 
 
-def unit_frobenius(X: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+def unit_frobenius(X: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch m n"]:
     """Each matrix divided by its Frobenius norm; zero stays zero, no epsilon, any scale.
 
     Args:
-      X: float32 or float64.
+      X: of 32 or 64 bits a part.
 
     >>> print(unit_frobenius(jnp.array([[3e38, 0.0], [0.0, 0.0]])))
     [[1. 0.]
      [0. 0.]]
     """
+    if jnp.iscomplexobj(X):
+        return _by_parts(unit_frobenius, X)
     X = unit_scale(X)
     return X * inverse_root(jnp.sum(X * X, axis=(-2, -1), keepdims=True))
 
@@ -63,3 +70,8 @@ def inverse_root(x: Float[Array, "..."]) -> Float[Array, "..."]:
     [0.5 0. ]
     """
     return jnp.where(x == 0, 0, jax.lax.rsqrt(x))
+
+
+def _by_parts(f: Callable[[Array], Array], X: Complex[Array, "*batch m n"]) -> Complex[Array, "*batch m n"]:
+    """``f`` of the real ``[Re X, Im X]``, put together again."""
+    return jax.lax.complex(*jnp.split(f(jnp.concatenate([X.real, X.imag], -1)), 2, -1))

@@ -28,6 +28,7 @@ from ..routing import Build, by_axes, is_matrix
 from ..seam import Seam
 
 KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
+DTYPES = jnp.inexact  # of the matrices that `axes` may name: a complex one has a polar factor too, a unitary one
 
 
 @injectable
@@ -94,7 +95,8 @@ def muon(
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with
         this rate, decay and mask.
-      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params.
+      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params. Complex
+        leaves that it names get the unitary polar factor; the rules leave them to the fallback.
       momentum_dtype: storage of the momentum, default float32 at least.
       method: "direct", "gram", or "auto": whichever takes fewer flops for the shape.
       dtype: what the iteration runs in, default float32 at least.
@@ -131,8 +133,8 @@ def _polar(scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int,
 def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, polar: Seam) -> Any:
     # An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares.
     return guarded(
-        by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe),
-        lambda updates: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(updates, axes)],
+        by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe, dtypes=DTYPES),
+        lambda tree: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(tree, axes, DTYPES)],
         in_place=True,
     )
 
@@ -171,7 +173,7 @@ def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> op
             leaves, treedef = jax.tree.flatten(params)
             shapes = [matrix_shapes(x.shape, a)[0] for x, a in zip(leaves, leaf_axes, strict=True)]
             nu = [
-                jnp.zeros((*s[:-2], 1, s[-1]), jnp.promote_types(x.dtype, jnp.float32))
+                jnp.zeros((*s[:-2], 1, s[-1]), jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
                 for s, x in zip(shapes, leaves, strict=True)
             ]
             return NorMuonState(treedef.unflatten(nu))
@@ -182,7 +184,7 @@ def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> op
             out, nu = [], []
             for x, v, a in zip(leaves, treedef.flatten_up_to(state.nu), leaf_axes, strict=True):
                 O = matrix(x, a)
-                nu.append((b2 * v + (1 - b2) * jnp.mean(jnp.square(O), -2, keepdims=True)).astype(v.dtype))
+                nu.append((b2 * v + (1 - b2) * jnp.mean((O * O.conj()).real, -2, keepdims=True)).astype(v.dtype))
                 scaled = O / (jnp.sqrt(nu[-1]) + eps)
                 size, new_size = (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) for y in (O, scaled))
                 out.append(
@@ -194,4 +196,4 @@ def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> op
 
         return optax.GradientTransformation(init, update)
 
-    return guarded(by_axes("normuon", build, optax.identity(), axes=axes, kinds=KINDS))
+    return guarded(by_axes("normuon", build, optax.identity(), axes=axes, kinds=KINDS, dtypes=DTYPES))

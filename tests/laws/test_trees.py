@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 import fisher_optax as fo
 from tests.callable_trees import Module, NnxModule, module_of
@@ -32,6 +33,22 @@ def test_a_tree_that_could_be_called_is_the_dictionary_of_its_names(row: Row) ->
     for node in (Module, NnxModule):
         given = {name: module_of(tree, node) for name, tree in options.items()}
         assert program(row, module_of(params, node), **given) == wanted
+
+
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32], ids=["complex", "integer"])
+@each(row for row in METHODS if row.takes_axes)
+def test_a_matrix_that_a_method_cannot_take_is_refused_where_axes_name_it(row: Row, dtype: Any) -> None:
+    """And is left to the fallback where they do not: Muon alone takes complex ones."""
+    params = {"kernel": jnp.ones((3, 3), dtype), "w": jnp.ones((3, 3))}
+    tx = build(row, axes={"kernel": fo.MatrixAxes(), "w": fo.MatrixAxes()})
+    if row.make is fo.muon and dtype == jnp.complex64:
+        assert [leaf.method for leaf in fo.report(tx, params).rows] == ["muon", "muon"]
+        return
+    for use in (lambda: jax.eval_shape(tx.init, params), lambda: fo.report(tx, params)):
+        with pytest.raises(ValueError, match=f"'kernel', which is {jnp.dtype(dtype)}; wanted .*None, the fallback"):
+            use()
+    tx = build(row, axes={"kernel": None, "w": fo.MatrixAxes()})
+    assert fo.report(tx, params).rows[0].method == "fallback"
 
 
 @each(row for row in METHODS if row.takes_axes)
