@@ -67,8 +67,8 @@ def _array(path: Any, x: Any) -> Any:
             x = jnp.asarray(x, jnp.result_type(x))  # a Python number's own dtype, but not weak
         except TypeError:
             raise TypeError(
-                f"{_named(path)} is {type(x).__name__}, no array and no number: give the optimizer arrays alone, as "
-                "eqx.filter(model, eqx.is_array) does."
+                f"{_named(path)} is {type(x).__name__}, no array and no number: pass arrays alone, as "
+                "eqx.filter(model, eqx.is_array) gives them."
             ) from None
     wide = wide_dtype(x.dtype)
     if wide == x.dtype:

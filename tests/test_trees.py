@@ -47,9 +47,10 @@ def test_numbers_become_arrays_and_arrays_stay() -> None:
 def test_a_leaf_that_is_no_number_is_named(leaf: Any) -> None:
     """An Equinox model that was not filtered, say."""
     model = {"layers": [{"kernel": jnp.ones((2, 3))}], "activation": leaf}
-    for use in (lambda: fo.muon(0.1).init(model), lambda: fo.report(fo.muon(0.1), model)):
+    grad_fn = fo.value_and_grad(lambda p: jnp.sum(p["layers"][0]["kernel"]))
+    for use in (fo.muon(0.1).init, lambda model: fo.report(fo.muon(0.1), model), grad_fn):
         with pytest.raises(TypeError, match=r"'activation' is \w+, no array and no number: .*eqx.filter"):
-            use()
+            use(model)
 
 
 def test_the_gradient_of_an_integer_is_named() -> None:

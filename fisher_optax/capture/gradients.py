@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..matrix_axes import path_names
+from ..trees import shapes
 from ..types import LayerFactors, Samples
 from . import jaxprs, losses
 from .bases import bases_of
@@ -57,9 +58,9 @@ def trace(loss_fn: Callable[..., Any], kind: Any, params: Any, args: Any, kwargs
     """Trace ``loss_fn(params, *args, **kwargs)``; what is no array is left to it as it is."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths, values = ["/".join(path_names(path)) for path, _ in flat], [x for _, x in flat]
-    for path, x in zip(paths, values, strict=True):
-        if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-            raise TypeError(f"gradients need floating-point parameters; {path!r} is {jnp.result_type(x)}.")
+    for path, x in zip(paths, jax.tree.leaves(shapes(params)), strict=True):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(f"gradients need floating-point parameters; {path!r} is {x.dtype}.")
     others, others_def = jax.tree.flatten((args, kwargs))
     arrays = [i for i, x in enumerate(others) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)]
     outputs: list[Any] = []
