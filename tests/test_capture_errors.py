@@ -10,6 +10,7 @@ import pytest
 from fisher_optax import capture
 from fisher_optax.types import Eigenbasis
 
+DIMENSIONS = ("NHC", "HIO", "NHC")
 W, X, Y = jnp.ones((3, 2)), jnp.ones((4, 3)), jnp.zeros((4, 2))
 
 
@@ -70,6 +71,20 @@ def test_loss_that_is_no_scalar(name: str) -> None:
 def test_integer_parameters_are_named() -> None:
     with pytest.raises(TypeError, match="floating-point parameters; 'step' is int32"):
         capture.value_and_grad(lambda p, x: mean(p["W"], x))({"W": W, "step": jnp.int32(3)}, X)
+
+
+def test_a_convolution_of_complex_numbers_is_left_out() -> None:
+    """Its inputs' second moment is no real matrix, though its weights are real."""
+
+    def loss(p: Any, x: Any) -> Any:
+        z = jax.lax.conv_general_dilated(
+            x[:, :, None] * 1j, p["K"].astype(complex), (1,), "SAME", dimension_numbers=DIMENSIONS
+        )
+        return jnp.abs(z).sum() + mean(p["W"], x)
+
+    rows = {row.path: row for row in capture.capture_report(loss, {"K": jnp.ones((2, 1, 3)), "W": W}, X).rows}
+    assert (rows["K"].reason, rows["K"].statistics) == ("a convolution of complex numbers", ())
+    assert rows["W"].statistics
 
 
 def test_model_without_a_layer() -> None:

@@ -211,3 +211,34 @@ def test_rows_of_several_uses_and_of_a_stack() -> None:
     loop = lambda W, x, see: jnp.mean(jax.lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0] ** 2)  # noqa: E731
     stats, full = captured(loop, W, x, kind=kind), captured(loop, W, x)
     assert_near(np.einsum("lri,lrj->lij", stats.right.rows, stats.right.rows), full.right)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [capture.KroneckerFactors(), capture.KroneckerFactors(max_dim=2), capture.LayerSamples(), capture.InputGram()],
+    ids=["factors", "rows", "samples", "gram"],
+)
+def test_a_real_layer_of_complex_numbers_has_two_parts(kind: Any) -> None:
+    """Its statistics are those of the same model in real numbers, and its loss is divided by the number of examples."""
+    W, x = normal(0, 4, 3), normal(1, 5, 4) + 1j * normal(2, 5, 4)
+
+    def in_complex(W: Any, x: Any) -> Any:
+        return jnp.mean(jnp.abs(x @ W - 1j) ** 3)
+
+    def in_real(W: Any, x: Any) -> Any:
+        z = jnp.stack([x.real, x.imag], 1) @ W
+        return jnp.mean((z[:, 0] ** 2 + (z[:, 1] - 1) ** 2) ** 1.5)
+
+    _, grads, stats = capture.value_and_grad(in_complex, kind)(W, x)
+    _, wanted_grads, wanted = capture.value_and_grad(in_real, kind, normalizer=5)(W, x)
+    assert_near(grads, wanted_grads)
+    assert jax.tree.structure(stats) == jax.tree.structure(wanted)
+    jax.tree.map(assert_near, stats, wanted)
+
+
+def test_a_complex_layer_has_no_mean_of_its_parts() -> None:
+    kind = capture.KroneckerFactors(mode="reduce")
+    [row] = capture.capture_report(
+        lambda W, x: jnp.abs(x @ W).sum(), normal(0, 4, 3), 1j * normal(1, 5, 4), statistics=kind
+    ).rows
+    assert "use mode='expand'" in row.reason

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from . import jaxprs, losses
 from .leaves import LeafPlan
-from .sites import Site
+from .sites import Site, in_parts
 from .sums import Seen
 from .tracing import Plan
 from .views import View
@@ -91,7 +91,8 @@ def _forwards(collect: Any, y: Any, seen: Any, probe: Any) -> tuple[Any, Any]:
 
 def _backwards(collect: Any, kept: Any, delta: Any) -> tuple[Any, None, Any]:
     (x, mask, bases), probe = kept
-    statistics = collect(Seen(x, delta, mask, bases))
+    # Of a complex output, a cotangent is the real part's gradient less i times the imaginary part's.
+    statistics = collect(Seen(in_parts(x), in_parts(delta.conj()), mask, bases))
     like = lambda s, p: jaxprs.varying_as(s.astype(p.dtype).reshape(p.shape), p)  # noqa: E731
     return delta, None, jax.tree.map(like, statistics, probe)
 

@@ -90,9 +90,12 @@ def _leaf(i: int, path: str, dtype: Any, uses: Uses, unavailable: Callable[[tupl
     alike = tuple(site for site in sites if _roles(site) == _roles(first))
     notes = [] if len(alike) == len(sites) else ["also used the other way round, which is left out"]
     notes += [f"also used by {', '.join(others)}"] if others else []
+    notes += ["of complex numbers, whose parts count as positions"] if any(s.parts > 1 for s in alike) else []
     plan = plan._replace(use=first.how, reason="; ".join(notes))
     if not jnp.issubdtype(dtype, jnp.floating):
         return plan._replace(reason=f"{jnp.dtype(dtype)} is no real floating point")
+    if any(jnp.issubdtype(aval.dtype, jnp.complexfloating) for site in alike for aval in site.avals):
+        return plan._replace(reason=f"a {first.how} of complex numbers")
     if why := unavailable(alike):
         return plan._replace(reason=why)
     inputs, outputs, batch = _roles(first)
@@ -112,6 +115,8 @@ def _owner(b: int, uses: Uses, plans: list[LeafPlan]) -> LeafPlan | None:
         return None
     owner = plans[next(iter(added.values()))[0].leaf]
     if owner.axes is None or owner.bias is not None or {site.number for site in owner.sites} != set(added):
+        return None
+    if any(site.parts > 1 for site in owner.sites):  # a real bias is added to the real part alone
         return None
     fits = uses.shapes[b] == tuple(owner.shape[a] for a in owner.axes.batch + owner.axes.outputs)
     alike = all(_steps(site.taken) == _steps(taken) for site, taken in added.values())

@@ -89,7 +89,7 @@ class LayerSamples:
         axis = -2 - len(site.window.shape) if site.window else -2
         count = joined([slot["count"] for slot in slots], None)
         X, D = (joined([slot[k] for slot in slots], axis) for k in ("inputs", "gradients"))
-        D = times(D, count / plan.uses.clip(1) if normalizer is None else normalizer)
+        D = times(D, count / plan.uses.clip(1) / site.parts if normalizer is None else normalizer)
         if site.window is None:
             X, D = rows.sorted_side(X, -1, site.inputs), rows.sorted_side(D, -1, site.outputs)
         X, D = in_leaf_order(X, plan), in_leaf_order(D, plan)

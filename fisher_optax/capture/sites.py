@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from ..types import Window
@@ -18,7 +19,8 @@ class Site(NamedTuple):
     """One product with one parameter. Its input is operand ``x`` of the equation, its output result ``y``.
 
     ``x_axes``, ``y_axes`` are their axes as (batch, positions, inputs) and (batch, positions, outputs), in the order of
-    ``batch``, ``inputs`` and ``outputs``, which say what these are of the parameter.
+    ``batch``, ``inputs`` and ``outputs``, which say what these are of the parameter. A dense product of complex
+    numbers is one of their real and imaginary parts, which a last axis of positions counts.
     """
 
     leaf: int
@@ -36,6 +38,7 @@ class Site(NamedTuple):
     repeated: bool = False  # in a loop that does not run over a stack of this parameter
     number: int = -1  # among all sites of the program
     avals: tuple[Any, Any] = (None, None)  # of its input and its output
+    parts: int = 1  # of a number: 2 where they are complex
 
     @property
     def batch_axes(self) -> list[int]:
@@ -120,7 +123,23 @@ def _site(
     positions = tuple(Y.shape[a] for a in y_axes[1])
     avals = jax.ShapeDtypeStruct(X.shape, X.dtype), jax.ShapeDtypeStruct(Y.shape, Y.dtype)
     site = Site(W.root[1], how, x, 0, x_axes, y_axes, batch, inputs, outputs, positions, W.taken, window, avals=avals)
-    return site, tuple(dims)
+    complex_ = how == "dense" and jnp.issubdtype(Y.dtype, jnp.complexfloating)
+    return _by_parts(site) if complex_ else site, tuple(dims)
+
+
+def _by_parts(site: Site) -> Site:
+    """The product of two real matrices that a complex one and a real parameter have."""
+    axes, avals = [], []
+    for (batch, positions, others), aval in zip((site.x_axes, site.y_axes), site.avals, strict=True):
+        axes.append((batch, (*positions, len(aval.shape)), others))
+        avals.append(jax.eval_shape(in_parts, aval))
+    (x_axes, y_axes), positions = axes, (*site.positions, 2)
+    return site._replace(x_axes=x_axes, y_axes=y_axes, positions=positions, avals=tuple(avals), parts=2)
+
+
+def in_parts(x: Any) -> Any:
+    """Real and imaginary part along a last axis; what is real as it is."""
+    return jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x
 
 
 def completed(site: Site, shape: tuple[int, ...]) -> Site | None:

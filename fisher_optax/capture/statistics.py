@@ -81,6 +81,8 @@ class KroneckerFactors:
             return f"used in a loop and longer than max_dim={self.max_dim}"
         if long and rows.differ_in_a_stack(sites):
             return f"matrices of one stack with different numbers of positions, longer than max_dim={self.max_dim}"
+        if self.mode == "reduce" and any(s.parts > 1 for s in sites):
+            return "of complex numbers, whose parts have no common mean: use mode='expand'"
         return ""
 
     def unavailable_for(self, plan: LeafPlan, fisher: str) -> str:
@@ -167,7 +169,7 @@ class KroneckerFactors:
     def _each(self, plan: LeafPlan) -> float:
         """How many of the rows that are counted belong to one example."""
         if (self.mode, plan.sites[0].how) not in (("expand", "convolution"), ("reduce", "embedding")):
-            return 1.0
+            return float(plan.sites[0].parts)
         examples = sum(site.positions[plan.batch_position(site)] if site.positions else 1 for site in plan.sites)
         return sum(math.prod(site.positions) for site in plan.sites) / max(examples, 1)
 
