@@ -8,7 +8,7 @@ from . import decompositions as decompositions
 from . import factors as factors
 from . import fisher as fisher
 from . import linalg as linalg
-from .accumulation import accumulate_statistics
+from .accumulation import accumulate_statistics, all_reduce_statistics
 from .applications import in_eigenbasis
 from .axes import label_params
 from .bases import eigenbases
@@ -53,6 +53,7 @@ __all__ = [
     "accumulate_statistics",
     "add_cautious_decay",
     "add_decay_after_step",
+    "all_reduce_statistics",
     "applications",
     "check_state",
     "compression",

@@ -1,9 +1,10 @@
-"""Statistics of several micro-batches, as if they had been one."""
+"""Statistics of several micro-batches, or devices, as if they had been one."""
 
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .curvature import is_statistics
 from .matrix_axes import path_names
@@ -44,6 +45,58 @@ def accumulate_statistics(so_far: Any, new: Any) -> Any:
     return jax.tree.map_with_path(_both, so_far, new, is_leaf=is_statistics)
 
 
+def all_reduce_statistics(statistics: Any, axis: Any) -> Any:
+    """The statistics of all devices along a mapped axis together, from each device's own.
+
+    Means weighted by the number of positions behind each; rows, samples and logits of all devices, one after the other,
+    which an average would mix. It is for statistics that differ between devices: from `jax.pmap`, a `jax.shard_map`
+    with ``check_vma=False``, or parameters that vary. Where the loss is averaged inside a `jax.shard_map`,
+    `value_and_grad` has done it.
+
+    Args:
+      statistics: from `value_and_grad`, on each device.
+      axis: its name, or several.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fisher_optax as fo
+      >>> grad_fn = fo.value_and_grad(lambda W, x: fo.losses.gaussian(x @ W, jnp.zeros((len(x), 2))))
+      >>> def of_device(x):
+      ...     return fo.all_reduce_statistics(grad_fn(jnp.ones((3, 2)), x)[2], "data")
+      >>> all_of_them = jax.vmap(of_device, axis_name="data")(jnp.stack([jnp.ones((4, 3)), 2 * jnp.ones((4, 3))]))
+      >>> all_of_them.left[:, 0, 0].tolist(), all_of_them.weight.tolist()
+      ([2.5, 2.5], [8.0, 8.0])
+    """
+
+    def of_all(x: Any) -> Any:
+        total = jax.lax.psum(x.weight, axis)
+        gather = lambda rows, place: _gathered(rows, axis, place)  # noqa: E731
+        if isinstance(x, Samples):
+            place = _sample_axis(x)
+            inputs, gradients = gather(x.inputs, place), gather(x.gradients, place)
+            return dataclasses.replace(x, inputs=inputs, gradients=gradients, weight=total)
+        share = x.weight / jnp.where(total == 0, 1, total)
+
+        def mean(side: Any) -> Any:
+            if isinstance(side, Logits):
+                return jax.tree.map(lambda y: gather(y, 0), _shared(side, share))
+            if isinstance(side, Rows):
+                return Rows(gather(side.rows * share**0.5, -2))
+            return None if side is None else jax.lax.psum(share * side, axis)
+
+        means = {side: mean(getattr(x, side)) for side in ("left", "right", "squares")}
+        return dataclasses.replace(x, **means, weight=total)
+
+    return jax.tree.map(lambda x: of_all(x) if is_statistics(x) else x, statistics, is_leaf=is_statistics)
+
+
+def _gathered(x: Any, axis: Any, place: int) -> Any:
+    """All devices' arrays one after the other along axis ``place``: as a sum, which is known to be the same on all."""
+    x = jnp.moveaxis(x, place, 0)
+    room = jnp.zeros((jax.lax.axis_size(axis), *x.shape), x.dtype)
+    x = jax.lax.psum(room.at[jax.lax.axis_index(axis)].set(x), axis)
+    return jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 0, place)
+
+
 def _both(path: Any, a: Any, b: Any) -> Any:
     kinds = [jax.tree.structure(x) for x in (a, b)]
     if kinds[0] != kinds[1]:
@@ -52,7 +105,7 @@ def _both(path: Any, a: Any, b: Any) -> Any:
             "both from the same fo.value_and_grad."
         )
     total = a.weight + b.weight
-    share_b = b.weight / jax.numpy.where(total == 0, 1, total)
+    share_b = b.weight / jnp.where(total == 0, 1, total)
     share_a = 1 - share_b
     if isinstance(a, Samples):
         inputs, gradients = _joined(a.inputs, b.inputs, a), _joined(a.gradients, b.gradients, a)
@@ -62,16 +115,25 @@ def _both(path: Any, a: Any, b: Any) -> Any:
         if x is None:
             return None
         if isinstance(x, Logits):
-            x, y = (t._replace(weights=s * t.weights / t.weights.sum()) for t, s in ((x, share_a), (y, share_b)))
-            return jax.tree.map(lambda *pair: jax.numpy.concatenate(pair), x, y)
+            return jax.tree.map(lambda *pair: jnp.concatenate(pair), _shared(x, share_a), _shared(y, share_b))
         if isinstance(x, Rows):
-            return Rows(jax.numpy.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
+            return Rows(jnp.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
         return share_a * x + share_b * y
 
     means = {side: mean(getattr(a, side), getattr(b, side)) for side in ("left", "right", "squares")}
     return dataclasses.replace(a, **means, weight=total)
 
 
+def _shared(tokens: Logits, share: Any) -> Logits:
+    """Tokens whose weights add up to their share of all."""
+    total = tokens.weights.sum()
+    return tokens._replace(weights=share * tokens.weights / jnp.where(total == 0, 1, total))
+
+
 def _joined(x: Any, y: Any, samples: Samples) -> Any:
-    axis = -2 if samples.window is None else -2 - len(samples.window.shape)
-    return jax.numpy.concatenate([x, y], axis)
+    return jnp.concatenate([x, y], _sample_axis(samples))
+
+
+def _sample_axis(samples: Samples) -> int:
+    """Which axis counts examples."""
+    return -2 if samples.window is None else -2 - len(samples.window.shape)

@@ -15,6 +15,7 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
 from . import jaxprs, losses
+from .devices import Split, counted_over, devices_along
 from .leaves import LeafPlan
 from .sites import Site, in_parts
 from .sums import Seen
@@ -36,6 +37,7 @@ class Watch(NamedTuple):
     samples: int
     key: Any
     seen: list[Any] | None = None  # what losses were given, by their numbers
+    value: Any = None  # the loss, or its type
 
 
 def run(
@@ -58,7 +60,8 @@ def run(
         if i in plan.losses and watch.fisher != "empirical":
             name, number = plan.losses[i]
             key = None if watch.key is None else jax.random.fold_in(watch.key, number)
-            pseudo = _plus(pseudo, losses.pseudo_loss(name, watch.fisher, watch.samples, key, *values))
+            axes = counted_over(watch.value, *values)
+            pseudo = _plus(pseudo, losses.pseudo_loss(name, watch.fisher, watch.samples, key, axes, *values))
         if i in plan.losses and watch.seen is not None:
             watch.seen.append((plan.losses[i][1], values))
         env.update(zip(eqn.outvars, out, strict=True))
@@ -73,9 +76,17 @@ def _tapped(site: Site, y: Any, x: Any, scope: Scope, watch: Watch) -> Any:
     plan = watch.leaves[site.number]
     slots, bases = _entry(scope, site.leaf, site.taken)
     probe = slots[watch.slots[site.number]]
-    collect = functools.partial(watch.kind.collect, plan, site)
+    own = jaxprs.varying(*jax.tree.leaves(probe))
+    split = tuple(axis for axis in jaxprs.split_over(y, x, watch.mask) if axis[0] not in own)
+    collect = functools.partial(_collected, watch.kind, plan, site, split)
     probe = jax.tree.map(lambda p: jaxprs.varying_as(p, y, x, watch.mask), probe)
     return _tap(collect, y, jax.lax.stop_gradient((x, watch.mask, bases)), probe)
+
+
+def _collected(kind: Any, plan: LeafPlan, site: Site, split: Split, seen: Seen) -> Any:
+    """The statistics of one tap, to be added up over the devices along these axes of a shard_map."""
+    device = jax.lax.axis_index(tuple(name for name, _ in split)) if split else 0
+    return kind.collect(plan, site, seen._replace(devices=devices_along(split), device=device))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -180,7 +191,7 @@ def _shard_map(
     p, keys = eqn.params, list(scope)
 
     def again(values: Any, kept: Any, mask: Any) -> Any:
-        inner = watch._replace(mask=mask)
+        inner = watch._replace(mask=mask, seen=None)
         return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, kept, strict=True)), inner)[0]
 
     whole = jax.tree.map(lambda _: PartitionSpec(), list(scope.values()))
@@ -216,13 +227,22 @@ ENTER: dict[str, Callable[..., tuple[list[Any], Any]]] = {
 }
 
 
-def zeros(kind: Any, plan: LeafPlan, mask: Any, bases: Any) -> list[Any]:
-    """The probes of a parameter, one a slot: zeros of the shapes that its taps return."""
+def zeros(kind: Any, plan: LeafPlan, parameter: Any, mask: Any, bases: Any) -> list[Any]:
+    """The probes of a parameter, one a slot: zeros of the shapes that its taps return.
+
+    They differ between devices where the parameter does: as its gradient is, statistics then are each device's own, and
+    otherwise sums over devices.
+    """
     taken = plan.taken_shape
     some = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[len(taken) :], x.dtype), bases)
 
+    mine = jaxprs.varying(parameter)
+
     def shapes(site: Site) -> Any:
-        return jax.eval_shape(lambda x, d, b: kind.collect(plan, site, Seen(x, d, mask, b)), *site.avals, some)
+        split = dict(site.split) | dict(() if mask is None else jaxprs.split_over(mask))
+        devices = devices_along(tuple(axis for axis in split.items() if axis[0] not in mine))
+        return jax.eval_shape(lambda x, d, b: kind.collect(plan, site, Seen(x, d, mask, b, devices)), *site.avals, some)
 
     first = [next(site for site in plan.sites if plan.turns[site.number] == k) for k in range(kind.slots(plan))]
-    return [jax.tree.map(lambda x: jnp.zeros((*taken, *x.shape), x.dtype), shapes(site)) for site in first]
+    zero = lambda x: jaxprs.varying_as(jnp.zeros((*taken, *x.shape), x.dtype), parameter)  # noqa: E731
+    return [jax.tree.map(zero, shapes(site)) for site in first]

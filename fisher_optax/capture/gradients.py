@@ -12,6 +12,7 @@ from ..trees import shapes
 from ..types import LayerFactors, Samples
 from . import jaxprs, losses
 from .bases import bases_of
+from .devices import check_devices, check_normalizer
 from .evaluation import Watch, run, zeros
 from .heads import marked_heads, tokens_of
 from .leaves import LeafPlan, leaf_plans
@@ -112,7 +113,8 @@ def value_and_grad(
       has_aux: as in `jax.value_and_grad`.
       normalizer: what the loss was divided by, a number or a function of ``*args, **kwargs``. None: `fo.losses` know
         it; else the positions of each dense layer (steps of a loop are positions), and the examples for convolutions
-        and ``mode="reduce"``. It scales ``right``, for ``fisher="empirical"`` alone: the others know theirs.
+        and ``mode="reduce"``. It scales ``right``, for ``fisher="empirical"`` alone: the others know theirs. Of a loss
+        averaged over devices in a `jax.shard_map`: what all of theirs was divided by.
       batch_axis: which axis of a dense layer's positions counts examples. Of layers without that axis, the first does.
       mask: a function of ``*args, **kwargs``: True for the positions (or examples) that count. Others drop out of the
         inputs too. None: those whose weight in `fo.losses` is not 0. Layers whose positions are no such axes (after
@@ -166,26 +168,31 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
     counted = losses_in(traced.program, traced.plan, traced.operands)
     _check_losses(counted, fisher, normalizer)
     watched = marked_heads([leaf._replace(batch_axis=batch_axis) for leaf in traced.leaves if leaf.sites], kind)
+    parameters = [(leaf, traced.operands[leaf.number]) for leaf in watched]
+    value_type = jaxprs.aval(traced.program.jaxpr.outvars[0])
+    if fisher != "empirical" or (normalizer is None and "right" in getattr(kind, "sides", ("right",))):
+        check_devices(value_type, counted.calls, parameters)
     for leaf in watched:
         if why := kind.unavailable_for(leaf, fisher):
             raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
     if fisher == "empirical":
         N = normalizer(*args, **kwargs) if callable(normalizer) else normalizer
+        check_normalizer(N, parameters)
         N = counted.total if N is None else N
     else:
         N = kind.model_scale(counted.total)
     keep = counted.mask if mask is None else jnp.asarray(mask(*args, **kwargs))
     given = bases_of(bases, watched, kind)
-    probes = [zeros(kind, leaf, keep, Q) for leaf, Q in zip(watched, given, strict=True)]
+    probes = [zeros(kind, leaf, x, keep, Q) for (leaf, x), Q in zip(parameters, given, strict=True)]
     by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
     slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
-    watch = Watch(kind, by_site, slots, keep, fisher, n_samples, key, [])
-    passes = 0 if fisher == "empirical" else losses.passes(fisher, n_samples, counted.logits[0])
+    watch = Watch(kind, by_site, slots, keep, fisher, n_samples, key, [], value_type)
+    passes = 0 if fisher == "empirical" else losses.passes(fisher, n_samples, counted.calls[0][0])
     (value, aux), grads, raw, given_losses = _differentiate(traced, watched, probes, given, watch, passes)
     done = {leaf.number: kind.finish(leaf, seen, N) for leaf, seen in zip(watched, raw, strict=True)}
     for leaf in watched:
         if leaf.head is not None:
-            right = tokens_of(given_losses, leaf, kind.head_rows)
+            right = tokens_of(given_losses, leaf, traced.operands[leaf.number], kind.head_rows)
             done[leaf.number] = dataclasses.replace(done[leaf.number], right=right)
     stats = [_with_path(done.get(leaf.number), leaf, traced.leaves) for leaf in traced.leaves]
     value = (value, aux[0]) if has_aux else value
@@ -255,14 +262,14 @@ def _check_losses(counted: Counted, fisher: str, normalizer: Any) -> None:
             f"a loss of fo.losses stands inside a {counted.hidden}, where its examples cannot be counted: compute it "
             f"outside, or {wanted}."
         )
-    if fisher != "empirical" and not counted.logits:
+    if fisher != "empirical" and not counted.calls:
         raise ValueError(
             f"fisher={fisher!r} needs the model's distribution: compute the loss by fo.losses.softmax_cross_entropy, "
             "sigmoid_cross_entropy or gaussian; none was found in loss_fn."
         )
-    if fisher == "true" and len(counted.logits) > 1:
+    if fisher == "true" and len(counted.calls) > 1:
         raise ValueError(
-            f"fisher='true' goes through the outputs of one loss; loss_fn calls fo.losses {len(counted.logits)} times. "
+            f"fisher='true' goes through the outputs of one loss; loss_fn calls fo.losses {len(counted.calls)} times. "
             "Use fisher='mc'."
         )
 

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ..types import Logits
+from .devices import devices_along
+from .jaxprs import split_over, varying
 from .leaves import LeafPlan
 from .losses import example_weights
-from .rows import spread
+from .rows import picked
 
 
 def marked_heads(watched: list[LeafPlan], kind: Any) -> list[LeafPlan]:
@@ -22,13 +25,20 @@ def marked_heads(watched: list[LeafPlan], kind: Any) -> list[LeafPlan]:
     return watched
 
 
-def tokens_of(given: dict[int, Any], leaf: LeafPlan, count: int) -> Logits:
+def tokens_of(given: dict[int, Any], leaf: LeafPlan, parameter: Any, count: int) -> Logits:
     """Some of the tokens of the loss that a head gives logits to, spread over all of them."""
     if leaf.head not in given:
-        raise ValueError(f"the loss of {leaf.path!r} stands inside a remat, out of which its logits cannot be handed.")
+        raise ValueError(
+            f"the loss of {leaf.path!r} stands inside a remat or shard_map, out of which its logits cannot be handed."
+        )
     z, y, *weights = given[leaf.head]
+    axes = [axis for axis in split_over(z, y, *weights) if axis[0] not in varying(parameter)]
+    names = tuple(name for name, _ in axes)
     w = example_weights(z, *weights).reshape(-1)
-    chosen = spread(len(w), count)
-    z, y = z.reshape(-1, z.shape[-1])[chosen], y.reshape(len(w), *y.shape[z.ndim - 1 :])[chosen]
-    z, w = z.astype(jnp.promote_types(z.dtype, jnp.float32)), w[chosen]
+    chosen = picked(len(w), count, devices_along(axes), jax.lax.axis_index(names) if axes else 0)
+    kept = z.reshape(-1, z.shape[-1]), y.reshape(len(w), *y.shape[z.ndim - 1 :]), w
+    z, y, w = (chosen.of(x, 0) for x in kept)
+    if names:
+        z, y, w = (jax.lax.psum(x, names) for x in (z, y, w))
+    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
     return Logits(jnp.where(w[:, None] > 0, z, 0), y, w)

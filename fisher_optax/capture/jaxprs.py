@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn, Literal
 
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -58,12 +59,23 @@ def aval(atom: Any) -> Any:
 
 def varying_as(x: Any, *others: Any) -> Any:
     """``x``, taken to differ between the devices of a shard_map wherever one of the others does."""
-    axes = frozenset().union(*(_varying(other) for other in others if other is not None)) - _varying(x)
+    axes = varying(*others) - varying(x)
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
-def _varying(x: Any) -> frozenset[Any]:
-    return jax.typeof(x).manual_axis_type.varying
+def varying(*xs: Any) -> frozenset[str]:
+    """The axes of a shard_map over whose devices one of these arrays, or types of arrays, differs."""
+    return frozenset().union(*(_type(x).manual_axis_type.varying for x in xs if x is not None))
+
+
+def split_over(*xs: Any) -> tuple[tuple[str, int], ...]:
+    """The same axes with their sizes, in the order of the mesh."""
+    axes = {axis: None for x in xs if varying(x) for axis in _type(x).sharding.mesh.shape.items()}
+    return tuple(axis for axis in axes if axis[0] in varying(*xs))
+
+
+def _type(x: Any) -> Any:
+    return x if isinstance(x, ShapedArray) else jax.typeof(x)
 
 
 def read(env: dict[Any, Any], atom: Any) -> Any:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .jaxprs import varying, varying_as
 from .tracing import LOSS
 
 
@@ -166,25 +167,30 @@ def _marked(name: str) -> Callable[..., Array]:
     return jax.jit(loss)
 
 
-def total(w: Array) -> Array:
-    """What the sum over examples is divided by: the sum of the weights, 1 if all are 0."""
+def total(w: Array, axes: tuple[str, ...] = ()) -> Array:
+    """What the sum over examples is divided by: the weights of all devices along ``axes`` together, 1 if all are 0."""
     W = jnp.sum(w.astype(jnp.promote_types(w.dtype, jnp.float32)))
+    W = jax.lax.psum(W, axes) if axes else W
     return jnp.where(W == 0, 1, W)
 
 
 _JITTED = {name: _marked(name) for name in DISTRIBUTIONS}
 
 
-def pseudo_loss(name: str, fisher: str, samples: int, key: Any, z: Array, _: Any, *weights: Array) -> Array:
+def pseudo_loss(
+    name: str, fisher: str, samples: int, key: Any, axes: tuple[str, ...], z: Array, y: Any, *weights: Array
+) -> Array:
     """K zeros whose gradients with respect to the logits are, one after the other, what the Fisher is made of.
 
     For "mc", the scores of K = ``samples`` draws of labels from the model; for "true", the K columns of a root of the
     Fisher of the logits, each position's with signs of its own; each example's times ``sqrt(w_i / (Σ w K))`` or
     ``sqrt(w_i / Σ w)``, so that the sum of the outer products of gradients is the weighted mean over examples. Where
     a layer's position feeds the losses of several (attention), products of columns of different positions enter too:
-    scores are uncorrelated, and signs at random make these products cancel in the mean.
+    scores are uncorrelated, and signs at random make these products cancel in the mean. Devices along ``axes`` have
+    examples of one mean, and all draw labels and signs of their own.
     """
     p = DISTRIBUTIONS[name]
+    z = varying_as(z, y, *weights)
 
     @jax.custom_vjp
     def zeros(z: Array) -> Array:
@@ -193,15 +199,22 @@ def pseudo_loss(name: str, fisher: str, samples: int, key: Any, z: Array, _: Any
     def backward(z: Array, ct: Array) -> tuple[Array]:
         full = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         w = example_weights(full, *weights)
-        share = jnp.sqrt(w / total(w))[..., None]
+        share = jnp.sqrt(w / total(w, axes))[..., None]
+        own = _own_key(jax.random.key(0) if fisher == "true" else key, z)
         if fisher == "true":
-            signs = jax.random.rademacher(jax.random.key(0), z.shape, full.dtype)
-            return ((share * p.root(full, signs * ct, 1)).astype(z.dtype),)
-        drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full, 1)))(jax.random.split(key, samples))
+            signs = jax.random.rademacher(own, z.shape, full.dtype)
+            return (varying_as(share * p.root(full, signs * ct, 1), z).astype(z.dtype),)
+        drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full, 1)))(jax.random.split(own, samples))
         return ((share * jnp.tensordot(ct, drawn, 1) / samples**0.5).astype(z.dtype),)
 
     zeros.defvjp(lambda z: (zeros(z), z), backward)
     return zeros(z)
+
+
+def _own_key(key: Any, z: Array) -> Any:
+    """The key of a device's own examples, wherever they differ between devices."""
+    axes = tuple(sorted(varying(z)))
+    return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
 
 
 def passes(fisher: str, samples: int, logits: Any) -> int:

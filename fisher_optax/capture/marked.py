@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend.core import Literal
 
 from . import jaxprs
+from .devices import counted_over
 from .losses import total
 from .tracing import Plan
 
@@ -16,7 +18,7 @@ class Counted(NamedTuple):
 
     total: Any = None
     mask: Any = None
-    logits: tuple[Any, ...] = ()  # of each loss that can be counted
+    calls: tuple[Any, ...] = ()  # what each loss that can be counted is given: types of logits, labels and weights
     hidden: str = ""  # the primitive with a loss inside that cannot
 
 
@@ -54,15 +56,16 @@ class _Scope:
 def losses_in(program: jaxprs.Program, plan: Plan, operands: Sequence[Any]) -> Counted:
     """What the losses of a program count."""
     found, hidden = _find(_Scope(program, [lambda x=x: x for x in operands]), program.jaxpr, plan)
-    logits = tuple(eqn.invars[0].aval for _, eqn in found)
+    calls = tuple(tuple(jaxprs.aval(v) for v in eqn.invars) for _, eqn in found)
     if len(found) != 1 or hidden:
-        return Counted(logits=logits, hidden=hidden)
+        return Counted(calls=calls, hidden=hidden)
     scope, eqn = found[0]
-    z, _, *weights = (v.aval for v in eqn.invars)
+    z, _, *weights = calls[0]
+    axes = counted_over(jaxprs.aval(program.jaxpr.outvars[0]), *calls[0])
     if not weights:
-        return Counted(float(math.prod(z.shape[:-1])), None, logits)
+        return Counted(float(math.prod(z.shape[:-1]) * jax.lax.axis_size(axes)), None, calls)
     w = scope.value(eqn.invars[2])
-    return Counted(total(w) * math.prod(z.shape[w.ndim : -1]), w != 0, logits)
+    return Counted(total(w, axes) * math.prod(z.shape[w.ndim : -1]), w != 0, calls)
 
 
 def _find(scope: _Scope, jaxpr: Any, plan: Plan) -> tuple[list[tuple[_Scope, Any]], str]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import jaxprs
+from .devices import counted_over
 from .gradients import Traced, trace
 from .losses import DISTRIBUTIONS, Distribution, example_weights, total
 from .marked import losses_in
@@ -17,7 +18,9 @@ from .statistics import KroneckerFactors
 from .tracing import Plan
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("logits", "labels", "weights"), meta_fields=("name",))
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("logits", "labels", "weights", "total"), meta_fields=("name",)
+)
 @dataclasses.dataclass(frozen=True)
 class Output:
     """One call of `fo.losses`."""
@@ -26,6 +29,7 @@ class Output:
     logits: Any  # (*positions, C), in float32 at least; 0 where the weight is
     labels: Any
     weights: Any  # (*positions,)
+    total: Any  # what the sum over examples is divided by, those of other devices included
 
     @property
     def distribution(self) -> Distribution:
@@ -35,7 +39,7 @@ class Output:
     @property
     def shares(self) -> Array:
         """Of each position in the mean: its weight over the sum of them all."""
-        return self.weights / total(self.weights)
+        return self.weights / self.total
 
 
 def outputs(
@@ -54,6 +58,7 @@ def outputs(
 
 def _evaluated(traced: Traced, shifts: Sequence[Any] | None) -> tuple[list[Output], Any]:
     found: dict[int, Output] = {}
+    value = jaxprs.aval(traced.program.jaxpr.outvars[0])
 
     def at_loss(name: str, number: int, values: list[Any]) -> list[Any]:
         z, y, *weights = values
@@ -61,11 +66,11 @@ def _evaluated(traced: Traced, shifts: Sequence[Any] | None) -> tuple[list[Outpu
         w, logits = example_weights(z, *weights), z.astype(jnp.promote_types(z.dtype, jnp.float32))
         # What is left out may be NaN.
         logits, labels = (jnp.where((w == 0).reshape(*w.shape, *[1] * (x.ndim - w.ndim)), 0, x) for x in (logits, y))
-        found[number] = Output(name, logits, labels, w)
+        found[number] = Output(name, logits, labels, w, total(w, counted_over(value, *values)))
         return [z, y, *weights]
 
-    value, *_ = _run(traced.program, traced.plan, traced.operands, at_loss)
-    return [found[number] for number in sorted(found)], value
+    out, *_ = _run(traced.program, traced.plan, traced.operands, at_loss)
+    return [found[number] for number in sorted(found)], out
 
 
 def _run(

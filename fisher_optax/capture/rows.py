@@ -3,7 +3,7 @@
 import itertools
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,33 @@ def spread(total: int, count: int) -> np.ndarray:
         return np.arange(total)
     shift = np.modf(np.arange(count) * (math.sqrt(5) - 1) / 2)[0]
     return np.floor((np.arange(count) + shift) * total / count).astype(np.int32)
+
+
+class Picked(NamedTuple):
+    """Some of the places along an axis, of all devices together; ``mine`` are those of this one, None: all are."""
+
+    places: Any
+    mine: Any
+    share: float  # how many places each stands for
+
+    def of(self, x: Array, axis: int) -> Array:
+        """The entries there, 0 where they are another device's: their sum over devices has all of them."""
+        axis %= x.ndim
+        return self.own(x[(*[slice(None)] * axis, self.places)], axis)
+
+    def own(self, x: Array, axis: int) -> Array:
+        """Entries of these places, 0 where they are another device's."""
+        return x if self.mine is None else jnp.where(self.mine.reshape(-1, *[1] * (x.ndim - 1 - axis % x.ndim)), x, 0)
+
+
+def picked(total: int, count: int, devices: int = 1, device: Any = 0) -> Picked:
+    """``count`` places, spread over ``total`` on each device."""
+    places = spread(total * devices, count)
+    share = total * devices / len(places)
+    if devices == 1:
+        return Picked(places, None, share)
+    here = places - device * total
+    return Picked(jnp.clip(here, 0, total - 1), (here >= 0) & (here < total), share)
 
 
 def second_moment(

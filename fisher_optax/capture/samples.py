@@ -42,7 +42,7 @@ class LayerSamples:
     def unavailable(self, sites: tuple[Site, ...]) -> str:
         """Why the sites of a parameter have no such statistics, or nothing."""
         if any(s.repeated for s in sites):
-            return "used in a loop: samples do not add up"
+            return "used in a loop: samples do not add up, nor in a shard_map with check_vma=False"
         if sites[0].how == "embedding":
             return "an embedding: it has counts, not inputs"
         if len({s.window for s in sites}) > 1 or (sites[0].window and len({s.positions[1:] for s in sites}) > 1):
@@ -71,14 +71,14 @@ class LayerSamples:
         if site.window is None:
             X = rows.as_rows(site, seen.x, site.x_axes, site.m)
             D = rows.as_rows(site, seen.delta, site.y_axes, site.n)
-            chosen = rows.spread(X.shape[-2], self.size)
-            X, D = X[..., chosen, :], D[..., chosen, :]
-            kept = None if weights is None else weights[chosen, None]
+            chosen = rows.picked(X.shape[-2], self.size, seen.devices, seen.device)
+            X, D = chosen.of(X, -2), chosen.of(D, -2)
+            kept = None if weights is None else chosen.of(weights, 0)[:, None]
         else:
             X, D = rows.canonical(seen.x, site.x_axes), rows.canonical(seen.delta, site.y_axes)
-            chosen = rows.spread(len(X), self.size)
-            X, D = X[chosen], D[chosen]
-            kept = None if weights is None else weights.reshape(site.positions)[chosen][..., None]
+            chosen = rows.picked(len(X), self.size, seen.devices, seen.device)
+            X, D = chosen.of(X, 0), chosen.of(D, 0)
+            kept = None if weights is None else chosen.of(weights.reshape(site.positions), 0)[..., None]
         X, D = X.astype(dtype), D.astype(dtype)
         D = D if kept is None else D * kept.astype(dtype)
         return {"count": jnp.asarray(total / places, dtype), "inputs": X, "gradients": D}

@@ -39,6 +39,7 @@ class Site(NamedTuple):
     number: int = -1  # among all sites of the program
     avals: tuple[Any, Any] = (None, None)  # of its input and its output
     parts: int = 1  # of a number: 2 where they are complex
+    split: tuple[tuple[str, int], ...] = ()  # axes of a shard_map over whose devices they differ, with sizes
 
     @property
     def batch_axes(self) -> list[int]:
@@ -123,6 +124,7 @@ def _site(
     positions = tuple(Y.shape[a] for a in y_axes[1])
     avals = jax.ShapeDtypeStruct(X.shape, X.dtype), jax.ShapeDtypeStruct(Y.shape, Y.dtype)
     site = Site(W.root[1], how, x, 0, x_axes, y_axes, batch, inputs, outputs, positions, W.taken, window, avals=avals)
+    site = site._replace(split=jaxprs.split_over(X, Y))
     complex_ = how == "dense" and jnp.issubdtype(Y.dtype, jnp.complexfloating)
     return _by_parts(site) if complex_ else site, tuple(dims)
 

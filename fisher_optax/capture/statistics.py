@@ -78,7 +78,7 @@ class KroneckerFactors:
         """Why the sites of a parameter have no such statistics, or nothing."""
         long = max(s.m for s in sites) + 1 > self.max_dim or max(s.n for s in sites) > self.max_dim
         if long and any(s.repeated for s in sites):
-            return f"used in a loop and longer than max_dim={self.max_dim}"
+            return f"used in a loop and longer than max_dim={self.max_dim}, or in a shard_map with check_vma=False"
         if long and rows.differ_in_a_stack(sites):
             return f"matrices of one stack with different numbers of positions, longer than max_dim={self.max_dim}"
         if self.mode == "reduce" and any(s.parts > 1 for s in sites):
@@ -114,21 +114,21 @@ class KroneckerFactors:
         count = X.shape[-2] if weights is None else jnp.sum(weights)
         out = {"count": jnp.asarray(count * scale, dtype)}
         D = D if weights is None else D * weights[:, None].astype(D.dtype)
-        chosen = rows.spread(D.shape[-2], self.rank)
-        share = D.shape[-2] / len(chosen)
+        chosen = rows.picked(D.shape[-2], self.rank, seen.devices, seen.device)
         if site.how == "embedding":
             ones = jnp.ones(X.shape[:-1], dtype) if weights is None else weights.astype(dtype)
             out["left"] = scale * jnp.zeros(site.m, dtype).at[X[..., 0]].add(ones)
         elif "left" in by_rows:
-            kept = _with_ones(plan, X[..., chosen, :].astype(dtype)) * math.sqrt(scale * share)
-            out["left"] = kept if weights is None else kept * weights[chosen, None].astype(dtype)
+            kept = chosen.own(_with_ones(plan, X[..., chosen.places, :].astype(dtype)), -2)
+            kept = kept * math.sqrt(scale * chosen.share)
+            out["left"] = kept if weights is None else kept * chosen.of(weights, 0)[:, None].astype(dtype)
         else:
             # The bias is the weight of an input that is always 1.
             out["left"] = (scale * rows.second_moment(X, weights, plan.bias is not None)).astype(dtype)
         if "right" not in self._sides(plan):
             return out
         if "right" in by_rows:
-            out["right"] = D[..., chosen, :].astype(dtype) * math.sqrt(scale * share)
+            out["right"] = chosen.of(D, -2).astype(dtype) * math.sqrt(scale * chosen.share)
         else:
             out["right"] = (scale * rows.second_moment(D, None)).astype(dtype)
         if self.squares:

@@ -16,6 +16,8 @@ class Seen(NamedTuple):
     delta: Any
     mask: Any  # of the positions that count, or None
     bases: Any  # (Q_A, Q_B), or None
+    devices: int = 1  # whose sums are added up
+    device: Any = 0  # the number of this one
 
 
 def accumulator(*dtypes: Any) -> Any:

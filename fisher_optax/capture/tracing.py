@@ -204,7 +204,8 @@ class _Step:
             views.append(view if whole_leaf else None)
             if not whole_leaf:
                 self.uses.other([view], "split by a shard_map")
-        self._enter(jaxprs.body(self.eqn), views)
+        # Without types nobody knows whose samples are whose: they would be added up, as in a loop.
+        self._enter(jaxprs.body(self.eqn), views, loops=int(not self.eqn.params["check_vma"]))
         return []
 
     def _custom(self) -> list[View | None]:

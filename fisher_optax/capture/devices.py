@@ -1,0 +1,72 @@
+"""Data parallelism inside a `jax.shard_map`: whose examples a loss is of, by what differs between devices.
+
+JAX adds up gradients over devices wherever a parameter is the same on all of them and what it meets is not. Statistics
+look like gradients and follow: they are of all these devices' examples, of one device's where the parameter differs
+too. What a loss of `fo.losses` divides by is known of one device's call alone. Where `loss_fn` has put the calls of
+several devices together, all of their examples count, whether it took the mean of the losses, or of sums.
+
+Without types that say what differs (``check_vma=False``, `jax.pmap`, `jax.vmap`) JAX adds nothing up: everything is one
+device's, and is averaged by `fo.all_reduce_statistics`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .jaxprs import varying
+from .leaves import LeafPlan
+
+Split = tuple[tuple[str, int], ...]  # axes of a mesh and their sizes
+
+
+def devices_along(split: Sequence[tuple[str, int]]) -> int:
+    """How many there are."""
+    return math.prod(size for _, size in split)
+
+
+def counted_over(value: Any, logits: Any, labels: Any, *weights: Any) -> tuple[str, ...]:
+    """The axes over which a call's examples are split and ``value``, what the loss function returns, is not."""
+    del logits
+    return tuple(sorted(varying(labels, *weights) - varying(value)))
+
+
+def check_devices(value: Any, calls: Sequence[Any], parameters: Sequence[tuple[LeafPlan, Any]]) -> None:
+    """Raises ``ValueError`` where it cannot be told how many examples the gradients of a parameter are of."""
+    for logits, labels, *weights in calls:
+        if axes := _names(varying(logits) - varying(labels, *weights, value)):
+            raise ValueError(
+                f"the labels given to fo.losses are the same on all devices along {axes}, and the logits are not: each "
+                "label could be one example or one a device. Let the labels differ too, by jax.lax.pcast(labels, "
+                f"{axes}, to='varying'), or have the same logits everywhere, by jax.lax.pmean(logits, {axes})."
+            )
+        everywhere = frozenset.intersection(*(varying(x) for _, x in parameters))
+        if axes := _names(everywhere & frozenset(counted_over(value, logits, labels, *weights))):
+            raise ValueError(
+                f"loss_fn returns one loss for all devices along {axes}, and each has parameters of its own: they "
+                "would get but a part of the gradient. Return each device's loss from loss_fn, or differentiate with "
+                "the parameters that are the same on all of them."
+            )
+        for leaf, x in parameters:
+            if axes := _names(varying(value) & varying(logits, labels, *weights) - varying(x)):
+                raise ValueError(
+                    f"loss_fn returns a loss for each device along {axes}, and {leaf.path!r} is the same on all of "
+                    "them: JAX would add up its gradients, which makes them those of the sum of the losses, not the "
+                    f"mean. Return jax.lax.pmean(loss, {axes}) from loss_fn; or differentiate with parameters of each "
+                    f"device's own, jax.lax.pcast(params, {axes}, to='varying'), and average gradients by "
+                    "jax.lax.pmean and statistics by fo.all_reduce_statistics."
+                )
+
+
+def check_normalizer(normalizer: Any, parameters: Sequence[tuple[LeafPlan, Any]]) -> None:
+    """Raises ``ValueError`` where it is another number on each device, and the statistics are not."""
+    for leaf, x in parameters:
+        if axes := _names(varying(normalizer) - varying(x)):
+            raise ValueError(
+                f"normalizer differs between the devices along {axes}, and the statistics of {leaf.path!r} are of all "
+                f"of them: return what the loss of all was divided by, jax.lax.psum(normalizer, {axes})."
+            )
+
+
+def _names(axes: frozenset[str]) -> str:
+    """As they are written in a call; empty without any."""
+    return ("({})" if len(axes) > 1 else "{}").format(", ".join(map(repr, sorted(axes))))
