@@ -22,6 +22,7 @@ from tests.parallel_models import (
     logits,
     loss_of,
     mesh,
+    own_by_device,
     split,
 )
 
@@ -98,3 +99,38 @@ def test_micro_batches_in_a_loop_on_every_device() -> None:
         return jax.lax.scan(add, first, [x[1:] for x in micro])[0]
 
     assert_same(split(per_device, 2, BATCH[:2]), by_one(loss_of("softmax"), None, *BATCH[:2])[2])
+
+
+FISHERS = [{"fisher": name} for name in ("true", "empirical", "ggn")]
+
+
+@pytest.mark.parametrize("options", FISHERS, ids=lambda options: options["fisher"])
+def test_a_fisher_operator_counts_all_devices_examples(options: Any) -> None:
+    """With parameters that are the same on all devices, and with each device's own."""
+    v = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), PARAMS)
+    loss = loss_of("softmax")
+    product = lambda loss, p, *batch: fo.fisher.operator(loss, p, *batch, **options) @ v  # noqa: E731
+
+    def of_its_own(p: Any, *batch: Any) -> Any:
+        F = fo.fisher.operator(loss, own_by_device(p), *batch, **options)
+        return jax.lax.pmean(F @ own_by_device(v), "d")
+
+    wanted = jax.jit(lambda *batch: product(loss, PARAMS, *batch))(*BATCH[:2])
+    assert_same(split(lambda p, *batch: product(averaged(loss), p, *batch), 2, BATCH[:2]), wanted)
+    assert_same(split(of_its_own, 2, BATCH[:2]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda p, *batch: fo.fisher.operator(loss_of("softmax"), p, *batch) @ p, "JAX would add up"),
+        (lambda p, *batch: fo.fisher.operator(averaged(loss_of("softmax")), p, *batch).rows(), "gradients of one"),
+        (
+            lambda p, *batch: fo.fisher.approximate("diagonal", averaged(loss_of("softmax")), p, *batch) @ p,
+            "gradients of one",
+        ),
+    ],
+)
+def test_what_mixes_devices_in_a_fisher_is_refused(f: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split(f, 2, BATCH[:2])

@@ -200,7 +200,7 @@ def pseudo_loss(
         full = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         w = example_weights(full, *weights)
         share = jnp.sqrt(w / total(w, axes))[..., None]
-        own = _own_key(jax.random.key(0) if fisher == "true" else key, z)
+        own = own_key(jax.random.key(0) if fisher == "true" else key, z)
         if fisher == "true":
             signs = jax.random.rademacher(own, z.shape, full.dtype)
             return (varying_as(share * p.root(full, signs * ct, 1), z).astype(z.dtype),)
@@ -211,7 +211,7 @@ def pseudo_loss(
     return zeros(z)
 
 
-def _own_key(key: Any, z: Array) -> Any:
+def own_key(key: Any, z: Array) -> Any:
     """The key of a device's own examples, wherever they differ between devices."""
     axes = tuple(sorted(varying(z)))
     return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import jaxprs
-from .devices import counted_over
+from .devices import check_devices, counted_over
 from .gradients import Traced, trace
 from .losses import DISTRIBUTIONS, Distribution, example_weights, total
 from .marked import losses_in
@@ -48,11 +48,15 @@ def outputs(
     """What ``loss_fn(params, *args)`` hands to `fo.losses`, and what it returns with ``shifts`` added to the logits.
 
     Raises:
-      ValueError: for such a call in a loop, a branch or a vmap.
+      ValueError: for such a call in a loop, a branch or a vmap, and in a shard_map where it is unclear how many
+        examples it is of.
     """
     traced = trace(loss_fn, KroneckerFactors(), params, args, {})
-    if hidden := losses_in(traced.program, traced.plan, traced.operands).hidden:
-        raise ValueError(f"a loss of fo.losses stands inside a {hidden}: compute it outside.")
+    counted = losses_in(traced.program, traced.plan, traced.operands)
+    if counted.hidden:
+        raise ValueError(f"a loss of fo.losses stands inside a {counted.hidden}: compute it outside.")
+    parameters = [(leaf, traced.operands[leaf.number]) for leaf in traced.leaves]
+    check_devices(jaxprs.aval(traced.program.jaxpr.outvars[0]), counted.calls, parameters)
     return _evaluated(traced, shifts)
 
 

@@ -25,6 +25,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
+from ..capture.jaxprs import varying
+from ..capture.losses import own_key
 from ..capture.outputs import Output, outputs
 from ..capture.sums import check_counts
 from .operators import Operator, RowRule, Rule
@@ -165,6 +167,11 @@ class _Fisher(RowRule):
         """One for each position and label."""
         params, batch, key = data
         logits, found = self._logits(params, batch)
+        if axes := varying(*(o.logits for o in found)) - varying(*jax.tree.leaves(params)):
+            raise ValueError(
+                f"rows are gradients of one position, and JAX would add them up over the devices along {sorted(axes)}: "
+                "take them of each device's own parameters, by jax.lax.pcast(params, ..., to='varying'), and loss."
+            )
         pull = jax.vjp(logits, params)[1]
         rows = []
         for i, out in enumerate(found):
@@ -192,7 +199,7 @@ class _Fisher(RowRule):
         share = out.shares[..., None].astype(u.dtype)
         if self.fisher == "true":
             root = lambda ct: out.distribution.root(out.logits, ct, self.temperature)  # noqa: E731
-            (half,) = jax.linear_transpose(root, jax.ShapeDtypeStruct(out.logits.shape, out.logits.dtype))(u)
+            (half,) = jax.linear_transpose(root, out.logits)(u)
             return share * root(half)
         scores = self._scores(out, number, key, shares=False)
         return share * jnp.sum(scores * jnp.sum(scores * u, -1, keepdims=True), 0)
@@ -210,7 +217,7 @@ def label_scores(out: Output, fisher: str, n_samples: int, temperature: float, n
         return _data_score(out)[None]
     if fisher == "true":
         return jax.vmap(lambda ct: p.root(z, ct, temperature))(jnp.eye(z.shape[-1], dtype=z.dtype))
-    keys = jax.random.split(jax.random.fold_in(key, number), n_samples)
+    keys = jax.random.split(own_key(jax.random.fold_in(key, number), z), n_samples)
     return jax.vmap(lambda k: p.score(z, p.sample(k, z, temperature)))(keys) / n_samples**0.5
 
 
