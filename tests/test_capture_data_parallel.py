@@ -143,6 +143,14 @@ def test_what_cannot_be_counted_is_refused_with_the_cure(f: Any, message: str) -
         split(f, 2, BATCH[:2])
 
 
+def test_weighed_losses_need_types_that_say_what_differs() -> None:
+    """A mean of devices' losses as they are needs none: each device's examples count as its own loss has it."""
+    of_device = lambda loss: lambda *args: jax.lax.pmean(fo.value_and_grad(loss)(*args)[1], "d")  # noqa: E731
+    split(of_device(averaged(loss_of("softmax"))), 2, BATCH, check_vma=False)
+    with pytest.raises(ValueError, match="Return each device's own loss; put gradients together"):
+        split(of_device(weighted(loss_of("softmax"))), 2, BATCH, check_vma=False)
+
+
 def test_a_gram_of_each_devices_own_loss_needs_no_count() -> None:
     per_device = lambda *args: fo.value_and_grad(loss_of("softmax"), fo.InputGram())(*args)[2]  # noqa: E731
     assert_same(split(per_device, 2, BATCH[:2]), by_one(loss_of("softmax"), fo.InputGram(), *BATCH[:2])[2])

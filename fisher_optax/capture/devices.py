@@ -13,8 +13,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .jaxprs import varying
+from jax.extend.core import Literal
+
+from .jaxprs import Program, varying
 from .leaves import LeafPlan
+from .tracing import Plan
 
 Split = tuple[tuple[str, int], ...]  # axes of a mesh and their sizes
 
@@ -55,6 +58,29 @@ def check_devices(value: Any, calls: Sequence[Any], parameters: Sequence[tuple[L
                     f"device's own, jax.lax.pcast(params, {axes}, to='varying'), and average gradients by "
                     "jax.lax.pmean and statistics by fo.all_reduce_statistics."
                 )
+
+
+def check_weighing(program: Program, plan: Plan) -> None:
+    """Raises ``ValueError`` where losses of devices are weighed before they are added up, with no types to say how many
+    examples each stands for: with types, all of them together are known.
+    """
+    plain: set[Any] = set()  # losses, and sums and multiples of them that are the same on all devices
+    weighed: set[Any] = set()
+    for i, eqn in enumerate(program.jaxpr.eqns):
+        given = {v for v in eqn.invars if not isinstance(v, Literal)}
+        if i in plan.losses or any(p.has_losses() for p in plan.inner.get(i, [])):
+            plain.update(eqn.outvars)
+        elif eqn.primitive.name == "psum" and given & weighed and not varying(*(v.aval for v in given)):
+            raise ValueError(
+                "loss_fn weighs the losses of devices before it adds them up, where nothing says what differs between "
+                "them (jax.pmap, jax.vmap, check_vma=False): how many examples each stands for cannot be seen. Return "
+                "each device's own loss; put gradients together by jax.lax.psum(W * g, axis) / jax.lax.psum(W, axis), "
+                "W the sum of its weights, and statistics by fo.all_reduce_statistics. Or use jax.shard_map with "
+                "check_vma=True."
+            )
+        elif eqn.primitive.name != "psum" and given & (plain | weighed):
+            multiple = eqn.primitive.name not in ("mul", "div") or len(given) == 1
+            (plain if multiple and not given & weighed else weighed).update(eqn.outvars)
 
 
 def check_normalizer(normalizer: Any, parameters: Sequence[tuple[LeafPlan, Any]]) -> None:

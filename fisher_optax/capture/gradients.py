@@ -12,7 +12,7 @@ from ..trees import shapes
 from ..types import LayerFactors, Samples
 from . import jaxprs, losses
 from .bases import bases_of
-from .devices import check_devices, check_normalizer
+from .devices import check_devices, check_normalizer, check_weighing
 from .evaluation import Watch, run, zeros
 from .heads import marked_heads, tokens_of
 from .leaves import LeafPlan, leaf_plans
@@ -172,6 +172,8 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
     value_type = jaxprs.aval(traced.program.jaxpr.outvars[0])
     if fisher != "empirical" or (normalizer is None and "right" in getattr(kind, "sides", ("right",))):
         check_devices(value_type, counted.calls, parameters)
+        if fisher == "empirical" and any(len(call) > 2 for call in counted.calls):
+            check_weighing(traced.program, traced.plan)
     for leaf in watched:
         if why := kind.unavailable_for(leaf, fisher):
             raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
