@@ -110,6 +110,32 @@ def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: A
         return automatic(updates, state, params, arrays)
 
 
+def in_scope(tree: Any) -> Any:
+    """Arrays typed by the mesh in scope: a function in `jax.sharding.auto_axes` has another than what is around it."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def typed(x: Any) -> Any:
+        sharding = jax.typeof(x).sharding
+        if mesh.empty or sharding.mesh.empty or sharding.mesh == mesh:
+            return x
+        return jax.sharding.reshard(x, PartitionSpec())
+
+    return jax.tree.map(typed, tree)
+
+
+def automatic(f: Callable[..., Any], *args: Any) -> Any:
+    """``f(*args)`` of trees of arrays, with Explicit mesh axes handed to the compiler, and all results whole on every
+    device.
+    """
+    mesh = explicit_mesh(args)
+    if mesh is None:
+        return f(*args)
+    axes = tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit)
+    whole = NamedSharding(mesh.abstract_mesh, PartitionSpec())
+    with _entered(mesh):
+        return jax.sharding.auto_axes(f, axes=axes, out_sharding=whole)(*args)
+
+
 def on_mesh(init: Callable[[Any], Any], params: Any) -> Any:
     """``init(params)`` with everything, counters too, on the Explicit mesh of the parameters, so that types are the
     same before and after an update.
@@ -134,7 +160,8 @@ def explicit_mesh(tree: Any) -> Any:
 
 def _entered(mesh: Any) -> Any:
     # Only a call outside jit sees a concrete mesh; constants made on the way must land on it.
-    return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else contextlib.nullcontext()
+    there = jax.sharding.get_abstract_mesh() == mesh.abstract_mesh or isinstance(jnp.zeros([]), Tracer)
+    return contextlib.nullcontext() if there or not isinstance(mesh, jax.sharding.Mesh) else jax.set_mesh(mesh)
 
 
 def share_out(state: Any, mesh_axis: str | None) -> Any:

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "guard": {"branching", "linalg", "sharding", "trees", "types"},
     "refresh": {"branching", "linalg", "types"},
     # Statistics from a model know nothing of optimizers.
-    "capture": {"linalg", "matrices", "matrix_axes", "tables", "trees", "types"},
+    "capture": {"linalg", "matrices", "matrix_axes", "sharding", "tables", "trees", "types"},
     "reporting": {"axes", "capture", "guard", "matrix_axes", "tables", "trees"},
     "routing": {"axes", "branching", "layers", "matrix_axes", "reporting", "trees"},
     # What a preconditioner is put together from: these never import each other.

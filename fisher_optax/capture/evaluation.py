@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
+from ..sharding import automatic, in_scope
 from . import jaxprs, losses
 from .devices import Split, counted_over, devices_along
 from .leaves import LeafPlan
@@ -50,18 +51,21 @@ def run(
     for i, eqn in enumerate(program.jaxpr.eqns):
         values = [jaxprs.read(env, v) for v in eqn.invars]
         if i in plan.inner:
-            out, extra = ENTER[eqn.primitive.name](eqn, plan.inner[i], plan.entries[i], values, scope, watch)
-            pseudo = _plus(pseudo, extra)
+            enter = ENTER[eqn.primitive.name]
+            with eqn.ctx.manager:
+                inner = watch._replace(mask=in_scope(watch.mask))
+                out, extra = enter(eqn, plan.inner[i], plan.entries[i], values, in_scope(scope), inner)
+            pseudo = _plus(pseudo, in_scope(extra))
         else:
             out = jaxprs.bind(eqn, values)
         if i in plan.sites and plan.sites[i].number in watch.leaves:
             site = plan.sites[i]
-            out[site.y] = _tapped(site, out[site.y], values[site.x], scope, watch)
+            with eqn.ctx.manager:
+                out[site.y] = _tapped(site, out[site.y], values[site.x], scope, watch)
         if i in plan.losses and watch.fisher != "empirical":
-            name, number = plan.losses[i]
-            key = None if watch.key is None else jax.random.fold_in(watch.key, number)
-            axes = counted_over(watch.value, *values)
-            pseudo = _plus(pseudo, losses.pseudo_loss(name, watch.fisher, watch.samples, key, axes, *values))
+            with eqn.ctx.manager:
+                extra = _drawn(*plan.losses[i], values, watch)
+            pseudo = _plus(pseudo, in_scope(extra))
         if i in plan.losses and watch.seen is not None:
             watch.seen.append((plan.losses[i][1], values))
         env.update(zip(eqn.outvars, out, strict=True))
@@ -72,15 +76,26 @@ def _plus(x: Any, y: Any) -> Any:
     return x if y is None else y if x is None else x + y
 
 
+def _drawn(name: str, number: int, values: list[Any], watch: Watch) -> Any:
+    """The pseudo-losses of a loss."""
+    axes = counted_over(watch.value, *values)
+
+    def pseudo(key: Any, *values: Any) -> Any:
+        key = None if key is None else jax.random.fold_in(key, number)
+        return losses.pseudo_loss(name, watch.fisher, watch.samples, key, axes, *values)
+
+    return automatic(pseudo, in_scope(watch.key), *values)
+
+
 def _tapped(site: Site, y: Any, x: Any, scope: Scope, watch: Watch) -> Any:
     plan = watch.leaves[site.number]
     slots, bases = _entry(scope, site.leaf, site.taken)
-    probe = slots[watch.slots[site.number]]
+    probe, mask, bases = in_scope((slots[watch.slots[site.number]], watch.mask, bases))
     own = jaxprs.varying(*jax.tree.leaves(probe))
-    split = tuple(axis for axis in jaxprs.split_over(y, x, watch.mask) if axis[0] not in own)
+    split = tuple(axis for axis in jaxprs.split_over(y, x, mask) if axis[0] not in own)
     collect = functools.partial(_collected, watch.kind, plan, site, split)
-    probe = jax.tree.map(lambda p: jaxprs.varying_as(p, y, x, watch.mask), probe)
-    return _tap(collect, y, jax.lax.stop_gradient((x, watch.mask, bases)), probe)
+    probe = jax.tree.map(lambda p: jaxprs.varying_as(p, y, x, mask), probe)
+    return _tap(collect, y, jax.lax.stop_gradient((x, mask, bases)), probe)
 
 
 def _collected(kind: Any, plan: LeafPlan, site: Site, split: Split, seen: Seen) -> Any:
@@ -102,8 +117,12 @@ def _forwards(collect: Any, y: Any, seen: Any, probe: Any) -> tuple[Any, Any]:
 
 def _backwards(collect: Any, kept: Any, delta: Any) -> tuple[Any, None, Any]:
     (x, mask, bases), probe = kept
-    # Of a complex output, a cotangent is the real part's gradient less i times the imaginary part's.
-    statistics = collect(Seen(in_parts(x), in_parts(delta.conj()), mask, bases))
+
+    def collected(x: Any, delta: Any, *given: Any) -> Any:
+        # Of a complex output, a cotangent is the real part's gradient less i times the imaginary part's.
+        return collect(Seen(in_parts(x), in_parts(delta.conj()), *given))
+
+    statistics = automatic(collected, x, delta, mask, bases)
     like = lambda s, p: jaxprs.varying_as(s.astype(p.dtype).reshape(p.shape), p)  # noqa: E731
     return delta, None, jax.tree.map(like, statistics, probe)
 
@@ -235,13 +254,15 @@ def zeros(kind: Any, plan: LeafPlan, parameter: Any, mask: Any, bases: Any) -> l
     """
     taken = plan.taken_shape
     some = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[len(taken) :], x.dtype), bases)
+    marks = None if mask is None else jax.ShapeDtypeStruct(mask.shape, mask.dtype)
 
     mine = jaxprs.varying(parameter)
 
     def shapes(site: Site) -> Any:
         split = dict(site.split) | dict(() if mask is None else jaxprs.split_over(mask))
         devices = devices_along(tuple(axis for axis in split.items() if axis[0] not in mine))
-        return jax.eval_shape(lambda x, d, b: kind.collect(plan, site, Seen(x, d, mask, b, devices)), *site.avals, some)
+        collect = lambda *seen: kind.collect(plan, site, Seen(*seen, devices))  # noqa: E731
+        return jax.eval_shape(collect, *site.avals, marks, some)
 
     first = [next(site for site in plan.sites if plan.turns[site.number] == k) for k in range(kind.slots(plan))]
     zero = lambda x: jaxprs.varying_as(jnp.zeros((*taken, *x.shape), x.dtype), parameter)  # noqa: E731

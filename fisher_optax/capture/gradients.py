@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ..matrix_axes import path_names
+from ..sharding import on_mesh
 from ..trees import shapes
 from ..types import LayerFactors, Samples
 from . import jaxprs, losses
@@ -185,7 +186,10 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
         N = kind.model_scale(counted.total)
     keep = counted.mask if mask is None else jnp.asarray(mask(*args, **kwargs))
     given = bases_of(bases, watched, kind)
-    probes = [zeros(kind, leaf, x, keep, Q) for (leaf, x), Q in zip(parameters, given, strict=True)]
+    probes = on_mesh(
+        lambda _: [zeros(kind, leaf, x, keep, Q) for (leaf, x), Q in zip(parameters, given, strict=True)],
+        traced.operands,
+    )
     by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
     slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
     watch = Watch(kind, by_site, slots, keep, fisher, n_samples, key, [], value_type)

@@ -4,7 +4,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
+from ..sharding import automatic, in_scope
 from ..types import Logits
 from .devices import devices_along
 from .jaxprs import split_over, varying
@@ -31,14 +33,16 @@ def tokens_of(given: dict[int, Any], leaf: LeafPlan, parameter: Any, count: int)
         raise ValueError(
             f"the loss of {leaf.path!r} stands inside a remat or shard_map, out of which its logits cannot be handed."
         )
-    z, y, *weights = given[leaf.head]
-    axes = [axis for axis in split_over(z, y, *weights) if axis[0] not in varying(parameter)]
+    axes = [axis for axis in split_over(*given[leaf.head]) if axis[0] not in varying(parameter)]
     names = tuple(name for name, _ in axes)
-    w = example_weights(z, *weights).reshape(-1)
-    chosen = picked(len(w), count, devices_along(axes), jax.lax.axis_index(names) if axes else 0)
-    kept = z.reshape(-1, z.shape[-1]), y.reshape(len(w), *y.shape[z.ndim - 1 :]), w
-    z, y, w = (chosen.of(x, 0) for x in kept)
-    if names:
-        z, y, w = (jax.lax.psum(x, names) for x in (z, y, w))
-    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
-    return Logits(jnp.where(w[:, None] > 0, z, 0), y, w)
+
+    def tokens(z: Array, y: Array, *weights: Array) -> Logits:
+        w = example_weights(z, *weights).reshape(-1)
+        chosen = picked(len(w), count, devices_along(axes), jax.lax.axis_index(names) if axes else 0)
+        kept = z.reshape(-1, z.shape[-1]), y.reshape(len(w), *y.shape[z.ndim - 1 :]), w
+        z, y, w = (chosen.of(x, 0) for x in kept)
+        if names:
+            z, y, w = (jax.lax.psum(x, names) for x in (z, y, w))
+        z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+        return Logits(jnp.where(w[:, None] > 0, z, 0), y, w)
+

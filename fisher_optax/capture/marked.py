@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Literal
 
+from ..sharding import in_scope
 from . import jaxprs
 from .devices import counted_over
 from .losses import total
@@ -64,7 +65,7 @@ def losses_in(program: jaxprs.Program, plan: Plan, operands: Sequence[Any]) -> C
     axes = counted_over(jaxprs.aval(program.jaxpr.outvars[0]), *calls[0])
     if not weights:
         return Counted(float(math.prod(z.shape[:-1]) * jax.lax.axis_size(axes)), None, calls)
-    w = scope.value(eqn.invars[2])
+    w = in_scope(scope.value(eqn.invars[2]))
     return Counted(total(w, axes) * math.prod(z.shape[w.ndim : -1]), w != 0, calls)
 
 

@@ -47,6 +47,7 @@ def through(view: View, name: str, params: dict[str, Any], shape: tuple[int, ...
         "pvary",
         "pcast",
         "sharding_constraint",
+        "reshard",
         "optimization_barrier",
     ):
         return view
