@@ -63,7 +63,8 @@ MAY_IMPORT = {
     },
     "train_state": set(),
     "fisher": {
-        *("axes", "capture", "checks", "factors", "layers", "linalg", "matrices", "matrix_axes", "tables", "types"),
+        *("axes", "capture", "checks", "factors", "layers", "linalg", "matrices", "matrix_axes", "sharding", "tables"),
+        "types",
     },
     "compression": {
         *("axes", "branching", "capture", "checks", "fisher", "guard", "hyperparameters", "linalg", "matrices"),

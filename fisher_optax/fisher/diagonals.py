@@ -21,6 +21,7 @@ from jaxtyping import Array
 from ..axes import resolve_axes
 from ..capture.sums import check_counts
 from ..matrix_axes import MatrixAxes
+from ..sharding import automatic, on_mesh
 from .diagonal_fisher import DiagonalFisher
 from .groups import Groups, grouping
 from .matrix import FISHERS, check_temperature
@@ -115,7 +116,7 @@ def diagonal(
         # A key an example, by its place in all batches, so that labels do not depend on how these are cut.
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, read))
         if state is None:
-            state = _start(settings, params, batch, keys)
+            state = on_mesh(functools.partial(_start, settings, keys), (params, batch))
         state = _step(settings, state, params, batch, keys)
         if on_batch is not None:
             on_batch(state)
@@ -169,7 +170,8 @@ def _microbatch_squares(settings: Settings, params: Any, batch: Any, keys: Any) 
     return x, w, jnp.zeros([], jnp.int32)
 
 
-def _start(settings: Settings, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
+def _start(settings: Settings, keys: Any, given: Any) -> DiagonalFisher:
+    params, batch = given
     one, key = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), (batch, keys))
     x = jax.eval_shape(functools.partial(_microbatch_squares, settings), params, one, key)[0]
     return DiagonalFisher.zeros(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), x))
@@ -177,6 +179,10 @@ def _start(settings: Settings, params: Any, batch: Any, keys: Any) -> DiagonalFi
 
 @functools.partial(jax.jit, static_argnums=0)
 def _step(settings: Settings, state: DiagonalFisher, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
+    return automatic(functools.partial(_add_batch, settings), state, params, batch, keys)
+
+
+def _add_batch(settings: Settings, state: DiagonalFisher, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
     """One batch: whole microbatches in a loop, then what is left."""
     count = len(jax.tree.leaves(batch)[0])
     size = min(settings.microbatch, count)

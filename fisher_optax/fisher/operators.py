@@ -16,6 +16,7 @@ from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, Float
 
 from ..matrix_axes import path_names
+from ..sharding import automatic
 
 
 class Rule(abc.ABC):
@@ -171,11 +172,15 @@ class Operator:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _rows(rule: RowRule, data: Any) -> Array:
-    return rule.rows(data)
+    return automatic(rule.rows, data)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _dense(F: Operator, batch_size: int) -> Array:
+    return automatic(functools.partial(_by_entries, batch_size=batch_size), F)
+
+
+def _by_entries(F: Operator, batch_size: int) -> Array:
     if isinstance(F.rule, Dense):
         return F.data
     if F.has_rows and jax.eval_shape(lambda: F.rows()).shape[0] < F.size:
