@@ -115,12 +115,10 @@ def in_scope(tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
 
     def typed(x: Any) -> Any:
-        sharding = jax.typeof(x).sharding
-        if mesh.empty or sharding.mesh.empty or sharding.mesh == mesh:
-            return x
-        return jax.sharding.reshard(x, PartitionSpec())
+        there = jax.typeof(x).sharding.mesh
+        return x if there.empty or there == mesh else jax.sharding.reshard(x, PartitionSpec())
 
-    return jax.tree.map(typed, tree)
+    return tree if mesh.empty else jax.tree.map(typed, tree)
 
 
 def automatic(f: Callable[..., Any], *args: Any) -> Any:
@@ -146,7 +144,7 @@ def on_mesh(init: Callable[[Any], Any], params: Any) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
     with _entered(mesh):
         return jax.tree.map(
-            lambda x: jax.device_put(x, whole) if jax.typeof(x).sharding.mesh.empty else x, init(params)
+            lambda x: jax.sharding.reshard(x, whole) if jax.typeof(x).sharding.mesh.empty else x, init(params)
         )
 
 

@@ -91,7 +91,7 @@ ON_EXPLICIT_MESHES: dict[str, tuple[Any, ...]] = {
     "positions too": (mlp, WBV, losses.sigmoid_cross_entropy, "true", ("data", "model"), ()),
     "beside an Auto axis": (mlp, WBV, CROSS_ENTROPY, "true", ("data",), (), AxisType.Auto),
     "rows of weights": (with_gathered_weights, WBV, CROSS_ENTROPY, "true", ("data",), ("data",)),
-    "classes": (with_split_classes, WV, GAUSSIAN, "true", ("data",), (None, "model")),
+    "classes": (with_split_classes, WV, CROSS_ENTROPY, "true", ("data",), (None, "model")),
     "embedding": (embedded, WV, CROSS_ENTROPY, "true", ("data",), ()),
     "loop": (looped, {"S": (3, 4, 4), "V": (4, 4)}, CROSS_ENTROPY, "mc", ("data",), ()),
     "convolution": (convolved, {"K": (3, 4, 8), "V": (8, 4)}, CROSS_ENTROPY, "true", ("data",), ()),

@@ -58,12 +58,13 @@ def test_all_reduce_over_eight_devices_is_merge() -> None:
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("types", (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit))
 @pytest.mark.parametrize("unit", ("sequence", "token", "position"))
-def test_batches_spread_over_eight_devices_give_what_one_gives(unit: str) -> None:
+def test_batches_spread_over_eight_devices_give_what_one_gives(unit: str, types: jax.sharding.AxisType) -> None:
     """And work stays spread: nothing of the batch's size is gathered."""
     W, batch = jnp.asarray(RNG.normal(size=(3, 4))), (RNG.normal(size=(32, 5, 3)), RNG.integers(0, 4, (32, 5)))
     loss = lambda W, e: fo.losses.softmax_cross_entropy(e[0] @ W, e[1])  # noqa: E731
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(types,))
     spread = jax.device_put(batch, NamedSharding(mesh, P("data")))
     alone, together = (fo.fisher.diagonal(loss, W, [b], unit=unit, microbatch=16) for b in (batch, spread))
     assert_same(together, alone, 1e-12)

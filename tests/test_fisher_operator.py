@@ -206,3 +206,15 @@ def test_what_is_wrong_is_said() -> None:
         fo.fisher.operator(loss, params, x, y, w, fisher="ggn").rows()
     with pytest.raises(ValueError, match="a tree of 28 numbers needs a 28 x 28 matrix"):
         fo.fisher.Operator.from_dense(jnp.eye(3), params)
+
+
+@pytest.mark.usefixtures("x64")
+def test_an_explicit_mesh_gives_the_matrix_of_one_device() -> None:
+    """A batch spread over devices: products, entries and rows."""
+    loss, params, batch = setting("softmax_cross_entropy")
+    wanted = fo.fisher.operator(loss, params, *batch).dense()
+    mesh = jax.make_mesh((N,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, jax.sharding.PartitionSpec())
+        spread = jax.device_put(batch, jax.sharding.PartitionSpec("data"))
+        assert_is(fo.fisher.operator(loss, params, *spread), np.asarray(wanted), params)

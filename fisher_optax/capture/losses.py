@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ..sharding import automatic
 from .jaxprs import varying, varying_as
 from .tracing import LOSS
 
@@ -161,7 +162,7 @@ def _marked(name: str) -> Callable[..., Array]:
         w = example_weights(z, *weights)
         # What is left out may be NaN, and 0 times the gradient there would be too.
         z, y = (jnp.where((w == 0).reshape(*w.shape, *[1] * (x.ndim - w.ndim)), 0, x) for x in (z, y))
-        return jnp.sum(w * DISTRIBUTIONS[name].losses(z, y)) / total(w)
+        return automatic(lambda z, y, w: jnp.sum(w * DISTRIBUTIONS[name].losses(z, y)), z, y, w) / total(w)
 
     loss.__name__ = loss.__qualname__ = LOSS + name
     return jax.jit(loss)
