@@ -261,7 +261,7 @@ def zeros(kind: Any, plan: LeafPlan, parameter: Any, mask: Any, bases: Any) -> l
     def shapes(site: Site) -> Any:
         split = dict(site.split) | dict(() if mask is None else jaxprs.split_over(mask))
         devices = devices_along(tuple(axis for axis in split.items() if axis[0] not in mine))
-        collect = lambda *seen: kind.collect(plan, site, Seen(*seen, devices))  # noqa: E731
+        collect = lambda x, d, m, b: kind.collect(plan, site, Seen(x, d, m, b, devices))  # noqa: E731
         return jax.eval_shape(collect, *site.avals, marks, some)
 
     first = [next(site for site in plan.sites if plan.turns[site.number] == k) for k in range(kind.slots(plan))]

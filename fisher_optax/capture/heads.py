@@ -46,3 +46,4 @@ def tokens_of(given: dict[int, Any], leaf: LeafPlan, parameter: Any, count: int)
         z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         return Logits(jnp.where(w[:, None] > 0, z, 0), y, w)
 
+    return automatic(tokens, *in_scope(given[leaf.head]))
