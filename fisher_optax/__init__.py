@@ -27,7 +27,8 @@ from .optimizers.muon import muon, scale_by_muon, scale_by_normuon
 from .optimizers.shampoo import scale_by_shampoo, shampoo
 from .optimizers.soap import scale_by_soap, soap
 from .precondition import precondition
-from .reporting import Health, Report, Row, check_state, health, report
+from .reporting import Report, Row, report
+from .states import Health, check_state, health
 from .warm_start import from_adam
 
 # What shapes the program and cannot be traced, for tools other than optax.inject_hyperparams: that needs no list.

@@ -1,4 +1,4 @@
-"""What each leaf gets and why: `report` and `health`."""
+"""What each leaf gets and why: `report`."""
 
 import contextlib
 import contextvars
@@ -10,7 +10,6 @@ import jax
 
 from .axes import resolve_axes
 from .capture import capture_report
-from .guard import STATE_VERSION, GuardState
 from .matrix_axes import LeafAxes, MatrixAxes
 from .tables import table
 from .trees import shapes
@@ -115,81 +114,6 @@ def paused() -> Iterator[None]:
     finally:
         _rows.reset(token)
 
-
-class Health(NamedTuple):
-    """What went wrong so far, summed over the transformations of this package in a state; ``steps`` is the largest."""
-
-    version: int
-    steps: int  # carried out
-    skipped: int  # not carried out: a gradient, or its square, was not finite
-    kept: int  # decompositions that failed, so that the last good one was kept
-
-
-def health(state: Any) -> Health:
-    """Read the counters out of an optimizer state, however deep.
-
-    Raises:
-      ValueError: where there is no state of this package in it, or one of another version (from a checkpoint, say).
-
-    Example:
-      >>> import jax.numpy as jnp, fisher_optax as fo
-      >>> tx = fo.muon(1e-2)
-      >>> fo.health(tx.init({"w": jnp.ones((4, 4))})).skipped
-      0
-    """
-    guards = [node for node in jax.tree.leaves(state, is_leaf=_is_guard) if _is_guard(node)]
-    if not guards:
-        raise ValueError(
-            f"health: no state of fisher_optax in {type(state).__name__}; pass the optimizer state, e.g. "
-            "train_state.opt_state."
-        )
-    versions = {int(g.version) for g in guards}
-    if versions != {STATE_VERSION}:
-        raise ValueError(
-            f"health: state of version {sorted(versions)}, this release reads {STATE_VERSION}; restore it with the "
-            "release that saved it."
-        )
-    kept = sum(
-        int(node.kept) for g in guards for node in jax.tree.leaves(g.inner, is_leaf=_has_kept) if _has_kept(node)
-    )
-    return Health(STATE_VERSION, max(int(g.steps) for g in guards), sum(int(g.skipped) for g in guards), kept)
-
-
-def check_state(tx: Any, state: Any, params: Any) -> None:
-    """Check that a restored ``state`` is one that ``tx`` can continue on ``params``: version, structure, shapes and
-    dtypes.
-
-    Raises:
-      ValueError: naming the first thing that does not fit.
-
-    Example:
-      >>> import jax.numpy as jnp, fisher_optax as fo
-      >>> tx, params = fo.soap(3e-3), {"w": jnp.ones((4, 4))}
-      >>> fo.check_state(tx, tx.init(params), params)
-    """
-    health(state)
-    wanted = jax.eval_shape(tx.init, shapes(params))
-    if jax.tree.structure(state) != jax.tree.structure(wanted):
-        raise ValueError(
-            "check_state: the state was made by another optimizer, other options or other parameters: its structure "
-            "is\n"
-            f"  {jax.tree.structure(state)}\nand this optimizer's is\n  {jax.tree.structure(wanted)}"
-        )
-    for (path, have), want in zip(jax.tree_util.tree_flatten_with_path(state)[0], jax.tree.leaves(wanted), strict=True):
-        if (have.shape, have.dtype) != (want.shape, want.dtype):
-            name = jax.tree_util.keystr(path)
-            raise ValueError(
-                f"check_state: {name} is {have.dtype}{list(have.shape)}, this optimizer needs "
-                f"{want.dtype}{list(want.shape)}; use the options the state was saved with."
-            )
-
-
-def _is_guard(node: Any) -> bool:
-    return isinstance(node, GuardState)
-
-
-def _has_kept(node: Any) -> bool:
-    return isinstance(node, tuple) and "kept" in getattr(node, "_fields", ())
 
 
 def _cells(row: Row) -> tuple[str, ...]:

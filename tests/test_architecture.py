@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "refresh": {"branching", "linalg", "types"},
     # Statistics from a model know nothing of optimizers.
     "capture": {"linalg", "matrices", "matrix_axes", "sharding", "tables", "trees", "types"},
-    "reporting": {"axes", "capture", "guard", "matrix_axes", "tables", "trees"},
+    "states": {"guard", "matrix_axes", "trees"},
+    "reporting": {"axes", "capture", "matrix_axes", "tables", "trees"},
     "routing": {"axes", "branching", "layers", "matrix_axes", "reporting", "trees"},
     # What a preconditioner is put together from: these never import each other.
     "factors": {"branching", "checks", "linalg", "types"},
