@@ -88,7 +88,7 @@ def check_state(tx: Any, state: Any, params: Any) -> None:
       >>> fo.check_state(tx, tx.init(params), params)
     """
     health(state)
-    state = getattr(state, "opt_state", state)
+    state = state if isinstance(state, tuple) else getattr(state, "opt_state", state)  # SAM's has such a field too
     have = _arrays(state)
     members = np.shape(have[*_guards(have)[0], "version"])
     described = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)

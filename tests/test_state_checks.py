@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 
@@ -95,7 +96,7 @@ def test_nnx_holds_states_in_boxes_and_both_helpers_read_them() -> None:
 def test_of_members_health_is_summed_and_check_state_wants_all_parameters() -> None:
     tx, params = optax.apply_if_finite(fo.muon(1e-3), 5), layers(1)
     many = jax.tree.map(lambda x: jnp.stack([x, x, x]), params)
-    state = jax.vmap(tx.init)(many)
+    state: Any = jax.vmap(tx.init)(many)
     gradients = jax.tree.map(lambda x: x.at[0].set(jnp.inf) if x.ndim == 3 else x, many)
     state = state._replace(inner_state=jax.jit(jax.vmap(fo.muon(1e-3).update))(gradients, state.inner_state, many)[1])
     assert fo.health(state) == fo.Health(1, steps=1, skipped=1, kept=0)
@@ -106,6 +107,11 @@ def test_of_members_health_is_summed_and_check_state_wants_all_parameters() -> N
     assert "'Dense_0/bias' of shape (4,)" in text
     twice = jax.tree.map(lambda x: jnp.stack([x, x]), many)
     fo.check_state(tx, jax.vmap(jax.vmap(tx.init))(twice), twice)
+
+
+def test_a_wrapper_with_a_field_called_opt_state_is_whole() -> None:
+    tx, params = optax.contrib.sam(fo.muon(1e-3), optax.sgd(0.1)), layers(1)
+    fo.check_state(tx, tx.init(params), params)
 
 
 def test_a_guard_inside_another_counts_what_it_skips() -> None:
