@@ -79,7 +79,10 @@ def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: typ
     """
     how = HOW.format(kind=KINDS[wants])
     if "statistics" not in extra:
-        raise TypeError(f"fo.{method}: update needs statistics=: {how}; statistics=None means no new curvature.")
+        raise TypeError(
+            f"fo.{method}: update needs statistics=: {how}; statistics=None means no new curvature. A wrapper has to "
+            "hand them on, as optax.chain, MultiSteps and most others do; optax.contrib.sam and optax.lookahead do not."
+        )
     if extra["statistics"] is None:
         return None
     found = by_path(extra["statistics"])

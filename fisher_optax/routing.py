@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Int
 
 from . import reporting
 from .axes import resolve_axes
@@ -180,7 +180,7 @@ def holding_itself(tx: optax.GradientTransformation) -> optax.GradientTransforma
 class SkipFirstState(NamedTuple):
     """State of `skip_first_call`."""
 
-    called: Bool[Array, ""]
+    called: Int[Array, ""]  # 0 or 1: `optax.contrib.sam` multiplies and adds states, and makes a bool an int32
     inner: Any
 
 
@@ -189,12 +189,13 @@ def skip_first_call(tx: optax.GradientTransformation, hold: bool = True) -> opta
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> SkipFirstState:
-        return SkipFirstState(jnp.zeros([], bool), tx.init(params))
+        return SkipFirstState(jnp.zeros([], jnp.int32), tx.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         new, inner = tx.update(updates, state.inner, params, **extra)
-        new = chosen(state.called, new, jax.tree.map(jnp.zeros_like, new))
-        return new, SkipFirstState(jnp.ones([], bool), chosen(state.called, inner, state.inner) if hold else inner)
+        called = state.called > 0
+        new = chosen(called, new, jax.tree.map(jnp.zeros_like, new))
+        return new, SkipFirstState(jnp.ones([], jnp.int32), chosen(called, inner, state.inner) if hold else inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -30,7 +30,7 @@ def keep_masks(tx: optax.GradientTransformation, masks: Any) -> optax.GradientTr
     """``tx``, under which pruned weights stay exactly 0; ones that are not yet become 0 in the first step.
 
     Masks are part of the state, as a copy, so that a checkpoint has them. A gradient that is not finite skips the whole
-    step.
+    step. `optax.contrib.sam`, which multiplies states, and would make masks integers, goes inside.
 
     Args:
       tx: any optimizer; other arguments of ``update`` are passed on to it.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from ..checks import at
 
@@ -14,7 +14,7 @@ class ClipState(NamedTuple):
     """State of the last stage on layers: how often it was called, and whether there were statistics yet."""
 
     count: Int[Array, ""]
-    seen: Bool[Array, ""]
+    seen: Int[Array, ""]  # 0 or 1, as in `routing.SkipFirstState`
     inner: Any
 
 
@@ -22,7 +22,7 @@ def once_seen(inner: Any, clip: Any, learning_rate: Any) -> optax.GradientTransf
     """``ν U``, and 0 as long as no statistics have come."""
 
     def init(params: Any) -> ClipState:
-        return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], bool), inner.init(params))
+        return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), inner.init(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
         G = updates
@@ -34,7 +34,7 @@ def once_seen(inner: Any, clip: Any, learning_rate: Any) -> optax.GradientTransf
             change = at(learning_rate, state.count) ** 2 * jnp.abs(sum(dots, jnp.zeros([])))
             ν = jnp.minimum(1, jnp.sqrt(at(clip, state.count) / jnp.where(change > 0, change, 1)))
             ν = jnp.where(change > 0, ν, 1)
-        U = jax.tree.map(lambda u: jnp.where(seen, (ν * u).astype(u.dtype), 0), U)
+        U = jax.tree.map(lambda u: jnp.where(seen > 0, (ν * u).astype(u.dtype), 0), U)
         return U, ClipState(state.count + 1, seen, new)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 import orbax.checkpoint
 import pytest
 from flax import nnx
@@ -48,6 +49,15 @@ def test_types_are_stable(row: Row, dtype: str) -> None:
             return jax.lax.cond(jnp.ones([], bool), step, lambda g, s, p: (g, s), grads, state, params)
 
         assert types(jax.eval_shape(maybe, params, state, params)) == types((params, state))
+
+
+@each(METHODS)
+def test_a_state_that_is_multiplied_keeps_its_types(row: Row) -> None:
+    """`optax.contrib.sam` adds states weighted by 0 and 1, which makes a boolean an integer."""
+    tx = optax.contrib.sam(compiled(row).tx, optax.sgd(0.1))
+    params = abstract(standard_params(), jnp.float32)
+    state = jax.eval_shape(tx.init, params)
+    assert types(jax.eval_shape(updater(tx), params, state, params)[1]) == types(state)
 
 
 @each()
