@@ -1,6 +1,10 @@
 """Which leaf goes where: matrices to the method, everything else to a fallback."""
 
-from collections.abc import Callable, Hashable
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +22,31 @@ from .trees import step_dtype
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
 BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
 MATRIX, FALLBACK = "matrix", "fallback"
+_marking: contextvars.ContextVar[bool] = contextvars.ContextVar("marking", default=False)
 COPIED = 2**22  # bytes of a state that a step may copy: a conditional is not worth its compilation for fewer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("state",), meta_fields=("paths", "layers", "block_size")
+)
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """A state with what it is of: made by inits under `marked` alone."""
+
+    state: Any
+    paths: tuple[str, ...]  # of all leaves that were seen
+    layers: tuple[Layer, ...]  # those that are matrices
+    block_size: int | None
+
+
+@contextlib.contextmanager
+def marked() -> Iterator[None]:
+    """Inits inside give `Routed` states."""
+    token = _marking.set(True)
+    try:
+        yield
+    finally:
+        _marking.reset(token)
 
 
 def by_axes(
@@ -93,7 +121,11 @@ def _routed(
                     reporting.record(leaf, state_bytes=size, **describe(leaf), method=method, axes=leaf.axes)
                 else:
                     reporting.record(leaf, state_bytes=_state_bytes(rest, params, (i,)), method=FALLBACK, axes=None)
-        return tx.init(params)
+        state = tx.init(params)
+        if not _marking.get():
+            return state
+        block_size = describe(leaves[layers[0].kernel]).get("block_size") if layers else None
+        return Routed(state, tuple(leaf.path for leaf in leaves), tuple(layers), block_size)
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any) -> Any:
         # By the parameters' dtypes, as in `init`.

@@ -1,6 +1,6 @@
 """Continue an Adam run with a matrix method."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,17 @@ from jaxtyping import Array
 
 from . import linalg
 from .applications.eigenbasis import AdamState
-from .axes import resolve_axes
+from .curvature import layer_axes
+from .layers import join
 from .matrices import to_stacks
+from .matrix_axes import path_names
 from .momentum import MomentumState
-from .reporting import report
+from .routing import Routed, marked
 from .seam import MatrixState, PreconditionState
 from .trees import arrays
 from .types import Eigenpairs, Kronecker
+
+MEANT_FOR = "it is for fo.soap and its relatives, fo.muon, fo.frog and chains with them"
 
 
 def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
@@ -24,108 +28,149 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     SOAP: moments as they are, in the identity basis, in which SOAP is Adam; ``L = diag(Σ_j v_ij)`` and ``R = diag(Σ_i
       v_ij)``, the diagonals that ``G Gᵀ`` and ``Gᵀ G`` had.
     The first call then finds the first basis and carries the moments into it. KL-SOAP: the same, with the factors at
-      the scale of v. DyKAF: as SOAP, whose factors are too large for it by their trace until they are forgotten. Muon:
-      Adam's first moment as momentum.
-    Fallbacks that hold Adam: its state.
-    Counters of schedules start at 0. All is copied: ``adam_state`` is still there when the new state was donated.
+      the scale of v. DyKAF: as SOAP, whose factors are too large for it by their trace until they are forgotten.
+      KFAC-SOAP: the moments, of a kernel and its bias as one matrix; its factors are of statistics, which Adam has none
+      of. Muon, FROG, K-FROG: Adam's first moment as momentum.
+    Fallbacks, and sizes for grafting, that hold Adam: its state.
+    All else starts from nothing: counters of schedules, other fallbacks, the row moments of `fo.scale_by_normuon`,
+      masks. An optimizer whose matrices keep nothing like these moments is refused rather than half started: Shampoo,
+      KL-Shampoo, K-FAC, EKFAC, DyKAF with ``rank1_second_moment``, others than Adam in an eigenbasis.
+    All is copied: ``adam_state`` is still there when the new state was donated.
 
     Args:
       tx: the transformation to start, e.g. ``fo.soap(3e-3)``.
-      adam_state: the state of `optax.adam`, `optax.adamw` or any chain with one `optax.scale_by_adam` over all of
-        ``params``.
+      adam_state: the state of `optax.adam`, `optax.adamw` or any chain or wrapper with one `optax.scale_by_adam` over
+        all of ``params``; not of `optax.adamax`, whose second moment is another.
       params: the parameters.
       b1: Adam's decay of the first moment, for the weight of a momentum.
 
     Raises:
       ValueError: where ``adam_state`` holds no or several Adam states, their moments do not fit ``params``, or ``tx``
-        has no use for them.
+        has no use for them, for its matrices or at all.
 
     Example:
       >>> import jax.numpy as jnp, optax, fisher_optax as fo
       >>> params = {"w": jnp.ones((4, 4))}
       >>> state = fo.from_adam(fo.soap(3e-3), optax.adamw(1e-3).init(params), params)
     """
-    adam: Any = arrays(_find_adam(adam_state, params))
-    rows = {row.path: row for row in report(tx, params).rows if row.axes is not None}
-    leaves = [rows.get(leaf.path) for leaf in resolve_axes(params)]
-    treedef = jax.tree.structure(params)
-    used = []
-
-    def leafwise(moments: Any, into: Any) -> Any:
-        pairs = zip(jax.tree.leaves(moments), treedef.flatten_up_to(into), strict=True)
-        return treedef.unflatten(
-            [old if isinstance(old, optax.MaskedNode) else jnp.array(x, old.dtype) for x, old in pairs]
-        )
-
-    def stacked(moments: Any) -> dict[str, Array]:
-        mine = [(x, row) for x, row in zip(jax.tree.leaves(moments), leaves, strict=True) if row is not None]
-        return to_stacks(
-            [x for x, _ in mine],
-            [row.axes for _, row in mine if row.axes is not None],
-            mine[0][1].block_size if mine else None,
-        )
-
-    def fill(node: Any) -> Any:
-        if isinstance(node, optax.ScaleByAdamState):
-            used.append(node)
-            return node._replace(
-                count=jnp.array(adam.count), mu=leafwise(adam.mu, node.mu), nu=leafwise(adam.nu, node.nu)
-            )
-        if isinstance(node, MomentumState):
-            used.append(node)
-            weights = 1 - b1**adam.count
-            mean = jax.tree.map(lambda m: m / jnp.maximum(weights, 1e-30), adam.mu)
-            weight = jnp.asarray(weights / (1 - b1), node.weight.dtype)
-            return node._replace(weight=weight, mean=leafwise(mean, node.mean))
-        if not isinstance(node, PreconditionState) or not isinstance(node.matrices, dict):
-            return node
-        fitting = {key: old for key, old in node.matrices.items() if isinstance(old.application, AdamState)}
-        if not fitting:
-            return node
-        mu, nu = stacked(adam.mu), stacked(adam.nu)
-        used.extend(fitting)
-        known = {key: _start(old, adam.count, mu[key], nu[key]) for key, old in fitting.items()}
-        return node._replace(matrices=node.matrices | known)
-
-    held = optax.ScaleByAdamState | MomentumState | PreconditionState
-    state = jax.tree.map(fill, tx.init(params), is_leaf=lambda node: isinstance(node, held))
+    adam = _find_adam(adam_state, params)
+    with marked():
+        state = tx.init(params)
+    used: list[Any] = []
+    state = _filled(state, adam, b1, used, None)
     if not used:
-        raise ValueError(
-            "from_adam: this transformation keeps nothing that Adam's moments fit; it is for fo.soap and its "
-            "relatives, fo.muon and chains with them."
-        )
+        raise ValueError(f"from_adam: this transformation keeps nothing that Adam's moments fit; {MEANT_FOR}.")
     return state
 
 
-def _start(old: MatrixState, count: Array, mu: Array, nu: Array) -> MatrixState:
+class _Adam(NamedTuple):
+    """What Adam knows: how often it was called, and its moments by path."""
+
+    count: Array
+    mu: dict[str, Array]
+    nu: dict[str, Array]
+
+
+def _filled(state: Any, adam: _Adam, b1: float, used: list[Any], routed: Routed | None) -> Any:
+    """The state with all that Adam knows in its place, and no mark left; what was of use is noted."""
+
+    def fill(node: Any) -> Any:
+        if isinstance(node, Routed):
+            return _filled(node.state, adam, b1, used, node)
+        if isinstance(node, optax.ScaleByAdamState):
+            used.append(node)
+            mu, nu = (_like(old, known, routed) for old, known in ((node.mu, adam.mu), (node.nu, adam.nu)))
+            return node._replace(count=jnp.array(adam.count), mu=mu, nu=nu)
+        if isinstance(node, MomentumState):
+            used.append(node)
+            weights = 1 - b1**adam.count
+            mean = {path: m / jnp.maximum(weights, 1e-30) for path, m in adam.mu.items()}
+            weight = jnp.asarray(weights / (1 - b1), node.weight.dtype)
+            return node._replace(weight=weight, mean=_like(node.mean, mean, routed))
+        if not isinstance(node, PreconditionState):
+            return node
+        mu, nu = _stacked(adam.mu, routed), _stacked(adam.nu, routed)
+        matrices = {
+            key: _start(key, old, adam.count, mu[key], nu[key]) if isinstance(old, MatrixState) else old
+            for key, old in node.matrices.items()
+        }
+        used.extend(old for old in node.matrices.values() if isinstance(old, MatrixState) and old.application != ())
+        return node._replace(matrices=matrices)
+
+    held = Routed | optax.ScaleByAdamState | MomentumState | PreconditionState
+    return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, held))
+
+
+def _like(into: Any, moments: dict[str, Array], routed: Routed | None) -> Any:
+    """The moments of what a tree holds: of parameters, by path, or of layers, in a list. Copies, so that the state can
+    be donated.
+    """
+    if isinstance(into, list) and routed is not None:
+        return [jnp.array(x, old.dtype) for x, old in zip(_joined(moments, routed), into, strict=True)]
+    return jax.tree.map_with_path(lambda path, old: jnp.array(moments["/".join(path_names(path))], old.dtype), into)
+
+
+def _joined(moments: dict[str, Array], routed: Routed) -> list[Array]:
+    return join(list(routed.layers), [moments[path] for path in routed.paths])
+
+
+def _stacked(moments: dict[str, Array], routed: Routed | None) -> dict[str, Array]:
+    """The moments of the layers, in the stacks of a state."""
+    if routed is None:
+        return {}
+    return to_stacks(_joined(moments, routed), layer_axes(list(routed.layers)), routed.block_size)
+
+
+def _start(key: str, old: MatrixState, count: Array, mu: Array, nu: Array) -> MatrixState:
     """A stack of matrices after ``count`` steps of Adam."""
     inner = old.application
+    if inner == ():  # Muon's has a momentum elsewhere
+        return old
+    if not isinstance(inner, AdamState | optax.ScaleByAdamState):
+        raise ValueError(
+            f"from_adam: this transformation keeps {type(inner).__name__} of its {key} matrices, which Adam's moments "
+            f"do not fit; {MEANT_FOR}. Start it anew, by tx.init(params)."
+        )
     # A stack shared out over devices may be longer.
     mu, nu = (jnp.pad(v, ((0, len(inner.mu) - len(v)), (0, 0), (0, 0))) for v in (mu, nu))
     moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}
     inner = inner._replace(count=jnp.broadcast_to(count, inner.count.shape).astype(inner.count.dtype), **moments)
+    if old.factors != () and _is_mean(old.factors):
+        return old._replace(application=inner)
     factors, basis = jax.vmap(_diagonal)(nu, old.factors, old.basis)
     return old._replace(application=inner, factors=factors, basis=basis)
 
 
-def _find_adam(state: Any, params: Any) -> optax.ScaleByAdamState:
-    adams = [
+def _is_mean(factors: Kronecker) -> bool:
+    """Whether factors are divided by the sum of their weights, which Adam does not know: they start from nothing."""
+    return isinstance(factors.seen, tuple) and len(factors.seen) == 2 and isinstance(factors.seen[1], Array)
+
+
+def _find_adam(state: Any, params: Any) -> _Adam:
+    found: list[Any] = [
         node
         for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState))
         if isinstance(node, optax.ScaleByAdamState)
     ]
-    if len(adams) != 1:
+    if len(found) != 1:
         raise ValueError(
-            f"from_adam: adam_state must hold one optax.ScaleByAdamState, found {len(adams)} in "
+            f"from_adam: adam_state must hold one optax.ScaleByAdamState, found {len(found)} in "
             f"{type(state).__name__}; pass the state of optax.adamw over all parameters."
         )
-    shapes, wanted = ([jnp.shape(x) for x in jax.tree.leaves(tree)] for tree in (adams[0].mu, params))
-    if shapes != wanted:
-        raise ValueError(
-            f"from_adam: Adam's moments have shapes {shapes}, the parameters {wanted}; pass the state that belongs "
-            "to these parameters."
-        )
-    return adams[0]
+    mu, nu, wanted = (_by_path(tree) for tree in (arrays(found[0].mu), arrays(found[0].nu), params))
+    for path, x in wanted.items():
+        have = mu[path].shape if path in mu else "nothing"
+        if have != jnp.shape(x):
+            raise ValueError(
+                f"from_adam: Adam's moments have other names or shapes than the parameters: for {path!r} of shape "
+                f"{jnp.shape(x)} there is {have}; pass the state that belongs to these parameters."
+            )
+    [count] = jax.tree.leaves(found[0].count)
+    return _Adam(count, mu, nu)
+
+
+def _by_path(tree: Any) -> dict[str, Array]:
+    return {"/".join(path_names(path)): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _diagonal(v: Array, old: Kronecker, basis: Any) -> tuple[Kronecker, Any]:

@@ -55,7 +55,10 @@ MAY_IMPORT = {
     },
     "precondition": {"guard", "refresh", "seam", "storage", "types"},
     "bases": {"axes", "layers", "matrices", "seam", "trees", "types"},
-    "warm_start": {"applications", "axes", "linalg", "matrices", "momentum", "reporting", "seam", "trees", "types"},
+    "warm_start": {
+        *("applications", "curvature", "layers", "linalg", "matrices", "matrix_axes", "momentum", "routing", "seam"),
+        *("trees", "types"),
+    },
     # A named optimizer is the seam called with parts; nothing but the package itself imports one.
     "optimizers": {
         *("applications", "axes", "axes_rules", "checks", "curvature", "decay", "decompositions", "factors", "fisher"),
