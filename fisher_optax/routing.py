@@ -107,7 +107,7 @@ def _routed(
         labelled = jax.tree.structure(tree).unflatten(labels)
         return leaves, layers, optax.partition(tx, lambda _: labelled)  # a tree that could be called, it would call
 
-    def init(params: optax.Params) -> optax.OptState:
+    def init(params: optax.Params) -> Any:
         leaves, layers, tx = routes(params)
         if reporting.is_recording():
             owners = {layer.kernel: layer for layer in layers}

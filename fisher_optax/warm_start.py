@@ -123,14 +123,14 @@ def _stacked(moments: dict[str, Array], routed: Routed | None) -> dict[str, Arra
 
 def _start(key: str, old: MatrixState, count: Array, mu: Array, nu: Array) -> MatrixState:
     """A stack of matrices after ``count`` steps of Adam."""
-    inner = old.application
-    if inner == ():  # Muon's has a momentum elsewhere
+    if old.application == ():  # Muon's has a momentum elsewhere
         return old
-    if not isinstance(inner, AdamState | optax.ScaleByAdamState):
+    if not isinstance(old.application, AdamState | optax.ScaleByAdamState):
         raise ValueError(
-            f"from_adam: this transformation keeps {type(inner).__name__} of its {key} matrices, which Adam's moments "
+            f"from_adam: this transformation keeps {type(old.application).__name__} of its {key} matrices, which Adam's moments "
             f"do not fit; {MEANT_FOR}. Start it anew, by tx.init(params)."
         )
+    inner: Any = old.application
     # A stack shared out over devices may be longer.
     mu, nu = (jnp.pad(v, ((0, len(inner.mu) - len(v)), (0, 0), (0, 0))) for v in (mu, nu))
     moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}

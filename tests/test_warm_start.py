@@ -117,7 +117,7 @@ def test_a_bias_is_a_row_of_its_matrix() -> None:
 def test_each_part_gets_the_moments_of_its_own_matrices() -> None:
     """Two of one shape in two parts of a partition, and in a method and its fallback; a part may have none."""
     params = {name: {"kernel": jnp.ones((4, 4))} for name in ("a", "lm_head")} | {"b": {"bias": jnp.ones(4)}}
-    adam = optax.adamw(1e-3)
+    adam: Any = optax.adamw(1e-3)
     grads = jax.tree.map(
         lambda x, k: k * x, params, {"a": {"kernel": 1.0}, "b": {"bias": 2.0}, "lm_head": {"kernel": 3.0}}
     )
