@@ -22,7 +22,7 @@ from fisher_optax.types import LayerFactors, Samples
 def factors(G: jax.Array, basis: Any, bias: str | None) -> LayerFactors:
     """Inputs with well-separated second moments; output gradients as large as G; squares as if of one example."""
     d = jnp.arange(1, G.shape[-2] + 1, dtype=G.dtype)
-    left = jnp.broadcast_to(jnp.diag(d / 4) + 0.1 * jnp.sin(d[:, None] + d), (*G.shape[:-2], len(d), len(d)))
+    left = jnp.broadcast_to(jnp.diag(d / 4) + 0.1 * jnp.sin(d[:, None] + d[None]), (*G.shape[:-2], len(d), len(d)))
     squares = None
     if basis is not None:
         squares = jnp.square(basis.left.mT @ G @ basis.right)

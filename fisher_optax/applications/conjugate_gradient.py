@@ -75,7 +75,7 @@ class Inputs(NamedTuple):
                 jax.lax.ConvDimensionNumbers(last, kernel, last),
                 precision=Precision.HIGHEST,
             )
-        return XW if self.one is None else XW + self.one * V[-1]
+        return XW if self.one is None else XW + self.one * V[-1][(None,) * (XW.ndim - 1)]
 
     def transposed_times(self, U: Float[Array, "r *places n"]) -> Float[Array, "d n"]:
         """``Xᵀ U``."""
@@ -123,15 +123,15 @@ def frog_direction(
 ) -> Float[Array, "d n"]:
     """FROG's Z. An output whose samples are all zero says nothing about its Fisher, which is then taken as I."""
     X, _ = _scaled(x, window, M.shape[0], 0)
-    rows = tuple(range(y.ndim - 1))
+    rows, columns = tuple(range(y.ndim - 1)), (None,) * (y.ndim - 1)
     (Y, _), (M, _) = _unit(y, rows), _unit(M, 0)
     size = X.squared().times(jnp.ones((X.width, 1), M.dtype))  # |X_i|²
     trace = jnp.sum(Y**2 * size, axis=rows) / X.width
     known = trace > 0
-    Λ = Y**2 * (known / jnp.where(known, trace, 1))
-    τ = jnp.asarray(damping, M.dtype) + ~known
+    Λ = Y**2 * (known / jnp.where(known, trace, 1))[columns]
+    τ = (jnp.asarray(damping, M.dtype) + ~known)[None]
     Z = _solution(X, Λ, τ, M, iterations)
-    ZM = jnp.sum(Z * M, axis=0)
+    ZM = jnp.sum(Z * M, axis=0, keepdims=True)
     return Z * jnp.where(ZM > 0, jax.lax.rsqrt(jnp.where(ZM > 0, ZM, 1)), 0)
 
 
@@ -149,7 +149,7 @@ def kfrog_direction(
     rows = tuple(range(y.ndim - 1))
     r = math.prod(y.shape[:-1])
     Y, largest = _unit(y, rows)
-    rms = (largest * jnp.sqrt(jnp.mean(Y**2, axis=rows, keepdims=True))).reshape(-1)
+    rms = (largest * jnp.sqrt(jnp.mean(Y**2, axis=rows, keepdims=True))).reshape(1, -1)
     V, scale = _unit(M, 0)
     # With X in units of u, which also holds ε, nothing overflows that the result does not.
     Z = _solution(X, jnp.asarray(1 / r, M.dtype), ε / u / u, V, iterations)

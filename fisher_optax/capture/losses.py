@@ -204,7 +204,7 @@ def pseudo_loss(
         own = own_key(jax.random.key(0) if fisher == "true" else key, z)
         if fisher == "true":
             signs = jax.random.rademacher(own, z.shape, full.dtype)
-            return (varying_as(share * p.root(full, signs * ct, 1), z).astype(z.dtype),)
+            return (varying_as(share * p.root(full, signs * ct[(None,) * (z.ndim - 1)], 1), z).astype(z.dtype),)
         drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full, 1)))(jax.random.split(own, samples))
         return ((share * jnp.tensordot(ct, drawn, 1) / samples**0.5).astype(z.dtype),)
 

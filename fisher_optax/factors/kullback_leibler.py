@@ -63,7 +63,7 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
             if A is None:
                 return None
             X = G if Q is None else jnp.matmul(G, Q.astype(G.dtype), precision=Precision.HIGHEST)
-            weighted = X if values is None else X / _floored(values)
+            weighted = X if values is None else X / _floored(values)[None]
             return β * A + (1 - β) * jnp.matmul(weighted, X.mT, precision=Precision.HIGHEST) / G.shape[1]
 
         return Kronecker(
@@ -81,7 +81,7 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
         def follow(own: Any, other: Any, H: Array) -> Any:
             if own is None:
                 return None
-            squares = jnp.square(H) if other is None else H * (H / _floored(other))
+            squares = jnp.square(H) if other is None else H * (H / _floored(other)[None])
             return (β * own + (1 - β) * jnp.mean(squares, 1)).astype(own.dtype)
 
         left, right = basis.left_values, basis.right_values

@@ -142,7 +142,7 @@ def _by_eigenvalues(A: Array, exponent: float, ridge: Any) -> Array:
     λ, Q = jnp.split(one_by_one(eigh)(A[first][:, first]), [1])
     Q = Q[jnp.argsort(first)]
     λ = jnp.maximum(λ[0], 0) + ridge * jnp.max(λ)
-    return _matmul(Q * λ**exponent, Q.mT)
+    return _matmul(Q * (λ**exponent)[None], Q.mT)
 
 
 def _coupled_newton(A: Array, p: int, ridge: Any) -> Array:

@@ -68,4 +68,4 @@ def unpack(packed: Float[Array, "*batch rows columns"], d: int) -> Float[Array, 
 
 def _upper(rows: int, columns: int, shift: int = 0) -> Bool[Array, "rows columns"]:
     """True where ``column - shift >= row``."""
-    return jnp.arange(columns) - shift >= jnp.arange(rows)[:, None]
+    return jnp.arange(columns)[None] - shift >= jnp.arange(rows)[:, None]

@@ -38,8 +38,10 @@ def abstract(tree: Any, dtype: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 @each()
 def test_types_are_stable(row: Row, dtype: str) -> None:
-    """Updates have the parameters' types; the state keeps its own through a step, and through a cond's branches."""
-    with jax.enable_x64(dtype == "float64"):
+    """Updates have the parameters' types; the state keeps its own through a step, and through a cond's branches. Also
+    where JAX refuses to add axes to arrays by itself.
+    """
+    with jax.enable_x64(dtype == "float64"), jax.numpy_rank_promotion("raise"):
         tx = build(row)
         params = abstract(standard_params(), dtype)
         state = jax.eval_shape(tx.init, params)
