@@ -27,7 +27,7 @@ FISHERS = ("empirical", "mc", "true")
 SEEN_AGAIN = ("left", "count", "inputs")  # what each backward pass sums up anew
 NOTHING = (
     "no layer of this model can be captured: {why}. Wanted are products of an input with a parameter (Dense, Conv, "
-    "einsum, ...); fo.report(loss_fn, params, *args) lists what was found"
+    "einsum, ...); fo.report(loss_fn, params, *args, statistics=fo.{kind}(...)) lists what was found"
 )
 
 
@@ -54,6 +54,15 @@ class Settings(NamedTuple):
     mask: Any
     n_samples: int
     strict: bool
+
+
+def checked_kind(statistics: Any) -> Any:
+    """A TypeError for what is no kind of statistics."""
+    if isinstance(statistics, type) or not hasattr(statistics, "collect"):
+        raise TypeError(
+            f"statistics must be fo.KroneckerFactors(), fo.LayerSamples() or fo.InputGram(); got {statistics!r}."
+        )
+    return statistics
 
 
 def trace(loss_fn: Callable[..., Any], kind: Any, params: Any, args: Any, kwargs: Any) -> Traced:
@@ -137,11 +146,7 @@ def value_and_grad(
       >>> stats["kernel"].left.shape, stats["kernel"].right.shape
       ((4, 4), (2, 2))
     """
-    kind = KroneckerFactors() if statistics is None else statistics
-    if not hasattr(kind, "collect"):
-        raise TypeError(
-            f"statistics must be fo.KroneckerFactors(), fo.LayerSamples() or fo.InputGram(); got {statistics!r}."
-        )
+    kind = checked_kind(KroneckerFactors() if statistics is None else statistics)
     if fisher not in FISHERS:
         raise ValueError(f"fisher must be one of {', '.join(map(repr, FISHERS))}; got {fisher!r}.")
     check_counts("value_and_grad", n_samples=n_samples)
@@ -165,7 +170,7 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
             else f"fisher_key is for fisher='mc' only; this is {fisher!r}."
         )
     traced = trace(settings.loss_fn, kind, params, args, kwargs)
-    _check(traced, has_aux, strict)
+    _check(traced, kind, has_aux, strict)
     counted = losses_in(traced.program, traced.plan, traced.operands)
     _check_losses(counted, fisher, normalizer)
     watched = marked_heads([leaf._replace(batch_axis=batch_axis) for leaf in traced.leaves if leaf.sites], kind)
@@ -244,7 +249,7 @@ def _mean_of_inputs(total: Any, passes: int) -> Any:
     return [[{k: x / passes if k in SEEN_AGAIN else x for k, x in slot.items()} for slot in s] for s in total]
 
 
-def _check(traced: Traced, has_aux: bool, strict: bool) -> None:
+def _check(traced: Traced, kind: Any, has_aux: bool, strict: bool) -> None:
     out: Any = jax.tree.unflatten(traced.outputs, [jaxprs.aval(v) for v in traced.program.jaxpr.outvars])
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"has_aux=True: loss_fn must return a pair of loss and aux; it returned {type(out).__name__}.")
@@ -255,7 +260,7 @@ def _check(traced: Traced, has_aux: bool, strict: bool) -> None:
     if not any(leaf.sites for leaf in traced.leaves):
         matrices = [leaf for leaf in traced.leaves if len(leaf.shape) > 1]
         why = f"{matrices[0].path!r} ({matrices[0].use}): {matrices[0].reason}" if matrices else "it has no matrices"
-        raise ValueError(NOTHING.format(why=why) + ".")
+        raise ValueError(NOTHING.format(why=why, kind=type(kind).__name__) + ".")
     if strict and (bad := [leaf for leaf in traced.leaves if leaf.reason and len(leaf.shape) > 1]):
         listed = "; ".join(f"{leaf.path!r} ({leaf.use}): {leaf.reason}" for leaf in bad)
         raise ValueError(f"strict=True, and not all parameters are captured: {listed}.")

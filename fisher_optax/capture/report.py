@@ -9,7 +9,7 @@ import jax
 
 from ..matrix_axes import MatrixAxes
 from ..tables import table
-from .gradients import trace, value_and_grad
+from .gradients import checked_kind, trace, value_and_grad
 from .statistics import KroneckerFactors
 
 
@@ -48,7 +48,7 @@ def capture_report(
     loss_fn: Callable[..., Any], params: Any, *args: Any, statistics: Any = None, **kwargs: Any
 ) -> CaptureReport:
     """`fo.report` of a loss function."""
-    kind = KroneckerFactors() if statistics is None else statistics
+    kind = checked_kind(KroneckerFactors() if statistics is None else statistics)
     leaves = trace(loss_fn, kind, params, args, kwargs).leaves
     shapes = _shapes(loss_fn, kind, params, args, kwargs) if any(leaf.sites for leaf in leaves) else [()] * len(leaves)
     return CaptureReport(
@@ -101,13 +101,16 @@ def infer_axes(loss_fn: Callable[..., Any], params: Any, *args: Any, statistics:
       statistics: the kind the optimizer will be given: a leaf that has none of that kind (a loop's weights have no
         samples) is left to the fallback. None: `fo.KroneckerFactors`, with matrices of any length.
 
+    Raises:
+      TypeError: for statistics of no kind.
+
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
       >>> loss = lambda p, x: jnp.einsum("bi,hio->bho", x, p["w"]).sum()
       >>> fo.infer_axes(loss, {"w": jnp.ones((4, 3, 2))}, jnp.ones((5, 3)))
       {'w': MatrixAxes(inputs=(1,), outputs=(0, 2), batch=())}
     """
-    kind = KroneckerFactors(max_dim=2**31) if statistics is None else statistics
+    kind = checked_kind(KroneckerFactors(max_dim=2**31) if statistics is None else statistics)
     traced = trace(loss_fn, kind, params, args, kwargs)
     embedding = {"embedding"}
     axes = [None if leaf.use in embedding or not leaf.sites else leaf.axes for leaf in traced.leaves]
