@@ -127,8 +127,8 @@ def _start(key: str, old: MatrixState, count: Array, mu: Array, nu: Array) -> Ma
         return old
     if not isinstance(old.application, AdamState | optax.ScaleByAdamState):
         raise ValueError(
-            f"from_adam: this transformation keeps {type(old.application).__name__} of its {key} matrices, which Adam's moments "
-            f"do not fit; {MEANT_FOR}. Start it anew, by tx.init(params)."
+            f"from_adam: this transformation keeps {type(old.application).__name__} of its {key} matrices, which "
+            f"Adam's moments do not fit; {MEANT_FOR}. Start it anew, by tx.init(params)."
         )
     inner: Any = old.application
     # A stack shared out over devices may be longer.
