@@ -11,7 +11,7 @@ from jax.tree_util import tree_flatten_with_path
 from .layers import Layer, join, shapes, split
 from .matrix_axes import MatrixAxes, path_names
 from .storage import Storage
-from .types import LayerFactors, LayerStatistics, Rows, Samples
+from .types import LayerFactors, LayerStatistics, Logits, Rows, Samples
 
 HOW = (
     "get them from `value, grads, stats = fo.value_and_grad(loss_fn, statistics=fo.{kind}(...))(params, batch)` "
@@ -79,9 +79,10 @@ def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: typ
     """
     how = HOW.format(kind=KINDS[wants])
     if "statistics" not in extra:
+        none = "; statistics=None means no new curvature" if wants is LayerFactors else ""
         raise TypeError(
-            f"fo.{method}: update needs statistics=: {how}; statistics=None means no new curvature. A wrapper has to "
-            "hand them on, as optax.chain, MultiSteps and most others do; optax.contrib.sam and optax.lookahead do not."
+            f"fo.{method}: update needs statistics=: {how}{none}. A wrapper has to hand them on, "
+            "as optax.chain, MultiSteps and most others do; optax.contrib.sam and optax.lookahead do not."
         )
     if extra["statistics"] is None:
         return None
@@ -180,6 +181,11 @@ def same_shapes(
         raise ValueError(
             f"fo.{method}: statistics of {layer.path!r} have no squares: use fo.KroneckerFactors(squares=True) and "
             "grad_fn(..., bases=fo.eigenbases(opt_state, params))."
+        )
+    if isinstance(given.right, Logits):
+        raise ValueError(
+            f"fo.{method}: the right statistics of {layer.path!r} are logits, which fo.kfac(head=...) takes of a layer "
+            "called head, lm_head or logits: call it so and pass head=, or leave head_rows= out of fo.KroneckerFactors."
         )
     for name, side, d, whole in zip(
         ("left", "right"), (given.left, given.right), (m, n), storage.wanted(m, n), strict=True

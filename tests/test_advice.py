@@ -80,3 +80,32 @@ def test_where_nothing_is_captured_the_report_of_this_kind_says_why() -> None:
         fo.value_and_grad(loss, fo.LayerSamples(4))(params, X)
     reasons = {row.reason for row in fo.report(loss, params, X, statistics=fo.LayerSamples(4)).rows}
     assert "used in a loop: samples do not add up" in reasons
+
+
+def test_logits_for_a_layer_that_is_no_head() -> None:
+    """By either piece of advice."""
+
+    def loss(params: Any, x: jax.Array, y: jax.Array) -> Any:
+        [layer] = params.values()
+        return fo.losses.softmax_cross_entropy(x @ layer["kernel"], jnp.ones((4, 5), int)) + 0 * y.sum()
+
+    def at(name: str, kind: Any, **options: Any) -> Any:
+        return step(fo.kfac(1e-2, **options), kind, loss, {name: {"kernel": jnp.ones((3, 2))}})
+
+    logits = fo.KroneckerFactors(head_rows=4)
+    for options in ({}, {"head": "true"}):
+        with pytest.raises(ValueError, match=r"are logits.* called head, lm_head or logits"):
+            at("readout", logits, **options)
+    assert jnp.isfinite(at("lm_head", logits, head="true")["lm_head"]["kernel"]).all()
+    assert jnp.isfinite(at("readout", fo.KroneckerFactors(), head="true")["readout"]["kernel"]).all()
+
+
+def test_only_what_keeps_curvature_is_offered_none() -> None:
+    params = {"kernel": jnp.ones((3, 2))}
+    for make, offered in ((fo.kfac, True), (fo.frog, False)):
+        tx = make(1e-2)
+        with pytest.raises(TypeError, match="has to hand them on") as error:
+            tx.update(params, tx.init(params), params)
+        assert ("statistics=None means" in str(error.value)) == offered
+        if offered:
+            tx.update(params, tx.init(params), params, statistics=None)

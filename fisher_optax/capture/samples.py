@@ -98,5 +98,8 @@ class LayerSamples:
     def model_scale(self, total: Any) -> Any:
         """What gradients of drawn labels, which come as ``1 / sqrt(total)`` of an example's own, are multiplied by."""
         if total is None:
-            raise ValueError("LayerSamples with fisher='mc' need all of the loss to be one call of fo.losses.")
+            raise ValueError(
+                "LayerSamples with fisher='mc' need all of the loss to be one call of fo.losses; use "
+                "fisher='empirical'."
+            )
         return jnp.sqrt(jnp.asarray(total, accumulator()))
