@@ -5,7 +5,9 @@ matrices or none at all. Nothing is guessed: a leaf for which two readings fit i
 
 A reading rests on the bias beside a kernel, whose axes are the kernel's last (Dense, DenseGeneral, attention, Conv); on
 the stack around it (``nn.scan``, ``nnx.vmap``: one shared axis in front of every leaf below a module, shown by
-normalisation vectors of two axes and by biases that repeat their kernel's first axis); and on the module's name.
+normalisation vectors of two axes and by biases that repeat their kernel's first axis); and on the module's name. A
+square ``weight``, whose shape says nothing, is read with its outputs first, as PyTorch and Equinox store it: it matters
+to statistics alone, which know better and say so where they differ.
 """
 
 import collections
@@ -154,6 +156,8 @@ def _verdict(leaf: Leaf, depth: int, inputs: int, doubt: str) -> LeafAxes:
         return leaf.as_("embedding" if embedding else "other", None, reason)
     every = tuple(range(len(leaf.shape)))
     axes = MatrixAxes(every[depth : depth + inputs], every[depth + inputs :], every[:depth])
+    if _is_outputs_first(leaf, depth):
+        axes = MatrixAxes(every[-1:], every[-2:-1], every[:depth])
     stack = f", stacked {' x '.join(map(str, leaf.shape[:depth]))}" if depth else ""
     if embedding:
         return leaf.as_("embedding", axes, f"embedding{stack}")
@@ -163,10 +167,16 @@ def _verdict(leaf: Leaf, depth: int, inputs: int, doubt: str) -> LeafAxes:
     return leaf.as_("matrix", axes, reason)
 
 
+def _is_outputs_first(leaf: Leaf, depth: int) -> bool:
+    """Whether only a name says which axis is which: a square ``weight``, as PyTorch and Equinox store it."""
+    return leaf.name == "weight" and len(leaf.shape) == depth + 2 and leaf.shape[-1] == leaf.shape[-2]
+
+
 def _layer(leaf: Leaf, axes: MatrixAxes) -> str:
     inputs, outputs = len(axes.inputs), len(axes.outputs)
     if (inputs, outputs) == (1, 1):
-        return "Dense kernel" if leaf.name == "kernel" else "2-D leaf"
+        first = ", outputs first by its name" if axes.outputs < axes.inputs else ""
+        return "Dense kernel" if leaf.name == "kernel" else f"2-D leaf{first}"
     if leaf.module in ATTENTION_INPUTS and (inputs, outputs) == (1, 2):
         return f"attention {leaf.module}: (in, heads x features)"
     if leaf.module in ATTENTION_OUTPUTS and (inputs, outputs) == (2, 1):

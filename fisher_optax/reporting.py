@@ -115,7 +115,6 @@ def paused() -> Iterator[None]:
         _rows.reset(token)
 
 
-
 def _cells(row: Row) -> tuple[str, ...]:
     blocks = ", ".join((f"{math.prod(batch)} of " if batch else "") + f"{m}x{n}" for *batch, m, n in row.matrices)
     return (

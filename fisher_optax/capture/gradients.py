@@ -183,12 +183,7 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
     for leaf in watched:
         if why := kind.unavailable_for(leaf, fisher):
             raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
-    if fisher == "empirical":
-        N = normalizer(*args, **kwargs) if callable(normalizer) else normalizer
-        check_normalizer(N, parameters)
-        N = counted.total if N is None else N
-    else:
-        N = kind.model_scale(counted.total)
+    N = _scale(settings, counted, parameters, args, kwargs)
     keep = counted.mask if mask is None else jnp.asarray(mask(*args, **kwargs))
     given = bases_of(bases, watched, kind)
     probes = on_mesh(
@@ -208,6 +203,15 @@ def _evaluate(settings: Settings, params: Any, args: Any, kwargs: Any, key: Any,
     stats = [_with_path(done.get(leaf.number), leaf, traced.leaves) for leaf in traced.leaves]
     value = (value, aux[0]) if has_aux else value
     return value, traced.treedef.unflatten(grads), traced.treedef.unflatten(stats)
+
+
+def _scale(settings: Settings, counted: Counted, parameters: Any, args: Any, kwargs: Any) -> Any:
+    """What sums of squared gradients are multiplied by; None where the layers know."""
+    if settings.fisher != "empirical":
+        return settings.kind.model_scale(counted.total)
+    N = settings.normalizer(*args, **kwargs) if callable(settings.normalizer) else settings.normalizer
+    check_normalizer(N, parameters)
+    return counted.total if N is None else N
 
 
 def _differentiate(
