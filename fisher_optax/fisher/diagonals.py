@@ -116,7 +116,7 @@ def diagonal(
         # A key an example, by its place in all batches, so that labels do not depend on how these are cut.
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, read))
         if state is None:
-            state = on_mesh(functools.partial(_start, settings, keys), (params, batch))
+            state = _start(settings, params, batch, keys)
         state = _step(settings, state, params, batch, keys)
         if on_batch is not None:
             on_batch(state)
@@ -170,11 +170,11 @@ def _microbatch_squares(settings: Settings, params: Any, batch: Any, keys: Any) 
     return x, w, jnp.zeros([], jnp.int32)
 
 
-def _start(settings: Settings, keys: Any, given: Any) -> DiagonalFisher:
-    params, batch = given
+def _start(settings: Settings, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
     one, key = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), (batch, keys))
     x = jax.eval_shape(functools.partial(_microbatch_squares, settings), params, one, key)[0]
-    return DiagonalFisher.zeros(jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), x))
+    like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), x)
+    return on_mesh(lambda _: DiagonalFisher.zeros(like), (params, batch))
 
 
 @functools.partial(jax.jit, static_argnums=0)
