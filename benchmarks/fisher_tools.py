@@ -140,7 +140,7 @@ def costs(batch: int = BATCH, context: int = CONTEXT) -> dict[str, float]:
     gradient, found = count_matmul_flops(jax.jit(jax.grad(mean_loss)), params, tokens).most, {}
     for unit in UNITS:
         rule = diagonals.Settings(example_loss, unit, Labels(), None, None, batch)
-        state = jax.eval_shape(lambda p, t, r=rule: diagonals._start(r, None, (p, t)), params, tokens)
+        state = jax.eval_shape(lambda p, t, r=rule: diagonals._start(r, p, t, None), params, tokens)
         step = lambda *args, r=rule: diagonals._step(r, *args, None)  # noqa: E731
         found[unit] = count_matmul_flops(jax.jit(step), state, params, tokens).most / gradient
     return found
