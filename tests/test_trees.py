@@ -21,13 +21,19 @@ def decays(tree: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "function", [decays, functools.partial(decays), jax.tree_util.Partial(decays), Module(f=jnp.tanh)], ids=str
+    "function",
+    [decays, functools.partial(decays), jax.tree_util.Partial(decays), Module(f=jnp.tanh)],
+    ids=["function", "partial", "Partial", "module of functions"],
 )
 def test_what_has_nothing_but_functions_for_leaves_is_a_function(function: Any) -> None:
     assert is_function(function)
 
 
-@pytest.mark.parametrize("tree", [Module(a=True), Module(a=None), NnxModule(a=1.0), {"a": decays}, None, 0.5], ids=str)
+@pytest.mark.parametrize(
+    "tree",
+    [Module(a=True), Module(a=None), NnxModule(a=1.0), {"a": decays}, None, 0.5],
+    ids=["bool", "empty", "nnx", "dictionary", "None", "number"],
+)
 def test_what_has_other_leaves_or_cannot_be_called_is_a_tree(tree: Any) -> None:
     assert not is_function(tree)
 
