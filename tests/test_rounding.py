@@ -177,7 +177,7 @@ def test_completed_with_axes_that_are_nearly_known() -> None:
     """Pairs of axes with the same share: only one of each may be left out."""
     V = np.zeros((4, 4), np.float32)
     V[:2, 0] = V[2:, 1] = 0.5**0.5
-    Q = completed(jnp.asarray(V), jnp.array([True, True, False, False]), jnp.eye(4))
+    Q = completed(jnp.asarray(V), jnp.array([True, True, False, False]))
     assert_orthonormal(Q, 1e-6)
     np.testing.assert_array_equal(Q[:, :2], V[:, :2])
 

@@ -40,7 +40,9 @@ def apart_last(A: Float[Array, "d d"]) -> Int[Array, " d"]:
     return jnp.argsort(~jnp.any(jnp.where(jnp.eye(len(A), dtype=bool), 0, A) != 0, axis=1))
 
 
-def completed(V: Float[Array, "d d"], known: Bool[Array, " d"], axes: Float[Array, "d d"]) -> Float[Array, "d d"]:
+def completed(
+    V: Float[Array, "d d"], known: Bool[Array, " d"], axes: Float[Array, "d d"] | None = None
+) -> Float[Array, "d d"]:
     """V with its unknown columns replaced by axes, as far as these are orthogonal to the known columns.
 
     The r axes that are closest to the known columns, by the pivots of an LU factorisation, are left out; the others
@@ -49,20 +51,21 @@ def completed(V: Float[Array, "d d"], known: Bool[Array, " d"], axes: Float[Arra
     Args:
       V: orthonormal in its known columns.
       known: which those are.
-      axes: an orthonormal basis as columns.
+      axes: an orthonormal basis as columns; None: the coordinates'.
 
-    >>> print(completed(jnp.array([[0.6, 7.0], [0.8, 7.0]]), jnp.array([True, False]), jnp.eye(2)).round(3))
-    [[ 0.6  0.8]
-     [ 0.8 -0.6]]
+    >>> print(completed(jnp.array([[0.6, 7.0], [0.8, 7.0]]), jnp.array([True, False])).round(3))
+    [[ 0.6 -0.8]
+     [ 0.8  0.6]]
     """
     d, r = len(V), jnp.sum(known)
     first = jnp.argsort(~known)  # stable
     own = jnp.arange(d) < r
     V = jnp.where(own, V[:, first], 0)
-    pivots = jax.lax.linalg.lu(jnp.matmul(axes.T, V, precision=Precision.HIGHEST))[2]
+    inside = V if axes is None else jnp.matmul(axes.T, V, precision=Precision.HIGHEST)
+    pivots = jax.lax.linalg.lu(inside)[2]
     place = jnp.argsort(pivots)  # from r on chosen among zeros
     rest = jnp.argsort(jnp.where(place < r, place, d + jnp.arange(d)))
-    Q = jnp.linalg.qr(jnp.where(own, V, axes[:, rest])).Q
+    Q = jnp.linalg.qr(jnp.where(own, V, (jnp.eye(d, dtype=V.dtype) if axes is None else axes)[:, rest])).Q
     return jnp.where(own, V, Q)[:, jnp.argsort(first)]
 
 

@@ -180,7 +180,7 @@ def _eigenvectors(A: Array) -> Array:
     first = order[::-1]  # from where LAPACK finds them to the bit
     values, V = jnp.linalg.eigh(-A[first][:, first])  # ascending
     V, found = V[::-1], known(-values, jnp.max(jnp.abs(values)), -values[-1])
-    V = branch(jnp.all(found), lambda: V, lambda: completed(V, found, jnp.eye(len(A), dtype=A.dtype)))
+    V = branch(jnp.all(found), lambda: V, lambda: completed(V, found))
     # LAPACK may find finite vectors of what is not.
     return jnp.where(jnp.isfinite(jnp.sum(A)), without_dust(V)[jnp.argsort(order)], jnp.nan)
 
