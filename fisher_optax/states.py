@@ -127,8 +127,8 @@ def _within(path: Names, places: list[Names]) -> bool:
 def _number(x: Any) -> np.ndarray:
     if isinstance(x, Tracer | jax.ShapeDtypeStruct):
         raise ValueError(
-            "health: the state holds no numbers, since it is being traced by jax.jit or the like; call it outside, on "
-            "the state that comes out."
+            "health: the state holds no numbers, since it is being traced by jax.jit or the like, or described by "
+            "jax.eval_shape; call it outside, on the state that comes out."
         )
     return np.asarray(x)
 

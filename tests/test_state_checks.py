@@ -126,6 +126,8 @@ def test_health_inside_jit_says_to_call_it_outside() -> None:
     state = fo.muon(1e-3).init(layers(1))
     with pytest.raises(ValueError, match="call it outside"):
         jax.jit(lambda s: fo.health(s))(state)
+    with pytest.raises(ValueError, match="described by"):
+        fo.health(jax.eval_shape(lambda: state))
 
 
 def test_parameters_that_are_called_as_counters_are_not_counted() -> None:
