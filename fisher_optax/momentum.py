@@ -93,6 +93,18 @@ def _next(state: MomentumState, weight: Array, mean: Any, go: Array | None) -> M
     return MomentumState(count, *held(go, (weight, mean), (state.weight, state.mean)))
 
 
+def trace(decay: Any) -> optax.GradientTransformation:
+    """`optax.trace`, whose dtype stays: a decay that is an array of float32 would make float32 of bfloat16."""
+    tx = optax.trace(decay)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
+        _, new = tx.update(updates, state, params)
+        new: Any = jax.tree.map(lambda m, old: m.astype(old.dtype), new, state)
+        return new.trace, new
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 class TraceState(NamedTuple):
     """State of `held_trace`."""
 
@@ -105,7 +117,7 @@ def held_trace(decay: Any) -> optax.GradientTransformationExtraArgs:
     """`optax.trace`, whose step is made of what is kept: XLA computes a sum that is used twice twice, and where only
     one of the two is selected under ``go``, it copies the old state for the other.
     """
-    tx = optax.trace(decay)
+    tx = trace(decay)
 
     def init(params: Any) -> TraceState:
         return TraceState(tx.init(params))

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from tests.comparisons import types
 from tests.reference.shampoo import Shampoo
 from tests.test_soap import gradients, trajectory, tree_run
 
@@ -179,3 +180,10 @@ def test_arguments_are_checked() -> None:
     for options, error, words in wrong:
         with pytest.raises(error, match=words):
             fo.shampoo(0.1, **options)
+
+
+def test_momentum_before_the_first_root_keeps_half_precision_under_a_float32_decay() -> None:
+    params = {"kernel": jnp.ones((4, 3), jnp.bfloat16), "scale": jnp.ones(3)}
+    tx = fo.shampoo(0.1, b1=jnp.float32(0.9), grafting=None)
+    state = jax.eval_shape(tx.init, params)
+    assert types(jax.eval_shape(tx.update, params, state, params)) == types((params, state))

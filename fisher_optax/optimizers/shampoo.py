@@ -21,6 +21,7 @@ from ..factors import outer_product
 from ..grafting import graft_on, magnitude_of
 from ..guard import guarded
 from ..hyperparameters import injectable, scheduled
+from ..momentum import trace
 from ..precondition import seam
 from ..routing import Build, by_axes
 from ..seam import Seam
@@ -190,7 +191,7 @@ def _parts(
     if isinstance(start, bool) or not isinstance(start, int) or start < 0:
         raise ValueError(f"start_preconditioning_step must be a number of steps, 0 or more; got {start!r}.")
     if grafting is None:
-        magnitude = scheduled(optax.trace, decay=b1)
+        magnitude = scheduled(trace, decay=b1)
     elif grafting == "adam":
         magnitude = magnitude_of(_adam(b1, b2))
     else:

@@ -11,10 +11,11 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from tests.comparisons import assert_close, assert_own_buffers, assert_same_bits, assert_updates_close
+from tests.comparisons import assert_close, assert_own_buffers, assert_same_bits, assert_updates_close, types
 from tests.optimizers_table import (
     FACTORIES,
     METHODS,
+    ROWS,
     SOME,
     STATES,
     STEPS,
@@ -98,6 +99,16 @@ def test_injected_hyperparameters_are_the_ones_used(row: Row) -> None:
     assert jax.tree.structure(injected.inner_state) == jax.tree.structure(plain)
     injected.hyperparams.update({name: jnp.asarray(numbers(row)[name]) for name in row.undecayed})
     assert_stops_after_three(row, tx, state)
+
+
+@each(row for row in ROWS if row.scheduled)
+def test_numbers_in_float32_leave_half_precision_as_it_is(row: Row) -> None:
+    """As `optax.inject_hyperparams` and schedules give them: JAX would promote what they are multiplied with."""
+    tx = build(row, **{name: jnp.float32(numbers(row)[name]) for name in row.scheduled})
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), standard_params())
+    state = jax.eval_shape(tx.init, params)
+    step = updater(tx, **row.update_kwargs)
+    assert types(jax.eval_shape(step, params, state, params)) == types((params, state))
 
 
 @each(row for row in FACTORIES if row.scheduled)
