@@ -71,7 +71,7 @@ def normuon(weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
 
 def soap_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
     options = {"learning_rate": 0.01, "precondition_frequency": 2, "weight_decay": 0.1} | options
-    scheduled, undecayed = ("learning_rate", "weight_decay", "b1", "b2"), {"weight_decay": 0.0}
+    scheduled, undecayed = ("learning_rate", "weight_decay", "b1", "b2", "eps"), {"weight_decay": 0.0}
     return Row(
         name, fo.soap, options, static_args="soap", scheduled=scheduled, undecayed=undecayed, tolerance=tolerance
     )
@@ -181,7 +181,7 @@ ROWS = (
         {"precondition_frequency": 2},
         rate_after=0.01,
         static_args="scale_by_soap",
-        scheduled=("b1",),
+        scheduled=("b1", "eps"),
     ),
     Row(
         "scale_by_muon",

@@ -65,6 +65,29 @@ def test_partial_and_nested_factories_are_taken_too() -> None:
     assert_close(a_step(twice(0.1, b1=0.8)), wanted, 1e-6)
 
 
+@pytest.mark.parametrize(
+    "make", [fo.scale_by_normuon, functools.partial(fo.dykaf, rank1_second_moment=True), fo.kl_shampoo]
+)
+def test_schedules_of_eps_and_b2_give_the_numbers_they_are(make: Callable[..., Any]) -> None:
+    """Different ones at the first call and the second."""
+    numbers = {"b2": (0.9, 0.5), "eps": (1e-3, 0.5)}
+    schedules = {name: optax.piecewise_constant_schedule(a, {1: b / a}) for name, (a, b) in numbers.items()}
+    options = {} if make is fo.scale_by_normuon else {"first_step": "adam"}
+    tx, injected = make(**schedules, **options), optax.inject_hyperparams(make)(**schedules, **options)
+    states = [x.init(PARAMS) for x in (tx, injected)]
+    for _ in range(2):
+        steps = [x.update(GRADS, state, PARAMS) for x, state in zip((tx, injected), states, strict=True)]
+        states = [state for _, state in steps]
+        assert_close(steps[0][0], steps[1][0], 1e-6)
+
+
+def test_a_schedule_where_no_steps_are_counted_is_refused_with_the_way() -> None:
+    schedule = optax.constant_schedule(1e-6)
+    with pytest.raises(TypeError, match=r"optax.inject_hyperparams\(fo.shampoo\)"):
+        fo.shampoo(0.1, eps=schedule)
+    assert_close(a_step(optax.inject_hyperparams(fo.shampoo)(0.1, eps=schedule)), a_step(fo.shampoo(0.1)), 1e-5)
+
+
 @pytest.mark.parametrize("name", sorted(fo.STATIC_ARGS))
 def test_signatures_are_those_in_the_source(name: str) -> None:
     factory = getattr(fo, name)

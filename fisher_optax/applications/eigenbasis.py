@@ -113,8 +113,8 @@ def adam(
 
     Args:
       b1, b2: decay rates, numbers or schedules of the step.
-      eps: in units of the gradient; small, since it is compared with an average that still carries its bias. Where
-        this runs in a basis, rounding is kept out by a floor relative to the gradient, and not by eps.
+      eps: number or schedule, in units of the gradient; small, since it is compared with an average that still carries
+        its bias. Where this runs in a basis, rounding is kept out by a floor relative to the gradient, and not by eps.
       bias_correction: whether the factor in front is applied.
       mu_dtype: storage of m; the gradient's by default.
       normalize: scale ``m / (sqrt(v) + eps)`` to root mean square 1 before the correction; zero stays zero.
@@ -127,11 +127,11 @@ def adam(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
         del params
         t = state.count + 1
-        β1, β2 = at(b1, state.count), at(b2, state.count)
+        β1, β2, ε = (at(value, state.count) for value in (b1, b2, eps))
         mu = jax.tree.map(lambda g, m: β1 * m.astype(g.dtype) + (1 - β1) * g, updates, state.mu)
         nu = jax.tree.map(lambda g, v: β2 * v + (1 - β2) * jnp.square(g), updates, state.nu)
         scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
-        u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + ε), mu, nu)
         if normalize:
             u = jax.tree.map(lambda x: x / (jnp.sqrt(jnp.mean(jnp.square(x))) + 1e-30), u)
         u = jax.tree.map(lambda x, v: (scale * x).astype(v.dtype), u, nu)

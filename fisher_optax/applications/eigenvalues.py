@@ -25,8 +25,8 @@ def inverse_root_of_eigenvalues(
 
     Args:
       b1: decay of m, number or schedule.
-      eps: against division by zero, in units of the gradient. Entries whose ``λ_L λ_Rᵀ`` is rounding relative to its
-        row and column get no step.
+      eps: number or schedule, against division by zero, in units of the gradient. Entries whose ``λ_L λ_Rᵀ`` is
+        rounding relative to its row and column get no step.
       bias_correction: divide m by ``1 - b1ᵗ``.
       mu_dtype: storage of m, default the gradient's.
 
@@ -43,7 +43,7 @@ def inverse_root_of_eigenvalues(
         λ_L = 1.0 if basis.left_values is None else basis.left_values[:, None]
         λ_R = 1.0 if basis.right_values is None else basis.right_values[None, :]
         # Two roots, since the product of two eigenvalues has the scale of a fourth power.
-        root = jnp.sqrt(λ_L) * jnp.sqrt(λ_R) + eps
+        root = jnp.sqrt(λ_L) * jnp.sqrt(λ_R) + at(eps, state.count)
         # Zero before the first gradient that is not.
         u = m / jnp.where(root > 0, root, 1) / ((1 - β**t) if bias_correction else 1.0)
         u = jnp.where(counts(jnp.broadcast_to(_in_units(λ_L) * _in_units(λ_R), m.shape)), u, 0)

@@ -32,8 +32,8 @@ def rank1_adam(
 
     Args:
       b1, b2: decay rates, numbers or schedules of the step.
-      eps: in units of the gradient; l and r start at eps each, at next to nothing for 0. Rounding is kept out as for
-        `adam`.
+      eps: number or schedule, in units of the gradient; l and r start at eps each, at next to nothing for 0. Rounding
+        is kept out as for `adam`.
       bias_correction: whether the factor in front is applied.
       mu_dtype: storage of m; the gradient's by default.
 
@@ -46,7 +46,7 @@ def rank1_adam(
 
         def side(axis: int) -> Any:
             # Zero would stay zero.
-            start = lambda x: jnp.maximum(jnp.asarray(eps, x.dtype), jnp.finfo(x.dtype).tiny)  # noqa: E731
+            start = lambda x: jnp.maximum(jnp.asarray(at(eps, 0), x.dtype), jnp.finfo(x.dtype).tiny)  # noqa: E731
             return jax.tree.map(lambda x: jnp.full(x.shape[axis], start(x), x.dtype), params)
 
         return Rank1AdamState(jnp.zeros([], jnp.int32), mu, side(-2), side(-1))
@@ -54,13 +54,13 @@ def rank1_adam(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Rank1AdamState]:
         del params
         t = state.count + 1
-        β1, β2 = at(b1, state.count), at(b2, state.count)
+        β1, β2, ε = (at(value, state.count) for value in (b1, b2, eps))
         scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
 
         def one(g: Array, m: Array, l: Array, r: Array) -> tuple[Array, ...]:
             m_new = β1 * m.astype(g.dtype) + (1 - β1) * g
             l_new, r_new = follow(jnp.square(g), l, r, β2)
-            u = scale * m_new / (jnp.sqrt(jnp.outer(l_new, r_new)) + eps)
+            u = scale * m_new / (jnp.sqrt(jnp.outer(l_new, r_new)) + ε)
             return u.astype(g.dtype), m_new.astype(m.dtype), l_new.astype(l.dtype), r_new.astype(r.dtype)
 
         done = jax.tree.map(one, updates, state.mu, state.nu_left, state.nu_right)

@@ -98,8 +98,8 @@ def shampoo(
       learning_rate: number or schedule; with grafting, that of the optimizer grafted.
       b1: momentum, number or schedule; not normalised.
       b2: decay of the factors; .99 remembers ten refreshes.
-      eps: ε as a share of the largest eigenvalue (of a bound on it, for the iterations). Below 1e-7, float32 knows
-        eigenvalues by noise alone.
+      eps: ε as a share of the largest eigenvalue (of a bound on it, for the iterations); no schedule. Below 1e-7,
+        float32 knows eigenvalues by noise alone.
       weight_decay: decoupled, per unit of learning rate; number or schedule.
       exponent: p, from -1 to 0. -1/4 is the original, -1/2 the power that Fisher's inverse root has.
         Where one side alone is kept, exponents down to -1/4 count double: it has the power of both.
@@ -174,6 +174,11 @@ def _parts(
     in_range("b1", b1, 0, 1)
     in_range("b2", b2, 0, 1)
     in_range("eps", eps, 0)
+    if callable(eps):
+        raise TypeError(
+            "eps must be a number or an array: the roots count no steps. For a schedule, "
+            "optax.inject_hyperparams(fo.shampoo)(..., eps=schedule)."
+        )
     if accumulate not in ("mean", "sum"):
         raise ValueError(f"accumulate must be 'mean' or 'sum'; got {accumulate!r}.")
     if options["refresh"] == "adaptive":
