@@ -6,8 +6,9 @@ matrices or none at all. Nothing is guessed: a leaf for which two readings fit i
 A reading rests on the bias beside a kernel, whose axes are the kernel's last (Dense, DenseGeneral, attention, Conv); on
 the stack around it (``nn.scan``, ``nnx.vmap``: one shared axis in front of every leaf below a module, shown by
 normalisation vectors of two axes and by biases that repeat their kernel's first axis); and on the module's name. A
-square ``weight``, whose shape says nothing, is read with its outputs first, as PyTorch and Equinox store it: it matters
-to statistics alone, which know better and say so where they differ.
+square ``weight``, whose shape says nothing, is read with its outputs first, as PyTorch and Equinox store it, but for an
+embedding, whose rows are tokens there too. It matters where sides differ: to statistics, which know better and say so,
+and to what is kept for each output.
 """
 
 import collections
@@ -156,7 +157,7 @@ def _verdict(leaf: Leaf, depth: int, inputs: int, doubt: str) -> LeafAxes:
         return leaf.as_("embedding" if embedding else "other", None, reason)
     every = tuple(range(len(leaf.shape)))
     axes = MatrixAxes(every[depth : depth + inputs], every[depth + inputs :], every[:depth])
-    if _is_outputs_first(leaf, depth):
+    if not embedding and _is_outputs_first(leaf, depth):
         axes = MatrixAxes(every[-1:], every[-2:-1], every[:depth])
     stack = f", stacked {' x '.join(map(str, leaf.shape[:depth]))}" if depth else ""
     if embedding:

@@ -91,6 +91,19 @@ def test_biases_and_normalisations_of_two_axes_are_no_matrices() -> None:
     )
 
 
+def test_a_square_weight_has_its_outputs_first_and_an_embedding_its_tokens() -> None:
+    """As PyTorch and Equinox store both; a stack changes nothing."""
+    params = tree({"lin/weight": (6, 6), "lm_head/weight": (6, 6), "embed/weight": (6, 6), "kernel": (6, 6)})
+    params |= {"layers": tree({"mix/weight": (3, 6, 6), "mix/bias": (3, 6)})}
+    assert {path: x.axes for path, x in by_path(params).items() if x.axes} == {
+        "lin/weight": MatrixAxes(1, 0),
+        "lm_head/weight": MatrixAxes(1, 0),
+        "embed/weight": MatrixAxes(0, 1),
+        "kernel": MatrixAxes(0, 1),
+        "layers/mix/weight": MatrixAxes(2, 1, 0),
+    }
+
+
 class Model(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embed = nnx.Embed(11, 12, rngs=rngs)
