@@ -16,6 +16,8 @@ def accumulate_statistics(so_far: Any, new: Any) -> Any:
 
     `optax.MultiSteps` hands on only the last micro-batch's extra arguments, so gather the others' here and pass the
     result with the last one. Rows and samples, which stand for the whole, are those of both, one after the other.
+    ``right`` and ``squares`` are the whole batch's where what each loss was divided by is in proportion to its
+    positions, as for padded tokens; not under other weights than 0 and 1, nor a ``mask`` of sequences with one loss.
 
     Args:
       so_far: statistics of the earlier micro-batches; None: there were none, and the result is ``new`` itself.
@@ -51,11 +53,15 @@ def all_reduce_statistics(statistics: Any, axis: Any) -> Any:
     Means weighted by the number of positions behind each; rows, samples and logits of all devices, one after the other,
     which an average would mix. It is for statistics that differ between devices: from `jax.pmap`, a `jax.shard_map`
     with ``check_vma=False``, or parameters that vary. Where the loss is averaged inside a `jax.shard_map`,
-    `value_and_grad` has done it.
+    `value_and_grad` has done it, and whatever losses are divided by; here ``right`` and ``squares`` are the
+    whole batch's where that is in proportion to positions, as in `accumulate_statistics`.
 
     Args:
-      statistics: from `value_and_grad`, on each device.
-      axis: its name, or several.
+      statistics: from `value_and_grad`, on each device. None and other leaves stay as they are.
+      axis: its name, or several; of a `jax.pmap`, `jax.vmap` or `jax.shard_map` around the call.
+
+    Raises:
+      NameError: from JAX, outside of any such axis.
 
     Example:
       >>> import jax, jax.numpy as jnp, fisher_optax as fo
