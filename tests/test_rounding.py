@@ -91,6 +91,16 @@ def assert_dead_weights_stay(tx: Any) -> None:
         assert np.all(np.abs(u[-1]).sum(axis=1)[[1, 2, 3, 4]] > 0)
 
 
+@pytest.mark.parametrize("name", ["soap", "dykaf", "kl_soap"])
+def test_weights_beside_others_with_far_larger_gradients_are_trained(name: str) -> None:
+    """Several of a thousandth, whose eigenvalues cannot be told apart, and all beside one of some thousand times."""
+    for small, size in (([1, 4, 8], 1e-3), (list(range(1, M)), 3e-4)):
+        gradients = normal(20, M, N).copy()
+        gradients[:, small] *= size
+        u = np.abs(steps(METHODS[name]("qr"), gradients)[8:])
+        assert np.mean(u[:, small]) > 0.1 * np.mean(np.delete(u, small, axis=1))
+
+
 @functools.cache
 def low_rank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of rank 3, and what their columns and rows span."""

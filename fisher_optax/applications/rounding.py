@@ -12,9 +12,11 @@ the gradient itself, and entries below it get no step:
 The others are as without it, at any scale. In float32 256 ε is 3e-5: a direction in which gradients are smaller by that
 than in their largest cannot be told from one that they never had.
 
-Factors that start at the identity hold little of the first gradients, and show their eigenvectors worse. A direction
-whose eigenvalue nothing has raised shares it with others: of a basis that has eigenvalues, entries of such a one count
-from a thousandth of their column's (or row's) norm on, which would begin to raise it.
+Factors that start at the identity hold little of the first gradients, and show their eigenvectors worse: those of two
+eigenvalues by ``ε λ_max`` over the distance of the two. A direction whose eigenvalue nothing has raised shares it with
+others. In a basis that has eigenvalues, entries of such a one count only from ``256 ε λ_max / (λ_i - λ_min)`` of the
+other directions i on, or a thousandth where that is less: those of which a factor has seen enough hold back no more
+than they do in any basis.
 
 At the first step v is of one gradient, and its basis perhaps of the same. Then all but the diagonal should be zero, for
 any κ: the product keeps singular values down to √ε of the largest, and leaves up to √ε elsewhere. So the last term is
@@ -26,7 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 UNITS = 256
 SAME = 16  # eigenvalues that many units of the largest apart are one
-RAISES = 1e-3
+SHOWS = 1e-3  # the most that a direction holds back others for being shown badly
 
 Values = tuple[Float[Array, " m"] | None, Float[Array, " n"] | None]
 
@@ -49,10 +51,18 @@ def counts(v: Float[Array, "m n"], first: bool = False, values: Values = (None, 
     v = v / jnp.where(largest > 0, largest, 1)  # sums of squares overflow
     rows, columns = jnp.sum(v, 1, keepdims=True), jnp.sum(v, 0, keepdims=True)
     least = floor * (rows + columns) + (ε if first else floor) * jnp.sum(rows) / max(v.shape)
-    for λ, norms, axis in zip(values, (columns, rows), (1, 0), strict=True):
+    for axis, λ in enumerate(values):
         if λ is not None:
-            least = least + jnp.expand_dims(jnp.where(_unraised(λ), RAISES**2, 0), axis) * norms
+            leaks = jnp.sum(jnp.expand_dims(jnp.square(_shown(λ)), 1 - axis) * v, axis, keepdims=True)
+            least = least + jnp.where(jnp.expand_dims(_unraised(λ), 1 - axis), leaks, 0)
     return v > least
+
+
+def _shown(λ: Float[Array, " d"]) -> Float[Array, " d"]:
+    """To what part of each direction its eigenvalue tells it from those of the smallest one."""
+    least = UNITS * jnp.finfo(λ.dtype).eps * jnp.max(λ)
+    gap = λ - jnp.min(λ)
+    return jnp.where(gap * SHOWS > least, least / jnp.where(gap > 0, gap, 1), SHOWS)
 
 
 def _unraised(λ: Float[Array, " d"]) -> Bool[Array, " d"]:
