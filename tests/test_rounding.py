@@ -101,6 +101,19 @@ def test_weights_beside_others_with_far_larger_gradients_are_trained(name: str) 
         assert np.mean(u[:, small]) > 0.1 * np.mean(np.delete(u, small, axis=1))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fo.scale_by_soap(eps=0.0, normalize_updates=True),
+        lambda: fo.scale_by_soap(eps=0.0, max_precond_dim=0),
+        lambda: fo.scale_by_dykaf(eps=0.0, max_precond_dim=0, rank1_second_moment=True),
+    ],
+)
+def test_weights_that_never_had_a_gradient_stay_without_eps(make: Callable[[], Any]) -> None:
+    """Also where there is no basis, and where all entries are scaled by their common size."""
+    assert_dead_weights_stay(make())
+
+
 @functools.cache
 def low_rank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of rank 3, and what their columns and rows span."""

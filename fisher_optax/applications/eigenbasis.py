@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from ..checks import at
 from ..types import Application, Eigenbasis, Eigenpairs, Moments
-from .rounding import counts
+from .rounding import counts, ratio
 
 Matrix = Float[Array, "m n"]
 
@@ -131,7 +131,7 @@ def adam(
         mu = jax.tree.map(lambda g, m: β1 * m.astype(g.dtype) + (1 - β1) * g, updates, state.mu)
         nu = jax.tree.map(lambda g, v: β2 * v + (1 - β2) * jnp.square(g), updates, state.nu)
         scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
-        u = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + ε), mu, nu)
+        u = jax.tree.map(lambda m, v: ratio(m, jnp.sqrt(v) + ε), mu, nu)
         if normalize:
             u = jax.tree.map(lambda x: x / (jnp.sqrt(jnp.mean(jnp.square(x))) + 1e-30), u)
         u = jax.tree.map(lambda x, v: (scale * x).astype(v.dtype), u, nu)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from ..checks import at
 from ..types import Application, Eigenpairs, Moments
 from .eigenbasis import into, out_of
-from .rounding import counts
+from .rounding import counts, ratio
 
 
 class EigenvaluesState(NamedTuple):
@@ -44,8 +44,8 @@ def inverse_root_of_eigenvalues(
         λ_R = 1.0 if basis.right_values is None else basis.right_values[None, :]
         # Two roots, since the product of two eigenvalues has the scale of a fourth power.
         root = jnp.sqrt(λ_L) * jnp.sqrt(λ_R) + at(eps, state.count)
-        # Zero before the first gradient that is not.
-        u = m / jnp.where(root > 0, root, 1) / ((1 - β**t) if bias_correction else 1.0)
+        # The root is zero before the first gradient that is not.
+        u = ratio(m, root) / ((1 - β**t) if bias_correction else 1.0)
         u = jnp.where(counts(jnp.broadcast_to(_in_units(λ_L) * _in_units(λ_R), m.shape)), u, 0)
         return out_of(u.astype(G.dtype), basis), EigenvaluesState(t, m.astype(state.mu.dtype))
 

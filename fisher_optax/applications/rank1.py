@@ -9,6 +9,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
 from ..checks import at
+from .rounding import ratio
 
 
 class Rank1AdamState(NamedTuple):
@@ -60,7 +61,7 @@ def rank1_adam(
         def one(g: Array, m: Array, l: Array, r: Array) -> tuple[Array, ...]:
             m_new = β1 * m.astype(g.dtype) + (1 - β1) * g
             l_new, r_new = follow(jnp.square(g), l, r, β2)
-            u = scale * m_new / (jnp.sqrt(jnp.outer(l_new, r_new)) + ε)
+            u = scale * ratio(m_new, jnp.sqrt(jnp.outer(l_new, r_new)) + ε)
             return u.astype(g.dtype), m_new.astype(m.dtype), l_new.astype(l.dtype), r_new.astype(r.dtype)
 
         done = jax.tree.map(one, updates, state.mu, state.nu_left, state.nu_right)

@@ -58,6 +58,15 @@ def counts(v: Float[Array, "m n"], first: bool = False, values: Values = (None, 
     return v > least
 
 
+def ratio(m: Array, root: Array) -> Array:
+    """``m / root``, and m where the root is zero: of entries without a gradient, where no eps is added.
+
+    >>> print(ratio(jnp.array([0.0, 1.0]), jnp.array([0.0, 2.0])))
+    [0.  0.5]
+    """
+    return m / jnp.where(root > 0, root, 1)
+
+
 def _shown(λ: Float[Array, " d"]) -> Float[Array, " d"]:
     """To what part of each direction its eigenvalue tells it from those of the smallest one."""
     least = UNITS * jnp.finfo(λ.dtype).eps * jnp.max(λ)
