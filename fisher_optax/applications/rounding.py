@@ -3,14 +3,15 @@
 Gradients that span less than the matrix have entries of ``Q_Lᵀ G Q_R`` that should be zero. In floating point they are
 some units of rounding ε times the norms of their row and column of the gradient: by the two products 1 to 3, and by
 the basis ``ε κ``, where the singular values that the gradients do have span κ, since a product of a matrix with itself
-shows an eigenvector of theirs no better. Adam divides by a root second moment, and makes steps of them as long as any,
-unless its ``eps`` is larger; but that is in units of the gradient, which nobody knows. So there is a floor relative to
-the gradient itself, and entries below it get no step:
+shows an eigenvector of theirs no better; over a side of length d that is spread out, to ``ε κ / √d`` an entry. Adam
+divides by a root second moment, and makes steps of them as long as any, unless its ``eps`` is larger; but that is in
+units of the gradient, which nobody knows. So there is a floor relative to the gradient itself, and entries below it get
+no step. One of second moment v, in an m x n matrix, counts where
 
-    an entry of second moment v counts where  v > (256 ε)² (Σ_row v + Σ_column v + Σ v / max(m, n))
+    v > ε² [u(n)² Σ_row v + u(m)² Σ_column v + u(d)² Σ v / d],   u(d)² = 16² + 256² min(1, 8/d),   d = max(m, n)
 
-The others are as without it, at any scale. In float32 256 ε is 3e-5: a direction in which gradients are smaller by that
-than in their largest cannot be told from one that they never had.
+The others are as without it, at any scale. In float32 that is 3e-5 of the norms in a small matrix, and 3e-6 in one of
+side 1000, where it comes to a ten-thousandth of an entry like the others.
 
 Factors that start at the identity hold little of the first gradients, and show their eigenvectors worse: those of two
 eigenvalues by ``ε λ_max`` over the distance of the two. A direction whose eigenvalue nothing has raised shares it with
@@ -23,10 +24,12 @@ any κ: the product keeps singular values down to √ε of the largest, and leav
 ``ε Σ v / max(m, n)`` there, and what does not count is left out of the moments.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-UNITS = 256
+PRODUCTS, BASES = 16, 256  # units of rounding
 SAME = 16  # eigenvalues that many units of the largest apart are one
 SHOWS = 1e-3  # the most that a direction holds back others for being shown badly
 
@@ -45,17 +48,21 @@ def counts(v: Float[Array, "m n"], first: bool = False, values: Values = (None, 
     [[ True  True]
      [False False]]
     """
-    ε = jnp.finfo(v.dtype).eps
-    floor = (UNITS * ε) ** 2
+    (m, n), d, ε = v.shape, max(v.shape), jnp.finfo(v.dtype).eps
     largest = jnp.max(v)
     v = v / jnp.where(largest > 0, largest, 1)  # sums of squares overflow
     rows, columns = jnp.sum(v, 1, keepdims=True), jnp.sum(v, 0, keepdims=True)
-    least = floor * (rows + columns) + (ε if first else floor) * jnp.sum(rows) / max(v.shape)
+    least = _floor(n, ε) * rows + _floor(m, ε) * columns + (ε if first else _floor(d, ε)) * jnp.sum(rows) / d
     for axis, λ in enumerate(values):
         if λ is not None:
             leaks = jnp.sum(jnp.expand_dims(jnp.square(_shown(λ)), 1 - axis) * v, axis, keepdims=True)
             least = least + jnp.where(jnp.expand_dims(_unraised(λ), 1 - axis), leaks, 0)
     return v > least
+
+
+def _floor(d: int, ε: Any) -> Any:
+    """Of the sum of squares along a side of length d, the part that is rounding."""
+    return (PRODUCTS**2 + BASES**2 * min(1, 8 / d)) * ε**2
 
 
 def ratio(m: Array, root: Array) -> Array:
@@ -69,7 +76,7 @@ def ratio(m: Array, root: Array) -> Array:
 
 def _shown(λ: Float[Array, " d"]) -> Float[Array, " d"]:
     """To what part of each direction its eigenvalue tells it from those of the smallest one."""
-    least = UNITS * jnp.finfo(λ.dtype).eps * jnp.max(λ)
+    least = BASES * jnp.finfo(λ.dtype).eps * jnp.max(λ)
     gap = λ - jnp.min(λ)
     return jnp.where(gap * SHOWS > least, least / jnp.where(gap > 0, gap, 1), SHOWS)
 

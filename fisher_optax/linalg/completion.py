@@ -16,11 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 UNKNOWN = 16
 # Of a column of length one: entries below are the rounding of a factorisation, which leaves 2 and less.
 DUST = 8
+TIE = 0.01
 
 
 def known(
-    values: Float[Array, " d"], largest: Float[Array, ""], least: Float[Array, ""] | float = 0.0
-) -> Bool[Array, " d"]:
+    values: Float[Array, "*batch d"], largest: Float[Array, "..."], least: Float[Array, ""] | float = 0.0
+) -> Bool[Array, "*batch d"]:
     """Which eigenvalues of a matrix with that largest one stand out from ``least``; all of those that are NaN.
 
     >>> print(known(jnp.array([2.0, 1e-3, 1e-9]), jnp.array(2.0)))
@@ -61,8 +62,9 @@ def completed(
     first = jnp.argsort(~known)  # stable
     own = jnp.arange(d) < r
     V = jnp.where(own, V[:, first], 0)
-    inside = V if axes is None else jnp.matmul(axes.T, V, precision=Precision.HIGHEST)
-    pivots = jax.lax.linalg.lu(inside)[2]
+    shares = V if axes is None else jnp.matmul(axes.T, V, precision=Precision.HIGHEST)
+    # Of axes with the same share, as duplicated inputs have it, rounding would choose: the first are a little closer.
+    pivots = jax.lax.linalg.lu(shares * (1 - TIE / d * jnp.arange(d, dtype=V.dtype))[:, None])[2]
     place = jnp.argsort(pivots)  # from r on chosen among zeros
     rest = jnp.argsort(jnp.where(place < r, place, d + jnp.arange(d)))
     Q = jnp.linalg.qr(jnp.where(own, V, (jnp.eye(d, dtype=V.dtype) if axes is None else axes)[:, rest])).Q

@@ -57,6 +57,8 @@ def project(
 def descending(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> Int[Array, "*batch d"]:
     """The order of Q's columns by ``diag(Qᵀ A Q)``, their estimates of eigenvalues, largest first (stable).
 
+    Those that are rounding of the largest count as zero, and keep the order they had.
+
     Args:
       Q: an orthonormal basis as columns.
       P: `project(A, Q)`.
@@ -64,7 +66,9 @@ def descending(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> 
     >>> print(descending(jnp.eye(3), jnp.diag(jnp.array([1.0, 3.0, 2.0]))))
     [1 2 0]
     """
-    return jnp.argsort(-_rayleigh(Q, P), axis=-1)
+    values = _rayleigh(Q, P)
+    unknown = ~known(values, jnp.max(values, axis=-1, keepdims=True))
+    return jnp.argsort(-jnp.where(unknown, 0, values), axis=-1)
 
 
 def orthogonal_iteration(

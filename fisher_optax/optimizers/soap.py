@@ -107,9 +107,9 @@ def soap(
       learning_rate: number or schedule; the authors' 3e-3. Adam's rates are a good start.
       b1, b2: decay of first and second moment, numbers or schedules.
       eps: number or schedule, added to ``sqrt(v)`` before the bias correction, in units of the gradient. It does not
-        keep out the rounding of rotated gradients, which has their scale: entries of ``sqrt(v)`` below 256 units of
-        rounding (3e-5 in float32) of the norms of their row and column get no step, so that a weight or direction that
-        never had a gradient stays, at any scale.
+        keep out the rounding of rotated gradients, which has their scale: entries of ``sqrt(v)`` below 16 to 256 units
+        of rounding (2e-6 to 3e-5 in float32, by the length of the side) of the norms of their row and column get no
+        step, so that a weight or direction that never had a gradient stays, at any scale.
       weight_decay: decoupled, after the step, per unit of learning rate; number or schedule.
       shampoo_beta: βs, decay of the factors; None: ``b2``.
       precondition_frequency: steps between refreshes of a basis. 10 costs little loss; 1 removes the spikes seen at
