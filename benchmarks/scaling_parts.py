@@ -27,7 +27,7 @@ class Method(NamedTuple):
 
     build: Callable[[], optax.GradientTransformation]
     refresh_at: int | None = None  # calls before a step that refreshes; None: no step does
-    first: tuple[str, ...] = ()  # factorisations of the first step alone
+    first: tuple[str, ...] = ()  # factorisations of the first step alone, or of singular factors
     block: int | None = None  # side of its matrices, where not the kernel's own
     exact: bool = True  # its products are float32's own, whatever the hardware offers
 
@@ -42,8 +42,8 @@ METHODS = {
     "adamw": Method(lambda: optax.adamw(RATE)),
     "optax_muon": Method(lambda: optax.contrib.muon(RATE), exact=False),
     "fo_muon": Method(lambda: fo.muon(RATE), exact=False),
-    "fo_soap": Method(lambda: fo.soap(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh",)),
-    "fo_dykaf": Method(lambda: fo.dykaf(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh",)),
+    "fo_soap": Method(lambda: fo.soap(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh", "lu")),
+    "fo_dykaf": Method(lambda: fo.dykaf(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh", "lu")),
     "fo_shampoo_128": Method(
         lambda: fo.shampoo(RATE, block_size=BLOCK, precondition_frequency=PERIOD), PERIOD - 1, block=BLOCK
     ),

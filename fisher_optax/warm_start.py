@@ -169,7 +169,7 @@ def _find_adam(state: Any, params: Any) -> _Adam:
     return _Adam(count, mu, nu)
 
 
-def _by_path(tree: Any) -> dict[str, Array]:
+def _by_path(tree: Any) -> dict[str, Any]:
     return {"/".join(path_names(path)): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 

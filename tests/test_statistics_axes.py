@@ -26,8 +26,8 @@ N, D = 12, 4
 
 # Where an axis of the layer, inputs first, comes from when it is stored otherwise. All lengths that meet agree.
 STORED = {
-    "plain/weight": (1, 0),
-    "biased/weight": (1, 0),
+    "plain/kernel": (1, 0),
+    "biased/kernel": (1, 0),
     "pair/0": (1, 0),
     "conv/kernel": (0, 1, 3, 2),
     "out/kernel": (1, 2, 0),
@@ -36,8 +36,8 @@ STORED = {
 }
 # How the rules read what is stored so, and what the program does with it.
 READ = {
-    "plain/weight": (fo.MatrixAxes(0, 1), fo.MatrixAxes(1, 0)),
-    "biased/weight": (fo.MatrixAxes(0, 1), fo.MatrixAxes(1, 0)),
+    "plain/kernel": (fo.MatrixAxes(0, 1), fo.MatrixAxes(1, 0)),
+    "biased/kernel": (fo.MatrixAxes(0, 1), fo.MatrixAxes(1, 0)),
     "pair/0": (fo.MatrixAxes(0, 1), fo.MatrixAxes(1, 0)),
     "conv/kernel": (fo.MatrixAxes((0, 1, 2), 3), fo.MatrixAxes((0, 1, 3), 2)),
     "out/kernel": (fo.MatrixAxes((0, 1), 2), fo.MatrixAxes(2, (0, 1))),
@@ -50,8 +50,8 @@ def params() -> dict[str, Any]:
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
     return {
-        "plain": {"weight": draw(D, D)},
-        "biased": {"weight": draw(D, D), "bias": draw(D)},
+        "plain": {"kernel": draw(D, D)},
+        "biased": {"kernel": draw(D, D), "bias": draw(D)},
         "pair": (draw(D, D), draw(D)),
         "conv": {"kernel": draw(2, 2, 3, 3), "bias": draw(3)},
         "out": {"kernel": draw(D, 2, 2)},
@@ -71,8 +71,8 @@ def outputs(p: Any, x: Any, images: Any) -> jax.Array:
         return h + jnp.tanh(layer["norm"]["scale"] * h @ layer["mix"]["kernel"]), None
 
     known = {
-        "plain": lambda p: x @ p["weight"],
-        "biased": lambda p: x @ p["weight"] + p["bias"],
+        "plain": lambda p: x @ p["kernel"],
+        "biased": lambda p: x @ p["kernel"] + p["bias"],
         "pair": lambda p: x @ p[0] + p[1],
         "conv": lambda p: convolution(images, p["kernel"]) + p["bias"],
         "out": lambda p: jnp.einsum("bi,ihf->bhf", x, p["kernel"]),
@@ -160,19 +160,19 @@ def test_kfacs_step_by_hand_where_outputs_are_stored_first() -> None:
     tx = fo.scale_by_kfac(damping=damping, axes=fo.infer_axes(stored_loss, q, *data()))
     U = tx.update(grads, tx.init(q), q, statistics=stats)[0]["biased"]
     a = np.concatenate([data()[0], np.ones((N, 1))], 1)
-    residual = a @ np.concatenate([q["biased"]["weight"].T, q["biased"]["bias"][None]])
+    residual = a @ np.concatenate([q["biased"]["kernel"].T, q["biased"]["bias"][None]])
     residual -= np.sin(np.arange(N * D)).reshape(N, D)
     np.testing.assert_allclose(value, np.sum(residual**2) / 2 / N, rtol=1e-12)
     F = np.kron(a.T @ a / N, residual.T @ residual / N)
     wanted = np.linalg.solve(F + damping * np.eye(len(F)), (a.T @ residual / N).ravel()).reshape(D + 1, D)
-    np.testing.assert_allclose(U["weight"].T, wanted[:-1], rtol=1e-8)
+    np.testing.assert_allclose(U["kernel"].T, wanted[:-1], rtol=1e-8)
     np.testing.assert_allclose(U["bias"], wanted[-1], rtol=1e-8)
 
 
 @pytest.mark.parametrize("kind", [fo.KroneckerFactors(), fo.LayerSamples(4)], ids=lambda kind: type(kind).__name__)
 def test_axes_travel_with_statistics(kind: Any) -> None:
     q = stored({"biased": params()["biased"]})
-    axes = fo.infer_axes(stored_loss, q, *data())["biased"]["weight"]
+    axes = fo.infer_axes(stored_loss, q, *data())["biased"]["kernel"]
     assert axes == fo.MatrixAxes(1, 0, bias="biased/bias")
     grad_fn = jax.jit(lambda q: fo.value_and_grad(stored_loss, kind)(q, *data())[2])
     stats = grad_fn(q)
@@ -180,37 +180,37 @@ def test_axes_travel_with_statistics(kind: Any) -> None:
     both = fo.accumulate_statistics(stats, summed)
     restored = jax.tree.unflatten(jax.tree.structure(stats), jax.tree.leaves(stats))
     trees = (stats, summed, both, restored, jax.eval_shape(grad_fn, q))
-    assert [tree["biased"]["weight"].axes for tree in trees] == [axes] * len(trees)
+    assert [tree["biased"]["kernel"].axes for tree in trees] == [axes] * len(trees)
     assert len({jax.tree.structure(tree) for tree in trees}) == 1
 
 
 def test_micro_batches_of_other_axes_are_no_sum() -> None:
     q = {"plain": params()["plain"]}
     mine, theirs = (fo.value_and_grad(f)(q, *data())[2] for f in (loss, stored_loss))
-    with pytest.raises(ValueError, match=r"'plain/weight' differ: .*inputs=\(0,\).*inputs=\(1,\).*the same fo.value"):
+    with pytest.raises(ValueError, match=r"'plain/kernel' differ: .*inputs=\(0,\).*inputs=\(1,\).*the same fo.value"):
         fo.accumulate_statistics(mine, theirs)
 
 
 def test_what_makes_no_difference_is_taken() -> None:
     """Axes of length 1, axes counted from the end, and none at all, of statistics made by hand."""
-    q = {"weight": jnp.ones((1, D)), "bias": jnp.zeros(1)}
-    row_loss = lambda q, x: fo.losses.gaussian(x @ q["weight"].T + q["bias"], jnp.ones((N, 1)))  # noqa: E731
+    q = {"kernel": jnp.ones((1, D)), "bias": jnp.zeros(1)}
+    row_loss = lambda q, x: fo.losses.gaussian(x @ q["kernel"].T + q["bias"], jnp.ones((N, 1)))  # noqa: E731
     axes = fo.infer_axes(row_loss, q, data()[0])
-    assert axes["weight"] == fo.MatrixAxes(1, 0, bias="bias")
+    assert axes["kernel"] == fo.MatrixAxes(1, 0, bias="bias")
     _, grads, stats = fo.value_and_grad(row_loss)(q, data()[0])
 
     def step(given: Any, axes: Any) -> Any:
         tx = fo.scale_by_kfac(axes=axes)
-        return tx.update(grads, tx.init(q), q, statistics=stats | {"weight": given})[0]["weight"]
+        return tx.update(grads, tx.init(q), q, statistics=stats | {"kernel": given})[0]["kernel"]
 
-    wanted = step(stats["weight"], axes)
+    wanted = step(stats["kernel"], axes)
     for given in (None, fo.MatrixAxes(-1, -2), fo.MatrixAxes(-1, -2, bias="bias")):
-        other = dataclasses.replace(stats["weight"], axes=given)
+        other = dataclasses.replace(stats["kernel"], axes=given)
         np.testing.assert_array_equal(step(other, axes), wanted)
-    stack = {"weight": fo.MatrixAxes(1, 0).resolve("", (1, D)), "bias": None}
-    np.testing.assert_array_equal(step(stats["weight"], stack), wanted)
-    with pytest.raises(ValueError, match=r"axes of 'weight in its statistics'.* does not fit shape \(1, 4\)"):
-        step(dataclasses.replace(stats["weight"], axes=fo.MatrixAxes(1, 2, 0)), axes)
+    stack = {"kernel": fo.MatrixAxes(1, 0).resolve("", (1, D)), "bias": None}
+    np.testing.assert_array_equal(step(stats["kernel"], stack), wanted)
+    with pytest.raises(ValueError, match=r"axes of 'kernel in its statistics'.* does not fit shape \(1, 4\)"):
+        step(dataclasses.replace(stats["kernel"], axes=fo.MatrixAxes(1, 2, 0)), axes)
 
 
 def test_another_bias_is_refused() -> None:
