@@ -229,3 +229,12 @@ def test_label_params_is_made_for_partition() -> None:
     updates, _ = tx.update(params, tx.init(params), params)
     for x, update in zip(resolve_axes(params), jax.tree.leaves(updates), strict=True):
         np.testing.assert_array_equal(update, scales[x.kind])
+
+
+def test_a_square_weight_has_its_outputs_first() -> None:
+    """As PyTorch and Equinox store it, where neither its shape nor its bias tells; other shapes and names are as ever."""
+    params = {"a": {"weight": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "b": {"weight": jnp.ones((4, 3))}}
+    params["c"] = {"kernel": jnp.ones((4, 4))}
+    axes = {leaf.path: leaf.axes for leaf in resolve_axes(params) if leaf.axes}
+    in_first = MatrixAxes((0,), (1,))
+    assert axes == {"a/weight": MatrixAxes((1,), (0,)), "b/weight": in_first, "c/kernel": in_first}
