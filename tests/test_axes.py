@@ -232,7 +232,7 @@ def test_label_params_is_made_for_partition() -> None:
 
 
 def test_a_square_weight_has_its_outputs_first() -> None:
-    """As PyTorch and Equinox store it, where neither its shape nor its bias tells; other shapes and names are as ever."""
+    """As PyTorch and Equinox store it, where neither shape nor bias tells; others are as ever."""
     params = {"a": {"weight": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "b": {"weight": jnp.ones((4, 3))}}
     params["c"] = {"kernel": jnp.ones((4, 4))}
     axes = {leaf.path: leaf.axes for leaf in resolve_axes(params) if leaf.axes}
