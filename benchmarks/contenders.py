@@ -136,9 +136,7 @@ class Contender:
         """Of the products, refreshes spread over all steps; None where a loop's length is not in the program."""
         if self.flops.unread_loops:
             return None
-        refresh = self.flops.costliest(without=("lu",))  # which completes the bases of singular factors alone
-        most = self.flops.most if refresh is None else refresh.products
-        return self.between_flops + (most - self.between_flops) / PERIOD
+        return self.between_flops + (self.flops.most - self.between_flops) / PERIOD
 
     def size(self) -> dict[str, Any]:
         """What is known of it beside its times."""

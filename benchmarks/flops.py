@@ -20,10 +20,13 @@ FACTORISATIONS = frozenset(
 
 
 class Branches(NamedTuple):
-    """The alternatives of one ``cond`` or ``switch``, in order, and how often it is decided."""
+    """The alternatives of one ``cond`` or ``switch``, in order, and how often it is decided; or a loop that runs for
+    whatever there is to do, at most as often as the program says: not at all, or in full.
+    """
 
     alternatives: "tuple[FlopCount, ...]"
     times: int
+    loop: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,25 @@ class FlopCount:
     def most_without_factorisations(self) -> int | None:
         """Flops on the costliest path that factorises nothing: an optimizer's step between refreshes.
 
-        None where every path factorises.
+        Where there is nothing to refresh, loops over it do not run. None where every path factorises.
         """
-        path = self.costliest(without=FACTORISATIONS)
+        path = self.costliest(without=FACTORISATIONS, loops=False)
         return None if path is None else path.products
 
-    def costliest(self, without: Collection[str] = ()) -> "FlopCount | None":
+    def costliest(self, without: Collection[str] = (), loops: bool = True) -> "FlopCount | None":
         """The path with the most flops, without branches, of those that call none of these factorisations; None where
-        every path does.
+        every path does. Of two with the same flops it is the one that factorises less. ``loops`` says whether those
+        run that may not.
         """
         if any(call.split()[0] in without for call in self.factorisations):
             return None
         path = replace(self, branches=())
         for branches in self.branches:
-            possible = [p for p in (a.costliest(without) for a in branches.alternatives) if p is not None]
+            alternatives = branches.alternatives[:1] if branches.loop and not loops else branches.alternatives
+            possible = [p for p in (a.costliest(without, loops) for a in alternatives) if p is not None]
             if not possible:
                 return None
-            path += max(possible, key=lambda p: p.products).repeated(branches.times)
+            path += max(possible, key=lambda p: (p.products, -p.factorisations.total())).repeated(branches.times)
         return path
 
     def __add__(self, other: "FlopCount") -> "FlopCount":
@@ -82,7 +87,7 @@ class FlopCount:
 
     def repeated(self, times: int) -> "FlopCount":
         """The same program run ``times`` times in a row."""
-        branches = tuple(Branches(b.alternatives, b.times * times) for b in self.branches)
+        branches = tuple(b._replace(times=b.times * times) for b in self.branches)
         factorisations = Counter({name: calls * times for name, calls in self.factorisations.items()})
         return FlopCount(self.products * times, branches, factorisations, self.unread_loops) if times else FlopCount()
 
@@ -161,7 +166,17 @@ def _while(eqn: JaxprEqn) -> FlopCount:
     times = _trip_count(eqn)
     if times is not None:
         return body.repeated(times)
+    most = _most(eqn.params["cond_jaxpr"].jaxpr)
+    if most is not None:
+        return FlopCount(branches=(Branches((FlopCount(), body.repeated(most)), 1, loop=True),))
     return replace(body, unread_loops=(*body.unread_loops, str(eqn.source_info.name_stack) or "while"))
+
+
+def _most(test: Jaxpr) -> int | None:
+    """The number in ``i < count and i < number``."""
+    if [e.primitive.name for e in test.eqns] != ["lt", "lt", "and"]:
+        return None
+    return _number(test.eqns[1].invars[1])
 
 
 def _trip_count(eqn: JaxprEqn) -> int | None:

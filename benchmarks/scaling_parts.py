@@ -42,8 +42,8 @@ METHODS = {
     "adamw": Method(lambda: optax.adamw(RATE)),
     "optax_muon": Method(lambda: optax.contrib.muon(RATE), exact=False),
     "fo_muon": Method(lambda: fo.muon(RATE), exact=False),
-    "fo_soap": Method(lambda: fo.soap(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh", "lu")),
-    "fo_dykaf": Method(lambda: fo.dykaf(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh", "lu")),
+    "fo_soap": Method(lambda: fo.soap(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh",)),
+    "fo_dykaf": Method(lambda: fo.dykaf(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh",)),
     "fo_shampoo_128": Method(
         lambda: fo.shampoo(RATE, block_size=BLOCK, precondition_frequency=PERIOD), PERIOD - 1, block=BLOCK
     ),
@@ -139,7 +139,7 @@ class Contender:
     def path(self, kind: str) -> FlopCount:
         """What a kind of step computes."""
         refreshes = kind == "refresh" or self.method.refresh_at is None
-        path = self.counted.costliest(without=self.method.first if refreshes else FACTORISATIONS)
+        path = self.counted.costliest(without=self.method.first if refreshes else FACTORISATIONS, loops=refreshes)
         if path is None:
             raise ValueError(f"no {kind} of this method is without {', '.join(self.method.first)}: see `Method.first`.")
         return path

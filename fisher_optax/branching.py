@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 
-def branch(choice: Array, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
+def branch(choice: Array | bool, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
     """``yes(*operands)`` or ``no(*operands)``: `jax.lax.cond`, but calls outside `jit` compile nothing anew."""
     if isinstance(choice, Tracer):
         return jax.lax.cond(choice, yes, no, *operands)

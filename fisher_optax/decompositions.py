@@ -1,16 +1,18 @@
 """What turns a Kronecker factor into an eigenbasis or a root."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from . import linalg
 from .branching import branch
 from .types import Decomposition, Eigenbasis, Eigenpairs, InverseRoot, Refreshed
 
 Matrix = Float[Array, "d d"]
+First = Bool[Array, ""]
 
 
 def orthogonal_iteration(method: str = "qr") -> Decomposition:
@@ -31,15 +33,20 @@ def orthogonal_iteration(method: str = "qr") -> Decomposition:
     if method not in ("qr", "cholesky"):
         raise ValueError(f"orthogonal_iteration: method must be 'qr' or 'cholesky', got {method!r}.")
 
-    def refresh(A: Matrix, Q: Matrix, tolerance: float | None) -> Refreshed:
+    def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
+        if method == "qr":
+            return Refreshed(*linalg.alone(functools.partial(linalg.followed, tolerance=tolerance))(A, Q, first))
         P = linalg.project(A, Q)
 
         def iterate() -> Refreshed:
             return Refreshed(linalg.orthogonal_iteration(A, Q, P=P, method=method), linalg.descending(Q, P))
 
-        return iterate() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, iterate)
+        def later() -> Refreshed:
+            return iterate() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, iterate)
 
-    return Decomposition(method, Eigenbasis, _first, refresh)
+        return branch(first, lambda: Refreshed(linalg.eigenbasis(A), jnp.arange(len(A))), later)
+
+    return Decomposition(method, Eigenbasis, renew)
 
 
 def eigh() -> Decomposition:
@@ -47,15 +54,17 @@ def eigh() -> Decomposition:
     accelerator.
     """
 
-    def refresh(A: Matrix, Q: Matrix, tolerance: float | None) -> Refreshed:
+    def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
         P = linalg.project(A, Q)
 
         def solve() -> Refreshed:
-            return Refreshed(linalg.eigenbasis(A), linalg.descending(Q, P))
+            # Before the first basis there are no columns whose order could be followed.
+            order = jnp.where(first, jnp.arange(len(A)), linalg.descending(Q, P))
+            return Refreshed(linalg.eigenbasis(A), order)
 
-        return solve() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, solve)
+        return solve() if tolerance is None else _unless_diagonal(A, Q, P, jnp.where(first, -1, tolerance), solve)
 
-    return Decomposition("eigh", Eigenbasis, _first, refresh)
+    return Decomposition("eigh", Eigenbasis, renew)
 
 
 def inverse_root(exponent: float = -0.25, *, method: str = "eigh", ridge: Any = 1e-6) -> Decomposition:
@@ -73,21 +82,21 @@ def inverse_root(exponent: float = -0.25, *, method: str = "eigh", ridge: Any = 
     """
     linalg.check_exponent(exponent, method)
 
-    def root(A: Matrix, old: Matrix, tolerance: float | None) -> Refreshed:
-        del tolerance
+    def root(A: Matrix, old: Matrix, first: First, tolerance: float | None) -> Refreshed:
+        del first, tolerance
         return Refreshed(linalg.matrix_power(A, exponent, method=method, ridge=ridge), jnp.arange(len(old)))
 
-    return Decomposition(f"{method} root", InverseRoot, None, root)
+    return Decomposition(f"{method} root", InverseRoot, root)
 
 
 def cholesky_inverse() -> Decomposition:
     """The inverse, for factors that are damped when they are read (`fo.factors.tikhonov`)."""
 
-    def inverse(A: Matrix, old: Matrix, tolerance: float | None) -> Refreshed:
-        del tolerance
+    def inverse(A: Matrix, old: Matrix, first: First, tolerance: float | None) -> Refreshed:
+        del first, tolerance
         return Refreshed(linalg.cholesky_inverse(A), jnp.arange(len(old)))
 
-    return Decomposition("Cholesky inverse", InverseRoot, None, inverse)
+    return Decomposition("Cholesky inverse", InverseRoot, inverse)
 
 
 def with_eigenvalues(decomposition: Decomposition) -> Decomposition:
@@ -99,12 +108,7 @@ def with_eigenvalues(decomposition: Decomposition) -> Decomposition:
     return decomposition._replace(returns=Eigenpairs)
 
 
-def _first(A: Matrix, Q: Matrix) -> Refreshed:
-    # Before the first basis there are no columns whose order could be followed.
-    return Refreshed(linalg.eigenbasis(A), jnp.arange(len(A)))
-
-
-def _unless_diagonal(A: Matrix, Q: Matrix, P: Matrix, tolerance: float, renewed: Callable[[], Refreshed]) -> Refreshed:
+def _unless_diagonal(A: Matrix, Q: Matrix, P: Matrix, tolerance: Any, renewed: Callable[[], Refreshed]) -> Refreshed:
     """Keep Q where ``|B - diag B| <= tolerance |B|``, ``B = Qᵀ A Q`` (Eschenhagen et al. 2025, arXiv 2506.03595)."""
     # A factor that is not finite has no measure; renewing it keeps the old basis and counts the failure.
     kept = linalg.off_diagonality(A, Q, P=P) <= tolerance

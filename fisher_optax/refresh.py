@@ -1,15 +1,22 @@
-"""When a basis is renewed, and what must be carried along when it turns."""
+"""When bases are renewed, and how: one loop for all sides of a length, over those that are due.
 
-from collections.abc import Callable
+A loop's length is a number that the program finds out, and each pass of it overwrites one side's basis: there is no
+conditional over a state, of which a compiler keeps two copies, and one decomposition in the program for each length.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
-from . import linalg
-from .branching import branch
-from .types import Decomposition, Eigenpairs, Kronecker, Moments, Refreshed, Rows
+from . import linalg, transport
+from .branching import after
+from .stacks import member_of, put, repeat
+from .types import Application, Decomposition, Due, Eigenpairs, Kronecker, MatrixState, Refreshed, Rows
 
 KEEP, REFRESH, START = 0, 1, 2
 
@@ -59,114 +66,153 @@ class Policy(NamedTuple):
         return jnp.where(first, START, jnp.where(step % self.frequency == phase, REFRESH, KEEP))
 
 
+Place = tuple[str, int]  # a stack, and its matrices' left (0) or right (1) side
+Read = Callable[[str, Any], Kronecker]  # what is decomposed, of a matrix of that stack with those factors
+
+
 def renew(
     policy: Policy,
     decomposition: Decomposition,
-    factors: Callable[[], Kronecker],
-    basis: Any,
-    moments: Moments,
-    action: Int[Array, ""],
-) -> tuple[Any, Moments, Int[Array, ""]]:
-    """The basis, the moments in it, and how many sides failed, after ``action``; ``factors()`` are looked at only
-    where there is something to do.
+    application: Application,
+    read: Read,
+    states: Mapping[str, MatrixState],
+    actions: Mapping[str, Int[Array, " N"]],
+    count: Int[Array, ""],
+) -> tuple[dict[str, MatrixState], Int[Array, ""]]:
+    """The states of all stacks after ``actions``, and how many sides failed; ``count`` is any counter from 0 on."""
+    due = who_is_due(actions)
+    first = jnp.any(jnp.concatenate([action == START for action in actions.values()]))
+    moments = {key: application.moments(state.application) for key, state in states.items()}
+    # Linear moments leave the old bases before these are overwritten.
+    straight = {key: transport.out_of_bases(moments[key].linear, states[key].basis, due[key]) for key in states}
+    step = _step_of(decomposition, first, policy.tolerance if policy.refresh == "adaptive" else None)
+    follow = policy.transport == "permute" and any(any(m[1:]) for m in moments.values())
+    turned: dict[Place, Turned] = {}
+    failed = jnp.zeros([], jnp.int32)
+    for group in by_length(states, read):
+        # Not before the moments are out.
+        total = after(straight, sum((due[key].count for key, _ in group), jnp.zeros([], jnp.int32)), count)
+        done, bad = _renewed(group, total, step, read, states, due, follow)
+        turned, failed = turned | done, failed + bad
+    new = {}
+    for key, state in states.items():
+        both = [turned.get((key, i)) for i in (0, 1)]
+        basis = type(state.basis)(
+            *(None if side is None else side.Q for side in both),
+            *(None if side is None else side.values for side in both if isinstance(state.basis, Eigenpairs)),
+        )
+        old = state.basis if policy.transport == "squared" else None
+        orders = [None if side is None else side.orders for side in both]
+        carried = transport.into_bases(moments[key]._replace(linear=straight[key]), orders, basis, old, due[key])
+        carried = jax.tree.map(lambda x, y: x.astype(y.dtype), carried, moments[key])
+        new[key] = state._replace(basis=basis, application=application.with_moments(state.application, carried))
+    return new, failed
+
+
+def who_is_due(actions: Mapping[str, Int[Array, " N"]]) -> dict[str, Due]:
+    """Of each stack, with one sort for all."""
+    lengths = [len(action) for action in actions.values()]
+    starts = np.cumsum([0, *lengths])
+    keep = jnp.concatenate([action == KEEP for action in actions.values()])
+    order = jnp.argsort(2 * np.repeat(np.arange(len(lengths)), lengths) + keep)
+    return {
+        key: Due(order[start : start + len(action)] - start, jnp.sum(action != KEEP, dtype=jnp.int32))
+        for (key, action), start in zip(actions.items(), starts, strict=False)
+    }
+
+
+class Turned(NamedTuple):
+    """One side of all matrices of a stack, after a refresh."""
+
+    Q: Float[Array, "N d k"]
+    values: Float[Array, "N k"] | None
+    orders: Callable[[Array], Int[Array, " k"]]  # of the r-th matrix that was due: as in `Refreshed`
+
+
+def by_length(states: Mapping[str, MatrixState], read: Read) -> list[list[Place]]:
+    """The sides whose factors and bases look the same, which one loop can renew."""
+    groups: dict[Any, list[Place]] = {}
+    for key, state in states.items():
+        one = jax.eval_shape(lambda key=key, state=state: (read(key, member_of(state.factors, 0)), state.basis))
+        factors, basis = one
+        for i, Q in enumerate(basis[:2]):
+            if Q is not None:
+                leaves = [(x.shape, x.dtype) for x in jax.tree.leaves(factors[i])]
+                kind = (jax.tree.structure(factors[i]), *leaves, Q.shape[1:], Q.dtype, isinstance(basis, Eigenpairs))
+                groups.setdefault(kind, []).append((key, i))
+    return list(groups.values())
+
+
+def _renewed(
+    group: list[Place],
+    total: Int[Array, ""],
+    step: Callable[[Any, Any, Any], Any],
+    read: Read,
+    states: Mapping[str, MatrixState],
+    due: Mapping[str, Due],
+    follow: bool,
+) -> tuple[dict[Place, Turned], Int[Array, ""]]:
+    """All sides of one length, one after another; and how many failed."""
+    starts = [sum((due[key].count for key, _ in group[:k]), jnp.zeros([], jnp.int32)) for k in range(len(group))]
+    sides = [_side(states[key].basis, i) for key, i in group]
+
+    def body(t: Array, carry: Any) -> Any:
+        stacks, orders, failed = carry
+        now = sum(((t >= start).astype(jnp.int32) for start in starts[1:]), jnp.zeros([], jnp.int32))
+        js = [
+            due[key].places[jnp.clip(t - start, 0, len(due[key].places) - 1)]
+            for (key, _), start in zip(group, starts, strict=True)
+        ]
+        factors = [read(key, member_of(states[key].factors, j))[i] for (key, i), j in zip(group, js, strict=True)]
+        olds = [member_of(stack, j) for stack, j in zip(stacks, js, strict=True)]
+        new, order, bad = step(_selected(now, factors), *_selected(now, olds))
+        written = [new if len(group) == 1 else _selected(now == k, [old, new]) for k, old in enumerate(olds)]
+        stacks = [put(stack, j, x) for stack, j, x in zip(stacks, js, written, strict=True)]
+        return stacks, put(orders, t, order) if follow else orders, failed + bad
+
+    places = sum(len(Q) for Q, _ in sides) if follow else 0
+    orders, none = jnp.zeros((places, sides[0][0].shape[-1]), jnp.int32), jnp.zeros([], jnp.int32)
+    stacks, orders, failed = repeat(total, sum(len(Q) for Q, _ in sides), body, (sides, orders, none))
+    turned = {
+        place: Turned(*stack, lambda r, start=start: orders[start + r])
+        for place, stack, start in zip(group, stacks, starts, strict=True)
+    }
+    return turned, failed
+
+
+def _side(basis: Any, i: int) -> tuple[Array, Any]:
+    return basis[i], basis[i + 2] if isinstance(basis, Eigenpairs) else None
+
+
+def _selected(k: Any, cases: list[Any]) -> Any:
+    return cases[0] if len(cases) == 1 else jax.tree.map(lambda *xs: jax.lax.select_n(k, *xs), *cases)
+
+
+def _step_of(
+    decomposition: Decomposition, first: Bool[Array, ""], tolerance: float | None
+) -> Callable[[Any, Array, Any], tuple[Any, Array, Array]]:
+    """What is done to one side: its factor, the old basis and its values in; the new ones out, the order of the columns
+    and whether it failed.
     """
 
-    sides = [side for side, Q in enumerate(basis[:2]) if Q is not None]
-    tolerance = policy.tolerance if policy.refresh == "adaptive" else None
+    def step(A: Any, Q: Array, values: Any) -> tuple[Any, Array, Array]:
+        same = jnp.arange(Q.shape[-1])
 
-    def decomposed(decompose: Callable[[Array, Array], Refreshed]) -> Callable[[], list[Refreshed]]:
-        def side(A: Any, Q: Array) -> Refreshed:
-            if isinstance(A, Rows):
-                return Refreshed(linalg.range_of_rows(A.rows), jnp.arange(Q.shape[-1]))
-            return decompose(A, Q.astype(A.dtype))
-
-        return lambda: [side(factors()[i], basis[i]) for i in sides]
-
-    def turn() -> Any:
-        again = decomposed(lambda A, Q: decomposition.refresh(A, Q, tolerance))
-        new, orders, failed = list(basis[:2]), list[Any]([None, None]), jnp.zeros([], jnp.int32)
-        start = decomposition.start
-        both = again() if start is None else branch(action == START, decomposed(start), again)
-        for i, done in zip(sides, both, strict=True):
-            new[i], bad = linalg.keep_last_good(done.value.astype(basis[i].dtype), basis[i])
-            orders[i] = jnp.where(bad, jnp.arange(basis[i].shape[-1]), done.order)
-            failed = failed + bad.astype(jnp.int32)
-        turned = _measured(basis, new, factors()) if isinstance(basis, Eigenpairs) else type(basis)(*new)
-        linear = tuple(_rotate(m, basis, turned) for m in moments.linear)
-        squared = policy.transport == "squared"
-        quadratic = tuple(
-            _rotate_squares(v, basis, turned) if squared else _permute(v, *orders) for v in moments.quadratic
-        )
-        left, right = (
-            tuple(_turn_vector(v, basis[i], new[i], orders[i], squared) for v in vectors)
-            for i, vectors in enumerate((moments.left, moments.right))
-        )
-        return turned, Moments(linear, quadratic, left, right), failed
-
-    return branch(action != KEEP, turn, lambda: (basis, moments, jnp.zeros([], jnp.int32)))
-
-
-def _measured(old: Eigenpairs, new: list[Any], factors: Kronecker) -> Eigenpairs:
-    """The new vectors with the values ``diag(Qᵀ A Q)``; the old values where these are not finite."""
-
-    def values(A: Any, Q: Array | None, before: Array | None) -> Array | None:
-        if A is None or Q is None or before is None:
-            return None
         if isinstance(A, Rows):
-            new = jnp.sum(jnp.square(jnp.matmul(A.rows, Q, precision=Precision.HIGHEST)), 0, keepdims=True)
+            result = Refreshed(linalg.range_of_rows(A.rows), same)
         else:
-            new = jnp.sum(Q.astype(A.dtype) * linalg.project(A, Q), 0, keepdims=True).astype(before.dtype)
-        return linalg.keep_last_good(new, before[None])[0][0]
+            result = decomposition.renew(A, Q.astype(A.dtype), first, tolerance)
+        new, bad = linalg.keep_last_good(result.value.astype(Q.dtype), Q)
+        order = jnp.where(bad, same, result.order)
+        return (new, None if values is None else _measured(A, new, values)), order, bad.astype(jnp.int32)
 
-    return Eigenpairs(
-        new[0],
-        new[1],
-        values(factors.left, new[0], old.left_values),
-        values(factors.right, new[1], old.right_values),
-    )
+    return step
 
 
-def _turn_vector(v: Float[Array, " d"], old: Any, new: Any, order: Any, squared: bool) -> Array:
-    if old is None:
-        return v
-    if not squared:
-        return v.at[order].get(mode="promise_in_bounds")
-    C = jnp.matmul(new.mT.astype(v.dtype), old.astype(v.dtype), precision=Precision.HIGHEST)
-    return jnp.matmul(jnp.square(C), v, precision=Precision.HIGHEST)
-
-
-def _rotate(m: Float[Array, "m n"], old: Any, new: Any) -> Array:
-    """``Q_newᵀ Q_old m``, and the same on the right: exact, out of the old basis and into the new one."""
-    x = m.astype(jnp.promote_types(m.dtype, jnp.float32))
-    for side, (P, Q) in enumerate(zip(old[:2], new[:2], strict=True)):
-        if P is not None:
-            x = _apply(Q.mT, _apply(P, x, side), side)
-    return x.astype(m.dtype)
-
-
-def _rotate_squares(v: Float[Array, "m n"], old: Any, new: Any) -> Array:
-    """``(C∘C) v (C∘C)ᵀ`` with ``C = Q_newᵀ Q_old``: exact if the entries of the gradient in the old basis are
-    uncorrelated.
-    """
-    x = v.astype(jnp.promote_types(v.dtype, jnp.float32))
-    for side, (P, Q) in enumerate(zip(old[:2], new[:2], strict=True)):
-        if P is not None:
-            C = jnp.matmul(Q.mT.astype(x.dtype), P.astype(x.dtype), precision=Precision.HIGHEST)
-            x = _apply(jnp.square(C), x, side)
-    return x.astype(v.dtype)
-
-
-def _permute(v: Float[Array, "m n"], left: Array | None, right: Array | None) -> Array:
-    """The SOAP authors' transport: entries follow the columns of the basis as they are reordered, and ignore that
-    these turn.
-    """
-    rows = slice(None) if left is None else left if right is None else left[:, None]
-    return v.at[rows, slice(None) if right is None else right].get(mode="promise_in_bounds")
-
-
-def _apply(Q: Array, x: Array, side: int) -> Array:
-    """``Q x`` on the left side (0), ``x Qᵀ`` on the right."""
-    Q = Q.astype(x.dtype)
-    return (
-        jnp.matmul(Q, x, precision=Precision.HIGHEST) if side == 0 else jnp.matmul(x, Q.mT, precision=Precision.HIGHEST)
-    )
+def _measured(A: Any, Q: Array, old: Array) -> Array:
+    """The values ``diag(Qᵀ A Q)``; the old ones where these are not finite."""
+    if isinstance(A, Rows):
+        new = jnp.sum(jnp.square(jnp.matmul(A.rows, Q, precision=Precision.HIGHEST)), 0, keepdims=True)
+    else:
+        new = jnp.sum(Q.astype(A.dtype) * linalg.project(A, Q), 0, keepdims=True).astype(old.dtype)
+    return linalg.keep_last_good(new, old[None])[0][0]

@@ -1,6 +1,7 @@
 """The machine behind every named optimizer: stacks of matrices, each with its factors, basis and application."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,23 +11,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .branching import after, held, numbers
+from .branching import after, numbers
 from .matrices import by_shape, canonical_shape, from_stacks, matrix_shapes, sides_to_stacks, stack_key
 from .matrix_axes import LeafAxes, MatrixAxes
-from .refresh import KEEP, START, Policy, renew
+from .refresh import KEEP, Policy, renew
 from .routing import by_axes, skip_first_call
 from .sharding import Layout, matrix_layout, place, share_out, spread
-from .stacks import over_stack
+from .step import Step
 from .storage import Storage
-from .types import Application, Decomposition, FactorRule, Moments
-
-
-class MatrixState(NamedTuple):
-    """What is kept of a matrix; in the state, of all matrices of one shape along a leading axis."""
-
-    factors: Any  # Kronecker, or () without a decomposition
-    basis: Any  # Eigenbasis or InverseRoot, or ()
-    application: Any  # the application's own state
+from .types import Application, Decomposition, FactorRule, Kronecker, MatrixState
 
 
 class PreconditionState(NamedTuple):
@@ -141,43 +134,74 @@ class Seam:
         if not leaves:
             return updates, state
         go = extra.pop("go", None)  # whether to change any state at all
-        first = state.count == 0
-        step = state.count + (0 if self.skip_first else 1)  # the parameter step this is: a skipped first call was none
         pieces = by_shape(leaves, axes, self.storage.block_size)
         given = self._given(extra, leaves, axes)
-        counts = {key: sum(map(len, Gs)) for key, Gs in pieces.items()}
-        phases = self.policy.phases({key: self._refresh_flops(*Gs[0].shape[-2:]) for key, Gs in pieces.items()}, counts)
-
-        def one(
-            G: Array, mine: MatrixState, action: Array, seen: Any, alone: bool = False
-        ) -> tuple[Array, MatrixState, Array]:
-            U, new, failed = self._one(G, mine, action, seen, extra, go, alone)
-            # Nothing touches a basis but an action, and factors held themselves.
-            return U, new._replace(application=held(go, new.application, mine.application)), failed
-
-        uniform = self.policy.refresh == "every"
-
-        def all_of(G: Array, mine: MatrixState, action: Array, seen: Any) -> Any:
-            return over_stack(one, G, mine, action, seen, uniform=uniform, max_stack=self.max_stack)
-
-        # Where no conditional keeps all results, and the stacks of directions are what takes memory.
-        one_by_one = go is not None and self.factors is None
-        directions, matrices, kept, last = {}, {}, state.kept, None
-        for key, Gs in pieces.items():
-            action = self.policy.action(first, step, jnp.asarray(phases[key], jnp.int32))
-            action = action if go is None else jnp.where(go, action, KEEP)
-            Gs = after(last, Gs, state.count) if one_by_one else Gs
-            operands = (jnp.concatenate(Gs), state.matrices[key], action, given.get(key))
-            done = all_of(*operands) if self.mesh_axis is None else spread(all_of, self.mesh_axis, *operands)
-            directions[key], matrices[key] = done[:2]
-            last = directions[key]
-            if self.decomposition is not None:
-                kept = kept + jnp.sum(done[2], dtype=jnp.int32)
-        places = numbers(max(counts.values()), state.count >= 0 if go is None else go)
+        step = Step(self.factors, self.application, self.storage, self.skip_first, self.max_stack, extra, go)
+        if self.decomposition is None:
+            directions, matrices = self._applied(step, pieces, state)
+            failures = jnp.zeros([], jnp.int32)
+        else:
+            stacks = {key: jnp.concatenate(Gs) for key, Gs in pieces.items()}
+            of_all = functools.partial(self._renewed, step, state.count)
+            operands = (stacks, state.matrices, given, self._actions(stacks, state.count, go))
+            done = of_all(*operands) if self.mesh_axis is None else spread(of_all, self.mesh_axis, *operands)
+            directions, matrices, failed = done
+            failures = jnp.sum(failed, dtype=jnp.int32)
+        longest = max(len(U) for U in directions.values())
+        places = numbers(longest, state.count >= 0 if go is None else go)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
         count = state.count + (1 if go is None else go.astype(jnp.int32))
-        count = after(last, count, state.count) if one_by_one else count
-        return treedef.unflatten(out), PreconditionState(count, kept, matrices)
+        count = (
+            count
+            if go is None or self.decomposition is not None
+            else after(list(directions.values())[-1], count, state.count)
+        )
+        return treedef.unflatten(out), PreconditionState(count, state.kept + failures, matrices)
+
+    def _actions(self, stacks: dict[str, Array], count: Array, go: Any) -> dict[str, Int[Array, " N"]]:
+        """What is to be done with the bases of each matrix at the call after so many."""
+        step = count + (0 if self.skip_first else 1)  # the parameter step this is: a skipped first call was none
+        costs = {key: self._refresh_flops(*G.shape[-2:]) for key, G in stacks.items()}
+        phases = self.policy.phases(costs, {key: len(G) for key, G in stacks.items()})
+        actions = {
+            key: self.policy.action(count == 0, step, jnp.asarray(phase, jnp.int32)) for key, phase in phases.items()
+        }
+        return actions if go is None else {key: jnp.where(go, action, KEEP) for key, action in actions.items()}
+
+    def _applied(self, step: Step, pieces: dict[str, list[Array]], state: PreconditionState) -> tuple[Any, Any]:
+        """Directions and state of an application alone, one stack after another, as they are what takes memory."""
+        directions, matrices, last = {}, {}, None
+        for key, Gs in pieces.items():
+            Gs = Gs if step.go is None else after(last, Gs, state.count)
+            operands = (jnp.concatenate(Gs), state.matrices[key], jnp.zeros(sum(map(len, Gs)), jnp.int32))
+            of_stack = step.apply_stack
+            done = of_stack(*operands) if self.mesh_axis is None else spread(of_stack, self.mesh_axis, *operands)
+            directions[key], matrices[key] = done
+            last = directions[key]
+        return directions, matrices
+
+    def _renewed(
+        self, step: Step, count: Array, stacks: Any, states: Any, given: Any, actions: Any
+    ) -> tuple[Any, Any, Any]:
+        """Directions and states of all stacks, and how many sides failed on this device."""
+        assert self.factors is not None
+        assert self.decomposition is not None
+        rule, itself = self.factors, self.application.sees_itself
+
+        def read(key: str, factors: Any) -> Kronecker:
+            return rule.read(self.storage.load(factors, *stacks[key].shape[-2:], stacks[key].dtype))
+
+        directions = {}
+        if itself:
+            states = {key: step.observe_stack(G, states[key], given.get(key)) for key, G in stacks.items()}
+        else:
+            both = {key: step.stack(G, states[key], given.get(key), actions[key]) for key, G in stacks.items()}
+            directions, states = ({key: x[i] for key, x in both.items()} for i in (0, 1))
+        states, failed = renew(self.policy, self.decomposition, self.application, read, states, actions, count)
+        if itself:
+            both = {key: step.apply_stack(G, states[key], actions[key]) for key, G in stacks.items()}
+            directions, states = ({key: x[i] for key, x in both.items()} for i in (0, 1))
+        return directions, states, failed[None]
 
     def _given(self, extra: dict[str, Any], leaves: list[Array], axes: list[MatrixAxes]) -> dict[str, Any]:
         """The statistics of the leaves, taken out of ``extra`` and stacked like their matrices; nothing without any."""
@@ -185,47 +209,3 @@ class Seam:
             return {}
         statistics = extra.pop("statistics")
         return {} if statistics is None else sides_to_stacks(statistics, leaves, axes, self.storage.block_size)
-
-    def _one(
-        self, G: Array, state: MatrixState, action: Array, seen: Any, extra: dict[str, Any], go: Any, alone: bool
-    ) -> tuple[Array, MatrixState, Array]:
-        """A step of one matrix, of whose layer these are the statistics; ``alone`` in its stack, or one of several."""
-        if self.factors is None or self.decomposition is None:
-            U, inner = self.application.update(G, state.application, state.basis, **extra)
-            return U, state._replace(application=inner), jnp.zeros([], jnp.int32)
-        rule, decomposition, application = self.factors, self.decomposition, self.application
-        m, n = G.shape
-        factors, basis = self._followed(rule, seen if rule.of_statistics else G, state, G, go, alone)
-        before = state.application
-        if application.observe is not None and seen is not None:
-            before = application.observe(before, seen, state.basis)
-
-        def renewed(moments: Moments) -> tuple[Any, Moments, Array]:
-            loaded = lambda: rule.read(self.storage.load(factors, m, n, G.dtype))  # noqa: E731
-            return renew(self.policy, decomposition, loaded, basis, moments, action)
-
-        if application.sees_itself:
-            basis, moments, failed = renewed(application.moments(before))
-            U, inner = application.update(G, application.with_moments(before, moments), basis, **extra)
-            return U, MatrixState(factors, basis, inner), failed
-        U, inner = application.update(G, before, basis, **extra)
-        if self.skip_first:
-            first = action == START
-            U = jnp.where(first, 0, U)
-            inner = jax.tree.map(lambda new, old: jnp.where(first, old, new), inner, before)
-        basis, moments, failed = renewed(application.moments(inner))
-        return U, MatrixState(factors, basis, application.with_moments(inner, moments)), failed
-
-    def _followed(
-        self, rule: FactorRule, seen: Any, state: MatrixState, G: Array, go: Any, alone: bool
-    ) -> tuple[Any, Any]:
-        """Factors, and eigenvalues in the basis, after what was seen: the gradient, statistics, or None of these."""
-        if seen is None:
-            return state.factors, state.basis
-        # One of several is a slice of its stack, and copied in any case.
-        if alone and rule.overwrite is not None and self.storage.plain:
-            return rule.overwrite(seen, state.factors, go), state.basis
-        m, n = G.shape
-        old = self.storage.load(state.factors, m, n, G.dtype)
-        basis = state.basis if rule.track is None else rule.track(seen, old, state.basis)
-        return held(go, self.storage.store(rule.update(seen, old, state.basis)), state.factors), basis

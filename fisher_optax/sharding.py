@@ -173,9 +173,10 @@ def share_out(state: Any, mesh_axis: str | None) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, PartitionSpec(mesh_axis)), filled)
 
 
-def spread(f: Callable[..., Any], mesh_axis: str, matrices: Array, *stacks: Any) -> Any:
+def spread(f: Callable[..., Any], mesh_axis: str, matrices: Any, *stacks: Any) -> Any:
     """``f(matrices, *stacks)`` with the leading axis of all arrays shared out over a mesh axis: every device does its
-    part. Results are as long as ``matrices``, the second, the state, as long as it was.
+    part. Results are as long as ``matrices``, an array or several by name; the second, the state, is as long as it was,
+    and what else there is has a part of every device.
 
     Raises:
       ValueError: where no mesh with that axis is in scope.
@@ -187,10 +188,11 @@ def spread(f: Callable[..., Any], mesh_axis: str, matrices: Array, *stacks: Any)
             "jax.set_mesh(mesh):`."
         )
     share = PartitionSpec(mesh_axis)
-    padded = _filled((_unshared(matrices), *stacks), mesh.shape[mesh_axis])
+    padded = _filled((jax.tree.map(_unshared, matrices), *stacks), mesh.shape[mesh_axis])
     U, state, *rest = jax.shard_map(f, in_specs=share, out_specs=share, check_vma=False)(*padded)
-    state = jax.tree.map(lambda x, old: x[: len(old)], state, stacks[0])
-    return _unshared(U[: len(matrices)]), state, *(x[: len(matrices)] for x in rest)
+    cut = lambda x, old: x[: len(old)]  # noqa: E731
+    U = jax.tree.map(lambda x, old: _unshared(cut(x, old)), U, matrices)
+    return U, jax.tree.map(cut, state, stacks[0]), *rest
 
 
 def _filled(stacks: Any, devices: int) -> Any:

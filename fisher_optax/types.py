@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from .matrix_axes import MatrixAxes
 
@@ -78,14 +78,13 @@ class FactorRule(NamedTuple):
 class Decomposition(NamedTuple):
     """What turns a factor ``A: (d, d)`` into a basis or a root; one that is not finite is never used.
 
-    ``start(A, old)`` is exact and used once (None: as ``refresh``); ``refresh(A, old, tolerance)`` may be iterative,
-    and keeps ``old`` where that is off by no more than ``tolerance`` (None: never).
+    ``renew(A, old, first, tolerance)`` may be iterative but for the first, and keeps ``old`` where that is off by no
+    more than ``tolerance`` (None: never).
     """
 
     name: str
     returns: type
-    start: Callable[[Array, Array], Refreshed] | None
-    refresh: Callable[[Array, Array, float | None], Refreshed]
+    renew: Callable[[Array, Array, Bool[Array, ""], float | None], Refreshed]
 
 
 class Moments(NamedTuple):
@@ -112,6 +111,21 @@ class Application(NamedTuple):
     with_moments: Callable[[Any, Moments], Any]
     sees_itself: bool = False  # whether a gradient acts on itself, through factors that hold it already
     observe: Callable[[Any, Any, Any], Any] | None = None
+
+
+class MatrixState(NamedTuple):
+    """What is kept of a matrix; in the state, of all matrices of one shape along a leading axis."""
+
+    factors: Any  # Kronecker, or () without a decomposition
+    basis: Any  # Eigenbasis or InverseRoot, or ()
+    application: Any  # the application's own state
+
+
+class Due(NamedTuple):
+    """The matrices of a stack that something is to be done with."""
+
+    places: Int[Array, " N"]  # theirs come first
+    count: Int[Array, ""]
 
 
 class Rows(NamedTuple):

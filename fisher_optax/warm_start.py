@@ -15,9 +15,9 @@ from .matrices import to_stacks
 from .matrix_axes import path_names
 from .momentum import MomentumState
 from .routing import Routed, marked
-from .seam import MatrixState, PreconditionState
+from .seam import PreconditionState
 from .trees import arrays
-from .types import Eigenpairs, Kronecker
+from .types import Eigenpairs, Kronecker, MatrixState
 
 MEANT_FOR = "it is for fo.soap and its relatives, fo.muon, fo.frog and chains with them"
 

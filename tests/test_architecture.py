@@ -38,7 +38,9 @@ MAY_IMPORT = {
     "curvature": {"layers", "matrix_axes", "storage", "types"},
     "accumulation": {"curvature", "matrix_axes", "types"},
     "guard": {"branching", "linalg", "sharding", "trees", "types"},
-    "refresh": {"branching", "linalg", "types"},
+    "refresh": {"branching", "linalg", "stacks", "transport", "types"},
+    "transport": {"stacks", "types"},
+    "step": {"branching", "refresh", "stacks", "storage", "types"},
     # Statistics from a model know nothing of optimizers.
     "capture": {"linalg", "matrices", "matrix_axes", "sharding", "tables", "trees", "types"},
     "states": {"guard", "matrix_axes", "trees"},
@@ -51,7 +53,7 @@ MAY_IMPORT = {
     "applications": {"checks", "linalg", "types"},
     # The seam knows their contracts in `types`, not them.
     "seam": {
-        *("branching", "matrices", "matrix_axes", "refresh", "routing", "sharding", "stacks", "storage", "types"),
+        *("branching", "matrices", "matrix_axes", "refresh", "routing", "sharding", "step", "storage", "types"),
     },
     "precondition": {"guard", "refresh", "seam", "storage", "types"},
     "bases": {"axes", "layers", "matrices", "seam", "trees", "types"},

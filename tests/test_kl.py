@@ -56,7 +56,8 @@ def test_a_true_covariance_is_recovered() -> None:
             return (rule.update(G, factors, basis), track(G, factors, basis)), None
 
         (factors, basis), _ = jax.lax.scan(one, carry, Gs)
-        Q = [decomposition.refresh(M, V, None).value for M, V in zip(factors[:2], basis[:2], strict=True)]
+        pairs = zip(factors[:2], basis[:2], strict=True)
+        Q = [decomposition.renew(M, V, jnp.array(False), None).value for M, V in pairs]
         return (factors, Eigenpairs(*Q, *map(values, factors[:2], Q))), None
 
     start = Eigenpairs(jnp.eye(4), jnp.eye(3), jnp.ones(4), jnp.ones(3))

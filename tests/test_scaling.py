@@ -49,7 +49,9 @@ class Executed:
         if name == "cond":
             taken = params["branches"][int(given[0])]
             return self._program(taken.jaxpr, taken.consts, given[1:])
-        assert name not in ("scan", "while"), "one matrix needs no loop"
+        if name == "while":
+            return self._while(params, given)
+        assert name != "scan", "one matrix needs no loop"
         if inner is not None and name != "custom_linear_solve":
             return self._program(inner.jaxpr, inner.consts, given)
         if name == "dot_general":
@@ -60,6 +62,14 @@ class Executed:
             self.factorisations[f"{name} {given[0].shape}"] += 1
         out = eqn.primitive.bind(*given, **params)
         return out if eqn.primitive.multiple_results else [out]
+
+    def _while(self, params: Any, given: list[Any]) -> list[Any]:
+        test, body = params["cond_jaxpr"], params["body_jaxpr"]
+        of_test, of_body = given[: params["cond_nconsts"]], given[params["cond_nconsts"] :][: params["body_nconsts"]]
+        carry = given[params["cond_nconsts"] + params["body_nconsts"] :]
+        while self._program(test.jaxpr, test.consts, [*of_test, *carry])[0]:
+            carry = self._program(body.jaxpr, body.consts, [*of_body, *carry])
+        return carry
 
 
 @pytest.mark.parametrize("name", ["fo_soap", "fo_dykaf"])

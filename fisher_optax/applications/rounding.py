@@ -24,8 +24,6 @@ any κ: the product keeps singular values down to √ε of the largest, and leav
 ``ε Σ v / max(m, n)`` there, and what does not count is left out of the moments.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -48,11 +46,11 @@ def counts(v: Float[Array, "m n"], first: bool = False, values: Values = (None, 
     [[ True  True]
      [False False]]
     """
-    (m, n), d, ε = v.shape, max(v.shape), jnp.finfo(v.dtype).eps
-    largest = jnp.max(v)
-    v = v / jnp.where(largest > 0, largest, 1)  # sums of squares overflow
-    rows, columns = jnp.sum(v, 1, keepdims=True), jnp.sum(v, 0, keepdims=True)
-    least = _floor(n, ε) * rows + _floor(m, ε) * columns + (ε if first else _floor(d, ε)) * jnp.sum(rows) / d
+    (m, n), d, ε = v.shape, max(v.shape), float(jnp.finfo(v.dtype).eps)
+    # Means, since sums of squares overflow.
+    rows, columns = jnp.sum(v * (1 / n), 1, keepdims=True), jnp.sum(v * (1 / m), 0, keepdims=True)
+    least = n * _floor(n, ε) * rows + m * _floor(m, ε) * columns
+    least = least + (ε if first else _floor(d, ε)) * min(m, n) * jnp.mean(rows)
     for axis, λ in enumerate(values):
         if λ is not None:
             leaks = jnp.sum(jnp.expand_dims(jnp.square(_shown(λ)), 1 - axis) * v, axis, keepdims=True)
@@ -60,7 +58,7 @@ def counts(v: Float[Array, "m n"], first: bool = False, values: Values = (None, 
     return v > least
 
 
-def _floor(d: int, ε: Any) -> Any:
+def _floor(d: int, ε: float) -> float:
     """Of the sum of squares along a side of length d, the part that is rounding."""
     return (PRODUCTS**2 + BASES**2 * min(1, 8 / d)) * ε**2
 

@@ -1,9 +1,11 @@
 """Pure functions of arrays: orthogonalisation, eigenbases that follow a matrix, symmetric storage."""
 
 from .blocks import blockwise, diagonal, overwritten
-from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration, project
+from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration
+from .following import followed, project
 from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
+from .lapack import alone
 from .low_rank import range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
@@ -13,6 +15,7 @@ from .scaling import unit_frobenius, unit_scale
 from .symmetric import pack, unpack
 
 __all__ = [
+    "alone",
     "as_polynomial",
     "blockwise",
     "check_exponent",
@@ -22,6 +25,7 @@ __all__ = [
     "diagonal",
     "direct_flops",
     "eigenbasis",
+    "followed",
     "gram_flops",
     "inverse_cholesky",
     "jordan",

@@ -6,9 +6,7 @@ of devices to the next. Here they are what is left of given directions (the axes
 are known have been taken out, which is as well determined as the known ones are.
 """
 
-import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
 # In units of ``finfo.eps``, two roundings: of the largest eigenvalue, below which another is unknown; a null space
@@ -16,7 +14,6 @@ from jaxtyping import Array, Bool, Float, Int
 UNKNOWN = 16
 # Of a column of length one: entries below are the rounding of a factorisation, which leaves 2 and less.
 DUST = 8
-TIE = 0.01
 
 
 def known(
@@ -30,6 +27,15 @@ def known(
     return ~(values <= least + UNKNOWN * jnp.finfo(values.dtype).eps * largest)
 
 
+def apart(A: Float[Array, "d d"]) -> Bool[Array, " d"]:
+    """Which of A's coordinates go with no other, and so are eigenvectors; A's squares may not overflow.
+
+    >>> print(apart(jnp.array([[0.0, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])))
+    [ True False False]
+    """
+    return jnp.sum(jnp.square(A), axis=1) == jnp.square(jnp.diagonal(A))
+
+
 def apart_last(A: Float[Array, "d d"]) -> Int[Array, " d"]:
     """An order of A's coordinates in which those that go with no other, and so are eigenvectors, come last.
 
@@ -38,45 +44,21 @@ def apart_last(A: Float[Array, "d d"]) -> Int[Array, " d"]:
     >>> print(apart_last(jnp.array([[0.0, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])))
     [1 2 0]
     """
-    return jnp.argsort(~jnp.any(jnp.where(jnp.eye(len(A), dtype=bool), 0, A) != 0, axis=1))
+    return jnp.argsort(apart(A))
 
 
-def completed(
-    V: Float[Array, "d d"], known: Bool[Array, " d"], axes: Float[Array, "d d"] | None = None
-) -> Float[Array, "d d"]:
-    """V with its unknown columns replaced by axes, as far as these are orthogonal to the known columns.
-
-    The r axes that are closest to the known columns, by the pivots of an LU factorisation, are left out; the others
-    are orthogonalised in their order.
-
-    Args:
-      V: orthonormal in its known columns.
-      known: which those are.
-      axes: an orthonormal basis as columns; None: the coordinates'.
-
-    >>> print(completed(jnp.array([[0.6, 7.0], [0.8, 7.0]]), jnp.array([True, False])).round(3))
-    [[ 0.6 -0.8]
-     [ 0.8  0.6]]
-    """
-    d, r = len(V), jnp.sum(known)
-    first = jnp.argsort(~known)  # stable
-    own = jnp.arange(d) < r
-    V = jnp.where(own, V[:, first], 0)
-    shares = V if axes is None else jnp.matmul(axes.T, V, precision=Precision.HIGHEST)
-    # Of axes with the same share, as duplicated inputs have it, rounding would choose: the first are a little closer.
-    pivots = jax.lax.linalg.lu(shares * (1 - TIE / d * jnp.arange(d, dtype=V.dtype))[:, None])[2]
-    place = jnp.argsort(pivots)  # from r on chosen among zeros
-    rest = jnp.argsort(jnp.where(place < r, place, d + jnp.arange(d)))
-    Q = jnp.linalg.qr(jnp.where(own, V, (jnp.eye(d, dtype=V.dtype) if axes is None else axes)[:, rest])).Q
-    return jnp.where(own, V, Q)[:, jnp.argsort(first)]
-
-
-def without_dust(Q: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
+def without_dust(V: Float[Array, "d d"], apart: Bool[Array, " d"]) -> Float[Array, "d d"]:
     """An orthonormal basis with zeros for what factorisations leave of them: a weight that never had a gradient has
     its own axis in the basis, and would move with all others by what it has of their columns.
 
-    >>> print(without_dust(jnp.array([[1.0, 2e-7], [-3e-8, 1.0]])))
+    Coordinates that are `apart` are exact axes, where they are columns but for rounding.
+
+    >>> print(without_dust(jnp.array([[1.0, 2e-7], [-3e-8, 1.0]]), jnp.array([False, False])))
     [[1. 0.]
      [0. 1.]]
     """
-    return jnp.where(jnp.abs(Q) < DUST * jnp.finfo(Q.dtype).eps, 0, Q)
+    ε = float(jnp.finfo(V.dtype).eps)
+    size, rows = jnp.abs(V), apart[:, None]
+    of_axes = rows | (jnp.sum(rows.astype(V.dtype) * V * V, axis=0, keepdims=True) > 0.5)
+    V = jnp.where(of_axes & (size > 1 - ε**0.5), jnp.sign(V), V)
+    return jnp.where(size < jnp.where(of_axes, ε**0.5, DUST * ε), 0, V)

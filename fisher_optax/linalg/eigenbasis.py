@@ -8,7 +8,8 @@ from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
 from ..branching import branch
-from .completion import apart_last, completed, known, without_dust
+from .completion import apart, known, without_dust
+from .following import at_least_float32, column_lengths, followed, in_order, off_diagonal_part, project, rayleigh
 from .lapack import one_by_one
 from .scaling import unit_scale
 
@@ -34,30 +35,14 @@ def eigenbasis(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
      [1. 0. 0.]
      [0. 1. 0.]]
     """
-    return one_by_one(_eigenvectors)(unit_scale(_at_least_float32(A)))
-
-
-def project(
-    A: Float[Array, "*batch d d"], Q: Float[Array, "*batch d d"], *, precision: Precision | str = Precision.HIGHEST
-) -> Float[Array, "*batch d d"]:
-    """``P = A Q``, the one product that everything below shares, in float32 at least.
-
-    Args:
-      A: symmetric.
-      Q: an orthonormal basis as columns.
-      precision: of the product; the default, because faster ones lose the small eigenvalues.
-
-    >>> print(project(2 * jnp.eye(2), jnp.eye(2)))
-    [[2. 0.]
-     [0. 2.]]
-    """
-    return jnp.matmul(_at_least_float32(A), _at_least_float32(Q), precision=precision)
+    return one_by_one(_exact)(at_least_float32(A))
 
 
 def descending(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> Int[Array, "*batch d"]:
     """The order of Q's columns by ``diag(Qᵀ A Q)``, their estimates of eigenvalues, largest first (stable).
 
-    Those that are rounding of the largest count as zero, and keep the order they had.
+    Those that are rounding of the largest count as zero, and keep the order they had; columns of which A makes nothing
+    come last.
 
     Args:
       Q: an orthonormal basis as columns.
@@ -66,9 +51,10 @@ def descending(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> 
     >>> print(descending(jnp.eye(3), jnp.diag(jnp.array([1.0, 3.0, 2.0]))))
     [1 2 0]
     """
-    values = _rayleigh(Q, P)
-    unknown = ~known(values, jnp.max(values, axis=-1, keepdims=True))
-    return jnp.argsort(-jnp.where(unknown, 0, values), axis=-1)
+    P = unit_scale(P)
+    lengths = column_lengths(P)
+    largest = jnp.max(lengths, axis=-1)
+    return in_order(rayleigh(Q, P), ~known(lengths, largest[..., None]), largest)
 
 
 def orthogonal_iteration(
@@ -119,14 +105,13 @@ def orthogonal_iteration(
     """
     if method not in ("qr", "cholesky"):
         raise ValueError(f"orthogonal_iteration: method must be 'qr' or 'cholesky'; got {method!r}.")
-    P = unit_scale(project(A, Q, precision=precision) if P is None else _at_least_float32(P))
-    Q = Q.astype(P.dtype)
-    order = descending(Q, P)[..., None, :]
+    A, Q = at_least_float32(A), at_least_float32(Q)
     if method == "qr":
-        return one_by_one(_qr)(A, jnp.take_along_axis(P, order, axis=-1, mode="promise_in_bounds"), Q)
+        return one_by_one(_next)(A, Q, project(A, Q, precision=precision) if P is None else at_least_float32(P))
+    P = unit_scale(project(A, Q, precision=precision) if P is None else at_least_float32(P))
     norm, epsilon = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True), float(jnp.finfo(P.dtype).eps)
     M = P + jnp.where(norm == 0, 1, FLOOR * epsilon * norm) * Q
-    M = jnp.take_along_axis(M, order, axis=-1, mode="promise_in_bounds")
+    M = jnp.take_along_axis(M, descending(Q, P)[..., None, :], axis=-1, mode="promise_in_bounds")
     for shift in (SHIFT, SHIFT, SHIFT, 0):
         M = _cholesky_qr(M, shift * epsilon * P.shape[-1], precision)
     return M
@@ -158,10 +143,8 @@ def off_diagonality(
     >>> print(off_diagonality(jnp.array([[2.0, 1.0], [1.0, 2.0]]), jnp.eye(2)).round(4))
     0.4472
     """
-    P = unit_scale(project(A, Q, precision=precision) if P is None else _at_least_float32(P))
-    total = jnp.sum(P * P, axis=(-2, -1))
-    diagonal = jnp.sum(_rayleigh(Q.astype(P.dtype), P) ** 2, axis=-1)
-    return jnp.sqrt(jnp.maximum(total - diagonal, 0) / jnp.where(total == 0, 1, total))
+    P = unit_scale(project(A, Q, precision=precision) if P is None else at_least_float32(P))
+    return off_diagonal_part(Q.astype(P.dtype), P)
 
 
 def keep_last_good(
@@ -177,29 +160,6 @@ def keep_last_good(
     return jnp.where(failed[..., None, None], old, new), failed
 
 
-@functools.partial(jnp.vectorize, signature="(d,d)->(d,d)")
-def _eigenvectors(A: Array) -> Array:
-    """By descending eigenvalue; of those at the lower end that cannot be told apart, what is left of the axes."""
-    order = apart_last(A)
-    first = order[::-1]  # from where LAPACK finds them to the bit
-    values, V = jnp.linalg.eigh(-A[first][:, first])  # ascending
-    V, found = V[::-1], known(-values, jnp.max(jnp.abs(values)), -values[-1])
-    V = branch(jnp.all(found), lambda: V, lambda: completed(V, found))
-    # LAPACK may find finite vectors of what is not.
-    return jnp.where(jnp.isfinite(jnp.sum(A)), without_dust(V)[jnp.argsort(order)], jnp.nan)
-
-
-@functools.partial(jnp.vectorize, signature="(d,d),(d,d),(d,d)->(d,d)")
-def _qr(A: Array, P: Array, old: Array) -> Array:
-    """The Q of P's QR; in columns that A does not reach, what is left of the old basis."""
-    order = apart_last(A)
-    Q, R = jnp.linalg.qr(P[order])
-    # A row of R is a column of A in the new basis: the longest is about the largest eigenvalue, even from a poor basis.
-    found = known(jnp.abs(jnp.diagonal(R)), jnp.max(jnp.linalg.norm(R, axis=1)))
-    Q = branch(jnp.all(found), lambda: Q, lambda: completed(without_dust(Q), found, old[order]))
-    return without_dust(Q)[jnp.argsort(order)]
-
-
 def _cholesky_qr(M: Array, shift: float, precision: Precision | str) -> Array:
     """``M L⁻ᵀ`` with ``L Lᵀ = Mᵀ M + shift I``, M's columns made of length one: QR's Q where the shift is zero."""
     M = M / jnp.linalg.norm(M, axis=-2, keepdims=True)
@@ -208,10 +168,21 @@ def _cholesky_qr(M: Array, shift: float, precision: Precision | str) -> Array:
     return one_by_one(lambda L, M: jax.lax.linalg.triangular_solve(L, M, lower=True, transpose_a=True))(L, M)
 
 
-def _rayleigh(Q: Array, P: Array) -> Array:
-    """``diag(Qᵀ P)``."""
-    return jnp.sum(Q * P, axis=-2)
+@functools.partial(jnp.vectorize, signature="(d,d)->(d,d)")
+def _exact(A: Array) -> Array:
+    A = unit_scale(A)
+    values, V = jnp.linalg.eigh(-A)  # ascending
+    found, alone = known(-values, jnp.max(jnp.abs(values)), -values[-1]), apart(A)
+
+    def with_axes() -> Array:
+        V = followed(A, jnp.eye(len(A), dtype=A.dtype), True)[0]
+        return V[:, descending(V, project(A, V))]
+
+    V = branch(jnp.all(found & ~alone), lambda: without_dust(V, alone), with_axes)
+    # LAPACK may find finite vectors of what is not.
+    return jnp.where(jnp.isfinite(jnp.sum(A)), V, jnp.nan)
 
 
-def _at_least_float32(A: Array) -> Array:
-    return A.astype(jnp.promote_types(A.dtype, jnp.float32))
+@functools.partial(jnp.vectorize, signature="(d,d),(d,d),(d,d)->(d,d)")
+def _next(A: Array, Q: Array, P: Array) -> Array:
+    return followed(A, Q, False, P=P)[0]

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array
 
 
-def one_by_one(f: Callable[..., Array]) -> Callable[..., Array]:
+def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
     """``f`` of matrices, batched over leading axes; on a CPU as a loop over single matrices, under `jax.vmap` too.
 
     jaxlib (0.10 to 0.12) runs a batched factorisation in blocks on XLA's thread pool and waits for them on a thread of
@@ -21,10 +21,10 @@ def one_by_one(f: Callable[..., Array]) -> Callable[..., Array]:
     Array([2., 2.], dtype=float32)
     """
 
-    def call(*arrays: Array) -> Array:
+    def call(*arrays: Array) -> Any:
         if jax.default_backend() != "cpu":
             return f(*arrays)
-        single = jax.custom_batching.sequential_vmap(f)
+        single = alone(f)
         batch = arrays[0].shape[:-2]
         if math.prod(batch) == 1:
             return _reshaped(single(*(x.reshape(x.shape[-2:]) for x in arrays)), batch)
@@ -35,5 +35,15 @@ def one_by_one(f: Callable[..., Array]) -> Callable[..., Array]:
     return call
 
 
+def alone(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` of single matrices and whatever else; under `jax.vmap` on a CPU a loop, as by `one_by_one`.
+
+    >>> import jax.numpy as jnp
+    >>> jax.vmap(alone(jnp.linalg.cholesky))(4 * jnp.ones((2, 1, 1))).ravel()
+    Array([2., 2.], dtype=float32)
+    """
+    return jax.custom_batching.sequential_vmap(f) if jax.default_backend() == "cpu" else f
+
+
 def _reshaped(x: Any, batch: tuple[int, ...], skip: int = 0) -> Any:
-    return x.reshape(*batch, *x.shape[skip:])
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[skip:]), x)

@@ -169,7 +169,7 @@ def direction(
     def build(matrices: list[Any]) -> optax.GradientTransformation:
         return on(name, method, matrices)
 
-    return guarded(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    return guarded(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe), in_place=True)
 
 
 def complete(
@@ -205,7 +205,7 @@ def complete(
         fallback = optax.chain(method.with_first(_adam(b1, b2, eps)), rest)
     else:
         fallback = method.with_first(fallback)
-    return guarded(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    return guarded(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe), in_place=True)
 
 
 def soap_seam(
