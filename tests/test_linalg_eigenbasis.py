@@ -42,6 +42,18 @@ def aligned(Q: Any, wanted: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("x64")
+def test_the_rest_of_an_indefinite_matrix_is_its_eigenvectors_too() -> None:
+    """Beside a coordinate that goes with no other, eigenvalues of both signs; and two that are the smallest."""
+    A = np.zeros((7, 7))
+    A[1:, 1:] = with_eigenvalues([5.0, 3.0, 1.0, 0.5, -2.0, -2.0])
+    Q = np.asarray(eigenbasis(jnp.asarray(A)))
+    assert_orthonormal(Q, 1e-12)
+    B = Q.T @ A @ Q
+    np.testing.assert_allclose(B, np.diag(np.diag(B)), atol=1e-11)
+    assert np.sum(np.abs(Q[0]) == 1) == 1
+
+
+@pytest.mark.usefixtures("x64")
 def test_eigenbasis_is_numpys_largest_first() -> None:
     A = with_eigenvalues([5.0, 1.0, 3.0, -2.0, 0.5])
     values, V = np.linalg.eigh(A)

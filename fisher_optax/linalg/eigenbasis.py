@@ -178,7 +178,8 @@ def _exact(A: Array) -> Array:
         V = followed(A, jnp.eye(len(A), dtype=A.dtype), True)[0]
         return V[:, descending(V, project(A, V))]
 
-    V = branch(jnp.all(found & ~alone), lambda: without_dust(V, alone), with_axes)
+    # A single unknown one is what the others leave.
+    V = branch((jnp.sum(~found) < 2) & ~jnp.any(alone), lambda: without_dust(V, alone), with_axes)
     # LAPACK may find finite vectors of what is not.
     return jnp.where(jnp.isfinite(jnp.sum(A)), V, jnp.nan)
 

@@ -23,11 +23,11 @@ def followed(
     tolerance: float | None = None,
     P: Float[Array, "d d"] | None = None,
 ) -> tuple[Float[Array, "d d"], Int[Array, " d"]]:
-    """A basis of ``A Q``, its columns in `descending` order, by Householder QR; the first is of eigenvectors.
+    """A basis of ``A Q`` by Householder QR, its columns by their `rayleigh` values; the first is of eigenvectors.
 
     Columns that the others reach, or that A makes nothing of, are what is left of Q's. So the first basis holds axes in
     the place of eigenvectors of the smallest eigenvalue, and of coordinates that go with no other: those that A's own
-    columns, largest diagonal entry first, leave out.
+    columns, largest diagonal entry first, leave out. The axes of the latter are in front later on.
 
     Args:
       A: symmetric, of any scale.
@@ -39,10 +39,10 @@ def followed(
     Returns:
       The new basis, in float32 at least, NaN where A is not finite; and which column of Q each of its own continues.
 
-    >>> V, order = followed(jnp.diag(jnp.array([1.0, 3.0])), jnp.eye(2), False)
-    >>> print(jnp.abs(V), order)
-    [[0. 1.]
-     [1. 0.]] [1 0]
+    >>> V, order = followed(jnp.array([[1.0, 1.0], [1.0, 2.0]]), jnp.eye(2), False)
+    >>> print(jnp.abs(V).round(2), order)
+    [[0.45 0.89]
+     [0.89 0.45]] [1 0]
     """
     A, Q, at = unit_scale(at_least_float32(A)), at_least_float32(Q), jnp.arange(len(A))
     alone, later = apart(A), jnp.logical_not(first)
@@ -57,14 +57,18 @@ def followed(
     def renewed() -> tuple[Array, Array]:
         lengths, values = column_lengths(P), rayleigh(Q, P)
         top = jnp.maximum(jnp.max(lengths), largest)
-        null = ~known(lengths, top)
-        order = in_order(jnp.where(first, values * (1 - TIE / len(A) * at), values), null, top)
-        M = jnp.where((null & later)[None], Q, P)
+        # Exact axes come first, where nothing that rounding leaves in other columns takes part of them away.
+        axes = later & (jnp.sum(alone[:, None].astype(A.dtype) * Q * Q, axis=0) > 0.5)
+        null = ~known(lengths, top) & ~axes
+        values = jnp.where(axes, jnp.inf, jnp.where(first, values * (1 - TIE / len(A) * at), values))
+        order = in_order(values, null, top)
+        M = jnp.where(((null | axes) & later)[None], Q, P)
         new, R = jnp.linalg.qr(_columns(M, order))
         left, kept = jnp.abs(jnp.diagonal(R)), at >= len(A) - jnp.sum(null)
         # Rounding in columns before, which may be close to dependent, leaves more than rounding of A.
         nth = jnp.sort(left)[::-1].at[rank - 1].get(mode="clip")
-        found = jnp.where(first, (left >= nth) & (rank > 0), jnp.where(kept, left > LEFT, known(left, top)))
+        reached = known(left, top) | (at < jnp.sum(axes))
+        found = jnp.where(first, (left >= nth) & (rank > 0), jnp.where(kept, left > LEFT, reached))
 
         def with_rest() -> tuple[Array, Array]:
             found_first = jax.lax.sort((~found, order), num_keys=1)[1]
@@ -155,10 +159,16 @@ def _eigenvectors(A: Array, alone: Array) -> tuple[Array, Array, Array, Array]:
     """By descending eigenvalue; the smallest, the largest in size, and how many differ from the smallest. Those of
     coordinates that go with no other come last and do not count.
     """
-    values, V = jnp.linalg.eigh(jnp.where(jnp.eye(len(A), dtype=bool) & alone[None], 1, -A))
-    counted, largest = values < 0.5, jnp.max(jnp.abs(values))
+    d = len(A)
+    mean = jnp.trace(A) / d
+    deviation = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(A)) / d - mean * mean, 0))
+    lowest = jnp.minimum(mean - deviation * (d - 1) ** 0.5, 0) - 1  # below all (Wolkowicz and Styan 1980)
+    values, V = jnp.linalg.eigh(jnp.where(jnp.eye(d, dtype=bool) & alone[None], -lowest, -A))
+    counted = values < -lowest - 0.5
+    largest = jnp.max(jnp.abs(values), where=counted, initial=0)
     least = jnp.min(-values, where=counted, initial=jnp.finfo(A.dtype).max)
-    return V, least, largest, jnp.sum(counted & known(-values, largest, least), dtype=jnp.int32)
+    rank = jnp.sum(counted & known(-values, largest, least), dtype=jnp.int32)
+    return V, least, largest, jnp.where(rank == d - 1, d, rank)  # a single one is as good as known
 
 
 def _columns(M: Array, places: Array) -> Array:
