@@ -43,7 +43,7 @@ class Policy(NamedTuple):
             )
         return self
 
-    def phases(self, costs: dict[str, float], counts: dict[str, int]) -> dict[str, list[int]]:
+    def phases(self, costs: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, list[int]]:
         """For each stack the step of the period at which each of its matrices is due: 0, or, staggered, whatever evens
         the load out.
 
@@ -174,8 +174,8 @@ def _renewed(
     orders, none = jnp.zeros((places, sides[0][0].shape[-1]), jnp.int32), jnp.zeros([], jnp.int32)
     stacks, orders, failed = repeat(total, sum(len(Q) for Q, _ in sides), body, (sides, orders, none))
     turned = {
-        place: Turned(*stack, lambda r, start=start: orders[start + r])
-        for place, stack, start in zip(group, stacks, starts, strict=True)
+        place: Turned(Q, values, lambda r, start=start: orders[start + r])
+        for place, (Q, values), start in zip(group, stacks, starts, strict=True)
     }
     return turned, failed
 

@@ -189,7 +189,8 @@ class Seam:
         rule, itself = self.factors, self.application.sees_itself
 
         def read(key: str, factors: Any) -> Kronecker:
-            return rule.read(self.storage.load(factors, *stacks[key].shape[-2:], stacks[key].dtype))
+            _, m, n = stacks[key].shape
+            return rule.read(self.storage.load(factors, m, n, stacks[key].dtype))
 
         directions = {}
         if itself:

@@ -45,7 +45,8 @@ class Step:
         # One of several is a slice of its stack, and copied in any case.
         if alone and rule.overwrite is not None and self.storage.plain:
             return new._replace(factors=rule.overwrite(seen, state.factors, self.go))
-        old = self.storage.load(state.factors, *G.shape, G.dtype)
+        m, n = G.shape
+        old = self.storage.load(state.factors, m, n, G.dtype)
         if rule.track is not None:
             new = new._replace(basis=held(self.go, rule.track(seen, old, state.basis), state.basis))
         factors = self.storage.store(rule.update(seen, old, state.basis))

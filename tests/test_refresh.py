@@ -1,0 +1,84 @@
+"""Bases are renewed side by side, whatever the shapes of their matrices: who is due, and what the program holds."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+import fisher_optax as fo
+from fisher_optax.refresh import KEEP, REFRESH, START, who_is_due
+from fisher_optax.stacks import over_stack, repeat
+
+SHAPES = ((6, 18), (6, 6), (6, 24), (24, 6))
+PARAMS = {f"layer_{i}": {"kernel": jnp.zeros(shape)} for i, shape in enumerate(SHAPES * 3)}
+LENGTHS = {d for shape in SHAPES for d in shape}
+METHODS = {
+    "soap": lambda: fo.soap(1e-2),
+    "soap-staggered": lambda: fo.soap(1e-2, refresh="staggered"),
+    "soap-adaptive": lambda: fo.soap(1e-2, refresh="adaptive"),
+    "dykaf": lambda: fo.dykaf(1e-2),
+    "kl_shampoo": lambda: fo.kl_shampoo(1e-2),
+}
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """All of a program's, however deep."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)):
+            if isinstance(value, ClosedJaxpr | Jaxpr):
+                yield from equations(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
+
+
+def program(name: str) -> list[Any]:
+    tx = METHODS[name]()
+    state = jax.eval_shape(tx.init, PARAMS)
+    return list(equations(jax.make_jaxpr(tx.update)(PARAMS, state, PARAMS).jaxpr))
+
+
+def test_those_that_are_due_come_first_in_their_stack() -> None:
+    actions = {"a": jnp.array([KEEP, REFRESH, KEEP, START]), "b": jnp.array([KEEP]), "c": jnp.array([REFRESH, REFRESH])}
+    due = who_is_due(actions)
+    assert {key: x.count.item() for key, x in due.items()} == {"a": 2, "b": 0, "c": 2}
+    assert {key: x.places.tolist() for key, x in due.items()} == {"a": [1, 3, 0, 2], "b": [0], "c": [0, 1]}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_program_decomposes_once_for_each_length_of_side(name: str) -> None:
+    """Not for each side of each shape: eight here, of three lengths."""
+    shapes = [eqn.invars[0].aval.shape for eqn in program(name) if eqn.primitive.name == "eigh"]
+    # DyKAF's dominant pair of the first gradient is one for each shape.
+    assert len(shapes) == (len(LENGTHS) if name != "dykaf" else len(LENGTHS) + 2 * len(SHAPES))
+    assert {shape[-1] for shape in shapes} == LENGTHS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_conditional_holds_a_stack(name: str) -> None:
+    """Of what a conditional returns, compilers keep two copies: one side of one matrix, but never a state."""
+    sizes = [out.aval.size for eqn in program(name) if eqn.primitive.name == "cond" for out in eqn.outvars]
+    assert sizes
+    assert max(sizes) <= max(LENGTHS) ** 2
+
+
+def test_a_loop_that_finds_out_how_often_it_runs() -> None:
+    body = lambda i, x: x + i  # noqa: E731
+    run = jax.jit(lambda n: repeat(n, 4, body, jnp.zeros([], jnp.int32)))
+    for n, total in ((0, 0), (3, 3), (4, 6)):
+        assert run(jnp.asarray(n)).item() == repeat(jnp.asarray(n), 4, body, jnp.zeros([], jnp.int32)).item() == total
+
+
+@pytest.mark.parametrize("options", [{"batched": True}, {"batched": False}, {"batched": False, "grouped": True}])
+def test_every_matrix_of_a_stack_is_stepped_alone(options: dict[str, bool]) -> None:
+    x, y, z = (np.random.default_rng(i).normal(size=(4, 2, 3)).astype(np.float32) for i in range(3))
+
+    def one(overwritten: Any, copied: Any, read: Any) -> tuple[Any, Any]:
+        return overwritten + jnp.sum(copied), copied * read
+
+    run = jax.jit(lambda x, y, z: over_stack(one, x, y, z, max_stack=3, **options))
+    for results in (run(x, y, z), over_stack(one, x, y, z, max_stack=3)):
+        np.testing.assert_allclose(results[0], x + y.sum((1, 2), keepdims=True), rtol=1e-5)
+        np.testing.assert_allclose(results[1], y * z, rtol=1e-6)
