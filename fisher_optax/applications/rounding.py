@@ -50,7 +50,7 @@ def counts(v: Float[Array, "m n"], first: bool = False, values: Values = (None, 
     # Means, since sums of squares overflow.
     rows, columns = jnp.sum(v * (1 / n), 1, keepdims=True), jnp.sum(v * (1 / m), 0, keepdims=True)
     least = n * _floor(n, ε) * rows + m * _floor(m, ε) * columns
-    least = least + (ε if first else _floor(d, ε)) * min(m, n) * jnp.mean(rows)
+    least = least + (ε if first else _floor(d, ε)) * min(m, n) * jnp.sum(v * (1 / (m * n)))
     for axis, λ in enumerate(values):
         if λ is not None:
             leaks = jnp.sum(jnp.expand_dims(jnp.square(_shown(λ)), 1 - axis) * v, axis, keepdims=True)

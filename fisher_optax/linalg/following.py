@@ -1,5 +1,7 @@
 """A basis that follows a matrix, from the first on, in one program."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
@@ -44,47 +46,75 @@ def followed(
     [[0.45 0.89]
      [0.89 0.45]] [1 0]
     """
-    A, Q, at = unit_scale(at_least_float32(A)), at_least_float32(Q), jnp.arange(len(A))
-    alone, later = apart(A), jnp.logical_not(first)
-    V, least, largest, rank = branch(
-        first, lambda: _eigenvectors(A, alone), lambda: (Q, *jnp.zeros(2, A.dtype), jnp.zeros([], jnp.int32))
-    )
-    if P is None:
-        P = project(jnp.where(alone[None] & first, 0, A - least * jnp.eye(len(A), dtype=A.dtype)), Q)
-    else:
-        P = unit_scale(at_least_float32(P))
+    A, Q = unit_scale(at_least_float32(A)), at_least_float32(Q)
+    P = project(A, Q) if P is None else unit_scale(at_least_float32(P))
+    alone, same = apart(A), jnp.arange(len(A))
 
     def renewed() -> tuple[Array, Array]:
-        lengths, values = column_lengths(P), rayleigh(Q, P)
-        top = jnp.maximum(jnp.max(lengths), largest)
-        # Exact axes come first, where nothing that rounding leaves in other columns takes part of them away.
-        axes = later & (jnp.sum(alone[:, None].astype(A.dtype) * Q * Q, axis=0) > 0.5)
-        null = ~known(lengths, top) & ~axes
-        values = jnp.where(axes, jnp.inf, jnp.where(first, values * (1 - TIE / len(A) * at), values))
-        order = in_order(values, null, top)
-        M = jnp.where(((null | axes) & later)[None], Q, P)
-        new, R = jnp.linalg.qr(_columns(M, order))
-        left, kept = jnp.abs(jnp.diagonal(R)), at >= len(A) - jnp.sum(null)
-        # Rounding in columns before, which may be close to dependent, leaves more than rounding of A.
-        nth = jnp.sort(left)[::-1].at[rank - 1].get(mode="clip")
-        reached = known(left, top) | (at < jnp.sum(axes))
-        found = jnp.where(first, (left >= nth) & (rank > 0), jnp.where(kept, left > LEFT, reached))
-
-        def with_rest() -> tuple[Array, Array]:
-            found_first = jax.lax.sort((~found, order), num_keys=1)[1]
-            those = jnp.where(first, V, _columns(M, found_first))
-            rest = jnp.where((at < jnp.sum(found))[None], those, _columns(Q, found_first))
-            return jnp.linalg.qr(rest).Q, found_first
-
-        basis, order = branch(jnp.all(found), lambda: (jnp.where(first, V, new), order), with_rest)
-        return without_dust(basis, alone), jnp.where(first, at, order)
+        basis, order, found, rest = _by_qr(P, Q, alone)
+        settled = jnp.all(found) & jnp.logical_not(first)
+        basis, order = branch(
+            settled, lambda: (basis, order), lambda: branch(first, lambda: (_first(A, alone), same), rest)
+        )
+        return without_dust(basis, alone), order
 
     if tolerance is None:
         basis, order = renewed()
     else:
         # A factor that is not finite has no measure; renewing it shows that.
-        basis, order = branch((off_diagonal_part(Q, P) <= tolerance) & later, lambda: (Q, at), renewed)
+        keep = (off_diagonal_part(Q, P) <= tolerance) & jnp.logical_not(first)
+        basis, order = branch(keep, lambda: (Q, same), renewed)
     return jnp.where(jnp.isfinite(jnp.sum(P)), basis, jnp.nan), order
+
+
+def _by_qr(P: Array, Q: Array, alone: Array) -> tuple[Array, Array, Array, Callable[[], tuple[Array, Array]]]:
+    """The Q of P's QR, the order of its columns, which of them are more than rounding, and what the basis and its order
+    are where some are not.
+    """
+    lengths, at = column_lengths(P), jnp.arange(len(P))
+    top = jnp.max(lengths)
+    # Exact axes come first, where nothing that rounding leaves in other columns takes part of them away.
+    axes = jnp.sum(alone[:, None].astype(P.dtype) * Q * Q, axis=0) > 0.5
+    null = ~known(lengths, top) & ~axes
+    order = in_order(jnp.where(axes, jnp.inf, rayleigh(Q, P)), null, top)
+    M = jnp.where((null | axes)[None], Q, P)
+    basis, R = jnp.linalg.qr(_columns(M, order))
+    left = jnp.abs(jnp.diagonal(R))
+    reached = known(left, top) | (at < jnp.sum(axes))
+    found = jnp.where(at >= len(P) - jnp.sum(null), left > LEFT, reached)
+
+    def rest() -> tuple[Array, Array]:
+        found_first = jax.lax.sort((~found, order), num_keys=1)[1]
+        filled = jnp.where((at < jnp.sum(found))[None], _columns(M, found_first), _columns(Q, found_first))
+        return jnp.linalg.qr(filled).Q, found_first
+
+    return basis, order, found, rest
+
+
+def _first(A: Array, alone: Array) -> Array:
+    """Eigenvectors by descending eigenvalue, but axes in the place of those of the smallest eigenvalue, if there are
+    several, and of coordinates that go with no other.
+    """
+    d = len(A)
+    at, eye = jnp.arange(d), jnp.eye(d, dtype=bool)
+    mean = jnp.trace(A) / d
+    deviation = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(A)) / d - mean * mean, 0))
+    lowest = jnp.minimum(mean - deviation * (d - 1) ** 0.5, 0) - 1  # below all (Wolkowicz and Styan 1980)
+    values, V = jnp.linalg.eigh(jnp.where(eye & alone[None], -lowest, -A))
+    counted = values < -lowest - 0.5
+    least = jnp.min(-values, where=counted, initial=jnp.finfo(A.dtype).max)
+    largest = jnp.max(jnp.abs(values), where=counted, initial=0)
+    rank = jnp.sum(counted & known(-values, largest, least))
+    rank = jnp.where(rank == d - 1, d, rank)  # a single one is what the others leave
+    # The axes that are left are those that the columns of A without its smallest eigenvalue leave out.
+    A = jnp.where(alone[None], 0, A - least * eye.astype(A.dtype))
+    order = jnp.argsort(-jnp.diagonal(A) * (1 - TIE / d * at))
+    left = jnp.abs(jnp.diagonal(jnp.linalg.qr(_columns(A, order)).R))
+    # Rounding in columns before, which may be close to dependent, leaves more than rounding of A.
+    found = (left >= jnp.sort(left)[::-1].at[rank - 1].get(mode="clip")) & (rank > 0)
+    found_first = jax.lax.sort((~found, order), num_keys=1)[1]
+    axes = (at[:, None] == found_first[None]).astype(A.dtype)
+    return jnp.linalg.qr(jnp.where((at < rank)[None], V, axes)).Q
 
 
 def project(
@@ -153,22 +183,6 @@ def at_least_float32(A: Array) -> Array:
     float32
     """
     return A.astype(jnp.promote_types(A.dtype, jnp.float32))
-
-
-def _eigenvectors(A: Array, alone: Array) -> tuple[Array, Array, Array, Array]:
-    """By descending eigenvalue; the smallest, the largest in size, and how many differ from the smallest. Those of
-    coordinates that go with no other come last and do not count.
-    """
-    d = len(A)
-    mean = jnp.trace(A) / d
-    deviation = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(A)) / d - mean * mean, 0))
-    lowest = jnp.minimum(mean - deviation * (d - 1) ** 0.5, 0) - 1  # below all (Wolkowicz and Styan 1980)
-    values, V = jnp.linalg.eigh(jnp.where(jnp.eye(d, dtype=bool) & alone[None], -lowest, -A))
-    counted = values < -lowest - 0.5
-    largest = jnp.max(jnp.abs(values), where=counted, initial=0)
-    least = jnp.min(-values, where=counted, initial=jnp.finfo(A.dtype).max)
-    rank = jnp.sum(counted & known(-values, largest, least), dtype=jnp.int32)
-    return V, least, largest, jnp.where(rank == d - 1, d, rank)  # a single one is as good as known
 
 
 def _columns(M: Array, places: Array) -> Array:
