@@ -72,9 +72,9 @@ def orthogonal_iteration(
       Q: the basis so far.
       P: `project(A, Q)`, where the caller has it.
       method: "qr": Householder QR (the SOAP authors'; signs are whatever it gives), with what is left of the old basis
-        in columns that ``A Q`` does not reach. "cholesky": shifted CholeskyQR, as below: products, Cholesky factors and
-        triangular solves alone, about 13 d³ multiplications, for accelerators; on a CPU QR is faster. Both follow A
-        equally well.
+        in columns that ``A Q`` does not reach, and the axes of coordinates that go with no other in front. "cholesky":
+        shifted CholeskyQR, as below: products, Cholesky factors and triangular solves alone, about 13 d³
+        multiplications, for accelerators; on a CPU QR is faster. Both follow A equally well.
       precision: of the products.
 
     "cholesky" takes the QR of ``M = (A + 8 ε |A| I) Q``, ε the type's epsilon, in four passes. Each divides M's columns
