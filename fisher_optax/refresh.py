@@ -14,7 +14,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
 from . import linalg, transport
-from .branching import after
+from .branching import after, branch
 from .stacks import member_of, put, repeat
 from .types import Application, Decomposition, Due, Eigenpairs, Kronecker, MatrixState, Refreshed, Rows
 
@@ -202,7 +202,10 @@ def _step_of(
             result = Refreshed(linalg.range_of_rows(A.rows), same)
         else:
             result = decomposition.renew(A, Q.astype(A.dtype), first, tolerance)
-        new, bad = linalg.keep_last_good(result.value.astype(Q.dtype), Q)
+        value = result.value.astype(Q.dtype)
+        bad = linalg.keep_last_good(value, Q)[1]
+        # As a conditional's result it is made before stacks are written: one fused with the other reads them all.
+        new = branch(bad, lambda: Q, lambda: value)
         order = jnp.where(bad, same, result.order)
         return (new, None if values is None else _measured(A, new, values)), order, bad.astype(jnp.int32)
 

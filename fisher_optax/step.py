@@ -80,13 +80,22 @@ class Step:
     def apply_stack(self, G: Array, state: MatrixState, action: Array) -> tuple[Array, MatrixState]:
         """`apply`, of all matrices of a stack."""
 
-        def one(G: Array, inner: Any, read: Any) -> tuple[Array, Any]:
-            return self.apply(G, inner, *read)
+        if state.factors == ():
 
-        read = (state.basis, action)
-        # What has no factors is the application alone.
-        options = {"max_stack": self.max_stack, "grouped": state.factors == ()}
-        U, inner = over_stack(one, G, state.application, read, **options)
+            def alone(G: Array, inner: Any, read: Any) -> tuple[Array, Any]:
+                return self.apply(G, inner, *read)
+
+            options = {"max_stack": self.max_stack, "grouped": True}
+            U, inner = over_stack(alone, G, state.application, (state.basis, action), **options)
+            return U, state._replace(application=inner)
+
+        def one(overwritten: tuple[()], copied: Any, read: Any) -> tuple[tuple[()], Any]:
+            (_, inner), (G, basis, action) = copied, read
+            return (), self.apply(G, inner, basis, action)
+
+        # A gradient whose application keeps its squares would be copied whole, for each matrix, to be overwritten.
+        read = (G, state.basis, action)
+        _, (U, inner) = over_stack(one, (), (jnp.zeros(len(G)), state.application), read, max_stack=self.max_stack)
         return U, state._replace(application=inner)
 
     def stack(self, G: Array, state: MatrixState, seen: Any, action: Array) -> tuple[Array, MatrixState]:

@@ -1,5 +1,6 @@
 """Bases are renewed side by side, whatever the shapes of their matrices: who is due, and what the program holds."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,11 @@ METHODS = {
     "soap-adaptive": lambda: fo.soap(1e-2, refresh="adaptive"),
     "dykaf": lambda: fo.dykaf(1e-2),
     "kl_shampoo": lambda: fo.kl_shampoo(1e-2),
+}
+# Those of Kullback-Leibler read one factor to begin the other, and copy it.
+IN_PLACE = {name: METHODS[name] for name in METHODS if name != "kl_shampoo"} | {
+    "shampoo": lambda: fo.shampoo(1e-2),
+    "muon": lambda: fo.muon(1e-2),
 }
 
 
@@ -62,6 +68,22 @@ def test_no_conditional_holds_a_stack(name: str) -> None:
     sizes = [out.aval.size for eqn in program(name) if eqn.primitive.name == "cond" for out in eqn.outvars]
     assert sizes
     assert max(sizes) <= max(LENGTHS) ** 2
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_no_loop_copies_a_stack(name: str) -> None:
+    """What every pass of a loop copied would make a step of many matrices many times as long."""
+    tx = IN_PLACE[name]()
+    state = jax.eval_shape(tx.init, PARAMS)
+    text = jax.jit(tx.update, donate_argnums=1).lower(PARAMS, state, PARAMS).compile().as_text()
+    bodies, copies, inside = set(re.findall(r"body=%?([\w.-]+)", text)), [], False
+    for line in text.splitlines():
+        if line.endswith("{"):  # a computation starts
+            inside = line.removeprefix("ENTRY ").lstrip("%").split(" ")[0] in bodies
+        if inside and re.search(r"= f32\[[369],\d+,\d+\]\S* copy\(", line):
+            copies.append(line)
+    assert bodies
+    assert not copies
 
 
 def test_a_loop_that_finds_out_how_often_it_runs() -> None:
