@@ -75,7 +75,7 @@ def test_no_loop_copies_a_stack(name: str) -> None:
     """What every pass of a loop copied would make a step of many matrices many times as long."""
     tx = IN_PLACE[name]()
     state = jax.eval_shape(tx.init, PARAMS)
-    text = jax.jit(tx.update, donate_argnums=1).lower(PARAMS, state, PARAMS).compile().as_text()
+    text: Any = jax.jit(tx.update, donate_argnums=1).lower(PARAMS, state, PARAMS).compile().as_text()
     bodies, copies, inside = set(re.findall(r"body=%?([\w.-]+)", text)), [], False
     for line in text.splitlines():
         if line.endswith("{"):  # a computation starts
