@@ -41,6 +41,18 @@ def aligned(Q: Any, wanted: np.ndarray) -> np.ndarray:
 # --- eigenbasis ---
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-5])
+@pytest.mark.parametrize("of", ["first", "next"])
+def test_a_small_coordinate_that_follows_a_large_one_is_turned_out_of_it(size: float, of: str) -> None:
+    """What they share is below rounding of the large one's square, and is nearly all of the small one."""
+    A = jnp.array([[1.0, size, 0.0], [size, 1.25 * size**2, 0.0], [0.0, 0.0, 0.5]], jnp.float32)
+    Q = eigenbasis(A) if of == "first" else jnp.eye(3)
+    Q = np.asarray(Q if of == "first" else orthogonal_iteration(A, Q), np.float64)
+    large, small = np.argmax(np.abs(Q[0])), np.argmax(np.abs(Q[1]))
+    np.testing.assert_allclose(np.abs(Q[1, large]), size, rtol=1e-2)
+    np.testing.assert_allclose(np.abs(Q[0, small]), size, rtol=1e-2)
+
+
 @pytest.mark.usefixtures("x64")
 def test_the_rest_of_an_indefinite_matrix_is_its_eigenvectors_too() -> None:
     """Beside a coordinate that goes with no other, eigenvalues of both signs; and two that are the smallest."""
