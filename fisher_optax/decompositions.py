@@ -35,7 +35,7 @@ def orthogonal_iteration(method: str = "qr") -> Decomposition:
 
     def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
         if method == "qr":
-            return Refreshed(*linalg.alone(functools.partial(linalg.followed, tolerance=tolerance))(A, Q, first))
+            return Refreshed(*linalg.sequential(functools.partial(linalg.followed, tolerance=tolerance))(A, Q, first))
         P = linalg.project(A, Q)
 
         def iterate() -> Refreshed:

@@ -30,7 +30,8 @@ def over_stack(
     """``one`` of every matrix of the stack: trees of arrays, each with the stack along its leading axis.
 
     Args:
-      one: of a matrix: what is overwritten and what is copied, and what else it reads; gives the new ones of the two.
+      one: of a matrix: what is overwritten and what is copied, and what else it reads; gives the new ones of the two,
+        with the latter whatever else it makes.
       overwritten: large arrays, which a loop writes in place.
       copied: the rest that changes. It goes from one stack to another: XLA fuses reading and writing it, and would copy
         a stack that is both, once for each of its members.

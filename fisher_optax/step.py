@@ -89,13 +89,12 @@ class Step:
             U, inner = over_stack(alone, G, state.application, (state.basis, action), **options)
             return U, state._replace(application=inner)
 
-        def one(overwritten: tuple[()], copied: Any, read: Any) -> tuple[tuple[()], Any]:
-            (_, inner), (G, basis, action) = copied, read
-            return (), self.apply(G, inner, basis, action)
+        def one(overwritten: tuple[()], inner: Any, read: Any) -> tuple[tuple[()], Any]:
+            return overwritten, self.apply(read[0], inner, *read[1:])
 
         # A gradient whose application keeps its squares would be copied whole, for each matrix, to be overwritten.
         read = (G, state.basis, action)
-        _, (U, inner) = over_stack(one, (), (jnp.zeros(len(G)), state.application), read, max_stack=self.max_stack)
+        _, (U, inner) = over_stack(one, (), state.application, read, max_stack=self.max_stack)
         return U, state._replace(application=inner)
 
     def stack(self, G: Array, state: MatrixState, seen: Any, action: Array) -> tuple[Array, MatrixState]:

@@ -5,7 +5,7 @@ from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality,
 from .following import followed, project
 from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
-from .lapack import alone
+from .lapack import sequential
 from .low_rank import range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
@@ -15,7 +15,6 @@ from .scaling import unit_frobenius, unit_scale
 from .symmetric import pack, unpack
 
 __all__ = [
-    "alone",
     "as_polynomial",
     "blockwise",
     "check_exponent",
@@ -41,6 +40,7 @@ __all__ = [
     "range_of_rows",
     "restart_steps",
     "second_moment",
+    "sequential",
     "strongest_rows",
     "unit_frobenius",
     "unit_scale",

@@ -9,7 +9,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..branching import branch
 from .completion import apart, known, without_dust
-from .following import at_least_float32, column_lengths, followed, in_order, off_diagonal_part, project, rayleigh
+from .following import (
+    at_least_float32,
+    column_lengths,
+    first_basis,
+    followed,
+    in_order,
+    off_diagonal_part,
+    project,
+    rayleigh,
+)
 from .lapack import one_by_one
 from .scaling import unit_scale
 
@@ -171,15 +180,10 @@ def _cholesky_qr(M: Array, shift: float, precision: Precision | str) -> Array:
 @functools.partial(jnp.vectorize, signature="(d,d)->(d,d)")
 def _exact(A: Array) -> Array:
     A = unit_scale(A)
-    values, V = jnp.linalg.eigh(-A)  # ascending
-    found, alone = known(-values, jnp.max(jnp.abs(values)), -values[-1]), apart(A)
-
-    def with_axes() -> Array:
-        V = followed(A, jnp.eye(len(A), dtype=A.dtype), True)[0]
-        return V[:, descending(V, project(A, V))]
-
-    # A single unknown one is what the others leave.
-    V = branch((jnp.sum(~found) < 2) & ~jnp.any(alone), lambda: without_dust(V, alone), with_axes)
+    alone = apart(A)
+    V, plain = first_basis(A, alone)
+    V = without_dust(V, alone)
+    V = branch(plain, lambda: V, lambda: V[:, descending(V, project(A, V))])
     # LAPACK may find finite vectors of what is not.
     return jnp.where(jnp.isfinite(jnp.sum(A)), V, jnp.nan)
 

@@ -54,7 +54,7 @@ def followed(
         basis, order, found, rest = _by_qr(P, Q, alone)
         settled = jnp.all(found) & jnp.logical_not(first)
         basis, order = branch(
-            settled, lambda: (basis, order), lambda: branch(first, lambda: (_first(A, alone), same), rest)
+            settled, lambda: (basis, order), lambda: branch(first, lambda: (first_basis(A, alone)[0], same), rest)
         )
         return without_dust(basis, alone), order
 
@@ -91,9 +91,18 @@ def _by_qr(P: Array, Q: Array, alone: Array) -> tuple[Array, Array, Array, Calla
     return basis, order, found, rest
 
 
-def _first(A: Array, alone: Array) -> Array:
+def first_basis(A: Float[Array, "d d"], alone: Bool[Array, " d"]) -> tuple[Float[Array, "d d"], Bool[Array, ""]]:
     """Eigenvectors by descending eigenvalue, but axes in the place of those of the smallest eigenvalue, if there are
-    several, and of coordinates that go with no other.
+    several, and of coordinates that go with no other; and whether there was no such place.
+
+    Args:
+      A: symmetric, of entries around one.
+      alone: which coordinates go with no other, `apart(A)`.
+
+    >>> V, plain = first_basis(jnp.array([[1.0, 1.0], [1.0, 1.0]]), jnp.array([False, False]))
+    >>> print(jnp.abs(V).round(2), plain)
+    [[0.71 0.71]
+     [0.71 0.71]] True
     """
     d = len(A)
     at, eye = jnp.arange(d), jnp.eye(d, dtype=bool)
@@ -106,15 +115,19 @@ def _first(A: Array, alone: Array) -> Array:
     largest = jnp.max(jnp.abs(values), where=counted, initial=0)
     rank = jnp.sum(counted & known(-values, largest, least))
     rank = jnp.where(rank == d - 1, d, rank)  # a single one is what the others leave
-    # The axes that are left are those that the columns of A without its smallest eigenvalue leave out.
-    A = jnp.where(alone[None], 0, A - least * eye.astype(A.dtype))
-    order = jnp.argsort(-jnp.diagonal(A) * (1 - TIE / d * at))
-    left = jnp.abs(jnp.diagonal(jnp.linalg.qr(_columns(A, order)).R))
-    # Rounding in columns before, which may be close to dependent, leaves more than rounding of A.
-    found = (left >= jnp.sort(left)[::-1].at[rank - 1].get(mode="clip")) & (rank > 0)
-    found_first = jax.lax.sort((~found, order), num_keys=1)[1]
-    axes = (at[:, None] == found_first[None]).astype(A.dtype)
-    return jnp.linalg.qr(jnp.where((at < rank)[None], V, axes)).Q
+
+    def with_axes() -> Array:
+        # The axes that are left are those that the columns of A without its smallest eigenvalue leave out.
+        rest = jnp.where(alone[None], 0, A - least * eye.astype(A.dtype))
+        order = jnp.argsort(-jnp.diagonal(rest) * (1 - TIE / d * at))
+        left = jnp.abs(jnp.diagonal(jnp.linalg.qr(_columns(rest, order)).R))
+        # Rounding in columns before, which may be close to dependent, leaves more than rounding of A.
+        found = (left >= jnp.sort(left)[::-1].at[rank - 1].get(mode="clip")) & (rank > 0)
+        found_first = jax.lax.sort((~found, order), num_keys=1)[1]
+        axes = (at[:, None] == found_first[None]).astype(A.dtype)
+        return jnp.linalg.qr(jnp.where((at < rank)[None], V, axes)).Q
+
+    return branch(rank == d, lambda: V, with_axes), rank == d
 
 
 def project(

@@ -24,7 +24,7 @@ def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arrays: Array) -> Any:
         if jax.default_backend() != "cpu":
             return f(*arrays)
-        single = alone(f)
+        single = sequential(f)
         batch = arrays[0].shape[:-2]
         if math.prod(batch) == 1:
             return _reshaped(single(*(x.reshape(x.shape[-2:]) for x in arrays)), batch)
@@ -35,11 +35,11 @@ def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def alone(f: Callable[..., Any]) -> Callable[..., Any]:
+def sequential(f: Callable[..., Any]) -> Callable[..., Any]:
     """``f`` of single matrices and whatever else; under `jax.vmap` on a CPU a loop, as by `one_by_one`.
 
     >>> import jax.numpy as jnp
-    >>> jax.vmap(alone(jnp.linalg.cholesky))(4 * jnp.ones((2, 1, 1))).ravel()
+    >>> jax.vmap(sequential(jnp.linalg.cholesky))(4 * jnp.ones((2, 1, 1))).ravel()
     Array([2., 2.], dtype=float32)
     """
     return jax.custom_batching.sequential_vmap(f) if jax.default_backend() == "cpu" else f
