@@ -1,6 +1,6 @@
 """Bases of what a matrix is blind to: without an arbitrary part, and without rounding where there is nothing.
 
-A symmetric matrix of floating-point numbers knows its eigenvalues to some units of rounding ``ε`` times the largest.
+A symmetric matrix of floating-point numbers knows its eigenvalues to some units of rounding ``ε`` times its norm.
 The eigenvectors of those below are whatever rounding makes of them, and differ from one compilation, batch or number
 of devices to the next. Here they are what is left of given directions (the axes, or the basis so far) when those that
 are known have been taken out, which is as well determined as the known ones are.
@@ -9,22 +9,31 @@ are known have been taken out, which is as well determined as the known ones are
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# In units of ``finfo.eps``, two roundings: of the largest eigenvalue, below which another is unknown; a null space
-# that was computed from a product of side 3072 has some 2.
+# In units of ``finfo.eps``, two roundings: of a matrix's norm, below which an eigenvalue is unknown; a null space that
+# was computed from a product of side 3072 has some 2 of the largest.
 UNKNOWN = 16
 # Of a column of length one: entries below are the rounding of a factorisation, which leaves 2 and less.
 DUST = 8
 
 
 def known(
-    values: Float[Array, "*batch d"], largest: Float[Array, "..."], least: Float[Array, ""] | float = 0.0
+    values: Float[Array, "*batch d"], size: Float[Array, "..."], least: Float[Array, ""] | float = 0.0
 ) -> Bool[Array, "*batch d"]:
-    """Which eigenvalues of a matrix with that largest one stand out from ``least``; all of those that are NaN.
+    """Which eigenvalues of a matrix of that norm stand out from ``least``; all of those that are NaN.
 
     >>> print(known(jnp.array([2.0, 1e-3, 1e-9]), jnp.array(2.0)))
     [ True  True False]
     """
-    return ~(values <= least + UNKNOWN * jnp.finfo(values.dtype).eps * largest)
+    return ~(values <= least + UNKNOWN * jnp.finfo(values.dtype).eps * size)
+
+
+def diagonal(A: Float[Array, "d d"]) -> Float[Array, " d"]:
+    """A's diagonal, as the slice that it is: `jnp.diagonal` gathers it, in three kernels of a CPU.
+
+    >>> print(diagonal(jnp.array([[1.0, 2.0], [3.0, 4.0]])))
+    [1. 4.]
+    """
+    return A.reshape(-1)[:: len(A) + 1]
 
 
 def apart(A: Float[Array, "d d"]) -> Bool[Array, " d"]:
@@ -35,7 +44,8 @@ def apart(A: Float[Array, "d d"]) -> Bool[Array, " d"]:
     >>> print(apart(jnp.array([[0.0, 0.0, 0.0], [0.0, 1.0, 2.0], [0.0, 2.0, 1.0]])))
     [ True False False]
     """
-    return jnp.sum(jnp.where(jnp.eye(len(A), dtype=bool), 0, jnp.abs(A)), axis=1) == 0
+    entries = jnp.sum(jnp.where(A == 0, 0.0, 1.0), axis=0)
+    return entries == jnp.where(diagonal(A) == 0, 0.0, 1.0)
 
 
 def apart_last(A: Float[Array, "d d"]) -> Int[Array, " d"]:
@@ -59,8 +69,6 @@ def without_dust(V: Float[Array, "d d"], apart: Bool[Array, " d"]) -> Float[Arra
     [[1. 0.]
      [0. 1.]]
     """
-    ε = float(jnp.finfo(V.dtype).eps)
-    size, rows = jnp.abs(V), apart[:, None]
-    of_axes = rows | (jnp.sum(rows.astype(V.dtype) * V * V, axis=0, keepdims=True) > 0.5)
-    V = jnp.where(of_axes & (size > 1 - ε**0.5), jnp.sign(V), V)
-    return jnp.where(size < jnp.where(of_axes, ε**0.5, DUST * ε), 0, V)
+    ε, size, rows = float(jnp.finfo(V.dtype).eps), jnp.abs(V), apart[:, None]
+    V = jnp.where(rows & (size > 1 - ε**0.5), jnp.sign(V), V)
+    return jnp.where(size < jnp.where(rows, ε**0.5, DUST * ε), 0, V)

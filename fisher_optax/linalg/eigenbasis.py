@@ -7,17 +7,15 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
-from ..branching import branch
-from .completion import apart, known, without_dust
+from .completion import known
 from .following import (
     at_least_float32,
     column_lengths,
-    first_basis,
     followed,
-    in_order,
     off_diagonal_part,
     project,
     rayleigh,
+    sort_key,
 )
 from .lapack import one_by_one
 from .scaling import unit_scale
@@ -36,7 +34,7 @@ def eigenbasis(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
 
     Returns:
       Orthonormal in float32 at least, for a zero matrix too; NaN where A is not finite. Eigenvectors of the smallest
-        eigenvalue and those within 16 units of rounding (2e-6 of the largest in float32), which could be any, are what
+        eigenvalue and those within 16 units of rounding (2e-6 of A's norm in float32), which could be any, are what
         is left of the axes.
 
     >>> print(jnp.abs(eigenbasis(jnp.diag(jnp.array([1.0, 3.0, 2.0])))))
@@ -50,7 +48,7 @@ def eigenbasis(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
 def descending(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> Int[Array, "*batch d"]:
     """The order of Q's columns by ``diag(Qᵀ A Q)``, their estimates of eigenvalues, largest first (stable).
 
-    Those that are rounding of the largest count as zero, and keep the order they had; columns of which A makes nothing
+    Those that are rounding of A's norm count as zero, and keep the order they had; columns of which A makes nothing
     come last.
 
     Args:
@@ -61,9 +59,9 @@ def descending(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> 
     [1 2 0]
     """
     P = unit_scale(P)
-    lengths = column_lengths(P)
-    largest = jnp.max(lengths, axis=-1)
-    return in_order(rayleigh(Q, P), ~known(lengths, largest[..., None]), largest)
+    size = jnp.linalg.norm(P, axis=(-2, -1))
+    null = ~known(column_lengths(P), size[..., None])
+    return jnp.argsort(sort_key(rayleigh(Q, P), null, size), axis=-1)
 
 
 def orthogonal_iteration(
@@ -180,12 +178,8 @@ def _cholesky_qr(M: Array, shift: float, precision: Precision | str) -> Array:
 @functools.partial(jnp.vectorize, signature="(d,d)->(d,d)")
 def _exact(A: Array) -> Array:
     A = unit_scale(A)
-    alone = apart(A)
-    V, plain = first_basis(A, alone)
-    V = without_dust(V, alone)
-    V = branch(plain, lambda: V, lambda: V[:, descending(V, project(A, V))])
-    # LAPACK may find finite vectors of what is not.
-    return jnp.where(jnp.isfinite(jnp.sum(A)), V, jnp.nan)
+    V = followed(A, jnp.eye(len(A), dtype=A.dtype), True)[0]
+    return V[:, descending(V, project(A, V))]
 
 
 @functools.partial(jnp.vectorize, signature="(d,d),(d,d),(d,d)->(d,d)")

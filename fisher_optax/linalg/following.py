@@ -1,6 +1,6 @@
 """A basis that follows a matrix, from the first on, in one program."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
 from ..branching import branch
-from .completion import apart, known, without_dust
+from .completion import UNKNOWN, apart, diagonal, known, without_dust
 from .scaling import unit_scale
 
 # Of a column of the old basis, the part outside the new ones from which on it is kept.
@@ -16,6 +16,8 @@ LEFT = 0.5
 # How much closer than the last the first of axes counts that are equally close: rounding would choose among those of
 # duplicated inputs.
 TIE = 0.01
+# Of a column of a projector, the part outside those before from which on it is more than rounding.
+INDEPENDENT = 1e-4
 
 
 def followed(
@@ -28,8 +30,8 @@ def followed(
     """A basis of ``A Q`` by Householder QR, its columns by their `rayleigh` values; the first is of eigenvectors.
 
     Columns that the others reach, or that A makes nothing of, are what is left of Q's. So the first basis holds axes in
-    the place of eigenvectors of the smallest eigenvalue, and of coordinates that go with no other: those that A's own
-    columns, largest diagonal entry first, leave out. The axes of the latter are in front later on.
+    the place of eigenvectors of the smallest eigenvalue, where there are several: those that the other eigenvectors,
+    by A's largest diagonal entries first, leave out. Axes of coordinates that go with no other are in front.
 
     Args:
       A: symmetric, of any scale.
@@ -48,86 +50,79 @@ def followed(
     """
     A, Q = unit_scale(at_least_float32(A)), at_least_float32(Q)
     P = project(A, Q) if P is None else unit_scale(at_least_float32(P))
-    alone, same = apart(A), jnp.arange(len(A))
+    # As Q is orthonormal, A's norm too.
+    size, alone, same = jnp.sqrt(jnp.sum(jnp.square(P))), apart(A), jnp.arange(len(A))
+    start = branch(first, lambda: _first(A, alone, size), lambda: _later(P, Q, alone, size))
+    settled = start.settled
+    if tolerance is not None:
+        # A factor that is not finite has no measure; renewing it shows that.
+        settled = settled | ((off_diagonal_part(Q, P) <= tolerance) & jnp.logical_not(first))
 
     def renewed() -> tuple[Array, Array]:
-        basis, order, found, rest = _by_qr(P, Q, alone)
-        settled = jnp.all(found) & jnp.logical_not(first)
-        basis, order = branch(
-            settled, lambda: (basis, order), lambda: branch(first, lambda: (first_basis(A, alone)[0], same), rest)
-        )
-        return without_dust(basis, alone), order
+        basis, order = _orthonormal(start, Q, size, first)
+        return basis, jnp.where(first, same, order)
 
-    if tolerance is None:
-        basis, order = renewed()
-    else:
-        # A factor that is not finite has no measure; renewing it shows that.
-        keep = (off_diagonal_part(Q, P) <= tolerance) & jnp.logical_not(first)
-        basis, order = branch(keep, lambda: (Q, same), renewed)
-    return jnp.where(jnp.isfinite(jnp.sum(P)), basis, jnp.nan), order
+    basis, order = branch(settled, lambda: (start.basis, same), renewed)
+    return jnp.where(jnp.isfinite(size), without_dust(basis, alone), jnp.nan), order
 
 
-def _by_qr(P: Array, Q: Array, alone: Array) -> tuple[Array, Array, Array, Callable[[], tuple[Array, Array]]]:
-    """The Q of P's QR, the order of its columns, which of them are more than rounding, and what the basis and its order
-    are where some are not.
-    """
-    lengths, at = column_lengths(P), jnp.arange(len(P))
-    top = jnp.max(lengths)
+class _Start(NamedTuple):
+    """What a basis is made of."""
+
+    basis: Float[Array, "d d"]  # eigenvectors at the first call, and the old basis later on
+    settled: Bool[Array, ""]  # whether that is all
+    M: Float[Array, "d d"]  # columns that span the range of A, and others
+    key: Float[Array, " d"]  # their order; later on, exact axes are at minus infinity, and columns of Q at 1
+    found: Bool[Array, " d"]  # of which eigenvectors there is no doubt, at the first call
+
+
+def _first(A: Array, alone: Array, size: Array) -> _Start:
+    """Eigenvectors, and the projector onto those that stand out from the smallest eigenvalue."""
+    d, eye = len(A), jnp.eye(len(A), dtype=bool)
+    # Coordinates that are alone come first: an eigensolver would mix them with others of a small eigenvalue.
+    V, values = jax.lax.linalg.eigh(jnp.where(eye & alone[None], -2 * size - 1, -A), symmetrize_input=False)
+    least = jnp.where(-values[-1] > size, 0, -values[-1])  # there may be no others
+    found = known(-values, size, least)
+    found = found | found[max(d - 2, 0)]  # a single one is what the others leave
+    projector = jnp.matmul(jnp.where(found[None], V, 0), V.mT, precision=Precision.HIGHEST)
+    key = (least - diagonal(A)) * (1 - TIE / d * jnp.arange(d))
+    return _Start(V, found[-1], projector, key, found)
+
+
+def _later(P: Array, Q: Array, alone: Array, size: Array) -> _Start:
+    """Columns of ``A Q``, but Q's where A makes nothing of them."""
     # Exact axes come first, where nothing that rounding leaves in other columns takes part of them away.
-    axes = jnp.sum(alone[:, None].astype(P.dtype) * Q * Q, axis=0) > 0.5
-    null = ~known(lengths, top) & ~axes
-    order = in_order(jnp.where(axes, jnp.inf, rayleigh(Q, P)), null, top)
-    M = jnp.where((null | axes)[None], Q, P)
-    basis, R = jnp.linalg.qr(_columns(M, order))
-    left = jnp.abs(jnp.diagonal(R))
-    reached = known(left, top) | (at < jnp.sum(axes))
-    found = jnp.where(at >= len(P) - jnp.sum(null), left > LEFT, reached)
-
-    def rest() -> tuple[Array, Array]:
-        found_first = jax.lax.sort((~found, order), num_keys=1)[1]
-        filled = jnp.where((at < jnp.sum(found))[None], _columns(M, found_first), _columns(Q, found_first))
-        return jnp.linalg.qr(filled).Q, found_first
-
-    return basis, order, found, rest
+    axes = jnp.sum(jnp.where(alone[:, None], Q * Q, 0), axis=0) > 0.5
+    null = ~axes & ~known(column_lengths(P), size)
+    key = sort_key(jnp.where(axes, jnp.inf, rayleigh(Q, P)), null, size)
+    return _Start(Q, jnp.zeros([], bool), jnp.where((null | axes)[None], Q, P), key, ~null)
 
 
-def first_basis(A: Float[Array, "d d"], alone: Bool[Array, " d"]) -> tuple[Float[Array, "d d"], Bool[Array, ""]]:
-    """Eigenvectors by descending eigenvalue, but axes in the place of those of the smallest eigenvalue, if there are
-    several, and of coordinates that go with no other; and whether there was no such place.
+def _orthonormal(start: _Start, Q: Array, size: Array, first: Array | bool) -> tuple[Array, Array]:
+    """A QR of ``M``; where columns are lost, another, with what is left of Q's in their place.
 
-    Args:
-      A: symmetric, of entries around one.
-      alone: which coordinates go with no other, `apart(A)`.
-
-    >>> V, plain = first_basis(jnp.array([[1.0, 1.0], [1.0, 1.0]]), jnp.array([False, False]))
-    >>> print(jnp.abs(V).round(2), plain)
-    [[0.71 0.71]
-     [0.71 0.71]] True
+    At the first call, the latter are axes: as many as there are eigenvectors in doubt.
     """
-    d = len(A)
-    at, eye = jnp.arange(d), jnp.eye(d, dtype=bool)
-    mean = jnp.trace(A) / d
-    deviation = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(A)) / d - mean * mean, 0))
-    lowest = jnp.minimum(mean - deviation * (d - 1) ** 0.5, 0) - 1  # below all (Wolkowicz and Styan 1980)
-    values, V = jnp.linalg.eigh(jnp.where(eye & alone[None], -lowest, -A))
-    counted = values < -lowest - 0.5
-    least = jnp.min(-values, where=counted, initial=jnp.finfo(A.dtype).max)
-    largest = jnp.max(jnp.abs(values), where=counted, initial=0)
-    rank = jnp.sum(counted & known(-values, largest, least))
-    rank = jnp.where(rank == d - 1, d, rank)  # a single one is what the others leave
+    key, order = jax.lax.sort((start.key, jnp.arange(len(Q))), num_keys=1)
+    reflections = _reflections(_columns(start.M, order))
+    left = jnp.abs(diagonal(reflections[0].mT))
+    least = jnp.where(key == 1, LEFT, jnp.where(jnp.isinf(key), 0, UNKNOWN * jnp.finfo(Q.dtype).eps * size))
+    rank = jnp.where(first, jnp.where(left > INDEPENDENT, -left, 0), jnp.where(left < least, 1, 0))
+    rank, found_first = jax.lax.sort((rank, order), num_keys=1)
+    lost = jnp.where(first, ~start.found, rank > 0)
 
-    def with_axes() -> Array:
-        # The axes that are left are those that the columns of A without its smallest eigenvalue leave out.
-        rest = jnp.where(alone[None], 0, A - least * eye.astype(A.dtype))
-        order = jnp.argsort(-jnp.diagonal(rest) * (1 - TIE / d * at))
-        left = jnp.abs(jnp.diagonal(jnp.linalg.qr(_columns(rest, order)).R))
-        # Rounding in columns before, which may be close to dependent, leaves more than rounding of A.
-        found = (left >= jnp.sort(left)[::-1].at[rank - 1].get(mode="clip")) & (rank > 0)
-        found_first = jax.lax.sort((~found, order), num_keys=1)[1]
-        axes = (at[:, None] == found_first[None]).astype(A.dtype)
-        return jnp.linalg.qr(jnp.where((at < rank)[None], V, axes)).Q
+    def again() -> tuple[tuple[Array, Array], Array]:
+        others = jnp.where(first, start.basis, _columns(start.M, found_first))
+        return _reflections(jnp.where(lost[None], _columns(Q, found_first), others)), found_first
 
-    return branch(rank == d, lambda: V, with_axes), rank == d
+    reflections, order = branch(lost[-1], again, lambda: (reflections, order))
+    return jax.lax.linalg.householder_product(*reflections), order
+
+
+def _reflections(M: Array) -> tuple[Array, Array]:
+    """M's QR as LAPACK leaves it: R with reflections below, and their scales."""
+    H, τ = jnp.linalg.qr(M, mode="raw")
+    return H.mT, τ
 
 
 def project(
@@ -165,17 +160,17 @@ def column_lengths(P: Float[Array, "*batch d d"]) -> Float[Array, "*batch d"]:
     return jnp.sqrt(jnp.sum(jnp.square(P), axis=-2))
 
 
-def in_order(
-    values: Float[Array, "*batch d"], null: Bool[Array, "*batch d"], largest: Float[Array, "*batch"]
-) -> Int[Array, "*batch d"]:
-    """Columns by their `rayleigh` values, largest first; those that are rounding of the largest eigenvalue stay as they
-    were, and null ones come last.
+def sort_key(
+    values: Float[Array, "*batch d"], null: Bool[Array, "*batch d"], size: Float[Array, "*batch"]
+) -> Float[Array, "*batch d"]:
+    """What sorts columns by their `rayleigh` values, largest first; those that are rounding of a matrix of that size
+    stay as they were, and null ones come last.
 
-    >>> print(in_order(jnp.array([0.0, 1.0, 3.0]), jnp.array([True, False, False]), jnp.array(3.0)))
+    >>> print(jnp.argsort(sort_key(jnp.array([0.0, 1.0, 3.0]), jnp.array([True, False, False]), jnp.array(3.0))))
     [2 1 0]
     """
-    counted = jnp.where(known(values, largest[..., None]), values, 0)
-    return jnp.argsort(jnp.where(null, 1, -counted), axis=-1)
+    counted = jnp.where(known(values, size[..., None]), values, 0)
+    return jnp.where(null, 1, -counted)
 
 
 def off_diagonal_part(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> Float[Array, "*batch"]:
