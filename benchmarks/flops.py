@@ -15,7 +15,10 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 FACTORISATIONS = frozenset(
-    {"cholesky", "eig", "eigh", "householder_product", "lu", "qr", "schur", "svd", "triangular_solve", "tridiagonal"}
+    {
+        *("cholesky", "eig", "eigh", "geqrf", "householder_product", "lu", "qr", "schur", "svd"),
+        *("triangular_solve", "tridiagonal"),
+    }
 )
 
 

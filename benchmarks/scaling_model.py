@@ -90,11 +90,19 @@ def rates(products: Iterable[Product], calls: Iterable[str], median: Mapping[str
 
 
 def _factorisation(call: str) -> Run:
-    name, _, shape = call.partition(" ")
-    x = jax.random.normal(jax.random.key(0), ast.literal_eval(shape))
-    known = {"qr": lambda x: jnp.linalg.qr(x).Q, "eigh": jnp.linalg.eigh, "cholesky": jnp.linalg.cholesky}
-    run, operand = jax.jit(known[name]), x if name == "qr" else x @ x.mT
-    return lambda _: run(operand)
+    """One call, e.g. "eigh (384, 384)"; of several operands, the first tells the size."""
+    name, _, shapes = call.partition(" ")
+    x = jax.random.normal(jax.random.key(0), ast.literal_eval(shapes.split(", (")[0]))
+    H, τ = jnp.linalg.qr(x, mode="raw")
+    runs: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "geqrf": (lambda x: jnp.linalg.qr(x, mode="raw"), (x,)),
+        "householder_product": (jax.lax.linalg.householder_product, (H.mT, τ)),
+        "qr": (lambda x: jnp.linalg.qr(x).Q, (x,)),
+        "eigh": (jnp.linalg.eigh, (x @ x.mT,)),
+        "cholesky": (jnp.linalg.cholesky, (x @ x.mT,)),
+    }
+    run, operands = jax.jit(runs[name][0]), runs[name][1]
+    return lambda _: run(*operands)
 
 
 def _adding() -> Run:

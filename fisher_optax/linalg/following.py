@@ -62,7 +62,12 @@ def followed(
         basis, order = _orthonormal(start, Q, size, first)
         return basis, jnp.where(first, same, order)
 
-    basis, order = branch(settled, lambda: (start.basis, same), renewed)
+    if tolerance is None and first is not True:
+        # Only a first basis may be settled: one QR beside its eigenvectors is less than a conditional at every refresh.
+        basis, order = renewed()
+        basis = jnp.where(settled, start.basis, basis)
+    else:
+        basis, order = branch(settled, lambda: (start.basis, same), renewed)
     return jnp.where(jnp.isfinite(size), without_dust(basis, alone), jnp.nan), order
 
 
