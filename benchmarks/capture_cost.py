@@ -25,7 +25,18 @@ from benchmarks.capture_models import MODELS, Model
 from benchmarks.flops import count_matmul_flops
 from benchmarks.kfac_jax_step import NOTE, KfacJax
 from benchmarks.results import Column, read, result, spread, table
-from benchmarks.steps import PERIOD, RATE, WARM_UP, flops_between_refreshes, means, medians, ratio, slowest, where
+from benchmarks.steps import (
+    PERIOD,
+    RATE,
+    WARM_UP,
+    flops_between_refreshes,
+    flops_of_a_refresh,
+    means,
+    medians,
+    ratio,
+    slowest,
+    where,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,7 +160,7 @@ class Contender:
 
     def size(self) -> dict[str, Any]:
         """What is known of it beside its times; ``skipped`` counts steps that the optimizer did not carry out."""
-        between, most = flops_between_refreshes(self.flops), self.flops.most
+        between, most = flops_between_refreshes(self.flops), flops_of_a_refresh(self.flops)
         return {
             "mean_gflop": (between + (most - between) / PERIOD) / 1e9,
             "memory_mb": peak_bytes(self.program.run) / 1e6,

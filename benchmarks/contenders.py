@@ -13,7 +13,7 @@ from benchmarks import harness, peers
 from benchmarks.flops import count_matmul_flops
 from benchmarks.results import spread
 from benchmarks.soap_plain import scale_by_soap_plain
-from benchmarks.steps import PERIOD, RATE, flops_between_refreshes
+from benchmarks.steps import PERIOD, RATE, flops_between_refreshes, flops_of_a_refresh
 from benchmarks.trees import hidden
 
 DECAY = 0.01
@@ -136,7 +136,7 @@ class Contender:
         """Of the products, refreshes spread over all steps; None where a loop's length is not in the program."""
         if self.flops.unread_loops:
             return None
-        return self.between_flops + (self.flops.most - self.between_flops) / PERIOD
+        return self.between_flops + (flops_of_a_refresh(self.flops) - self.between_flops) / PERIOD
 
     def size(self) -> dict[str, Any]:
         """What is known of it beside its times."""

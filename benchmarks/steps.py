@@ -18,6 +18,12 @@ def flops_between_refreshes(count: FlopCount) -> int:
     return count.most if between is None else between
 
 
+def flops_of_a_refresh(count: FlopCount) -> int:
+    """The costliest step; where bases follow without an eigendecomposition, which is then the first one's, a later one."""
+    later = count.costliest(without=("eigh",))
+    return later.products if later is not None and later.factorisations else count.most
+
+
 def by_repeat(seconds: Sequence[float]) -> list[list[float]]:
     """Milliseconds, `PERIOD` steps a list: each holds every refresh once."""
     return [[1e3 * s for s in seconds[i : i + PERIOD]] for i in range(0, len(seconds), PERIOD)]
