@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 import fisher_optax as fo
 from benchmarks import harness, results
 from benchmarks.results import Column
-from fisher_optax.compression.masks import keep_largest
+from fisher_optax.compression.matrix.masks import keep_largest
 
 BLOCK, DAMPING = 128, 0.01
 SPARSEGPT, OBS, SHARES = (768, 3072), (512, 128), (0.5, 0.8)  # inputs x outputs, shares of weights that OBS removes

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import fisher_optax as fo
 from benchmarks import harness, results
 from benchmarks.results import Column
-from fisher_optax.types import Eigenpairs, Kronecker
+from fisher_optax.preconditioner.contracts import Eigenpairs, Kronecker
 
 SHAPE, DECAY, STEPS, EVERY = (8, 6), 0.95, 400, 10
 SAMPLES, SAMPLES_DECAY = (30, 100, 300, 1000, 3000), 0.999

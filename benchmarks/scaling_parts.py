@@ -16,7 +16,7 @@ from benchmarks.results import spread
 from benchmarks.scaling_model import Product, Run
 from benchmarks.steps import PERIOD, RATE
 from benchmarks.trees import Tree, make_params
-from fisher_optax.seam import MatrixState, PreconditionState
+from fisher_optax.preconditioner.transform import MatrixState, PreconditionState
 
 BLOCK = 128  # Shampoo's
 ORDINARY = 1  # calls before a step that neither starts nor refreshes anything

@@ -28,9 +28,9 @@ from jaxtyping import Array, Float
 from tqdm import tqdm
 
 import fisher_optax as fo
-from fisher_optax.fisher.approximations import approximate, dense
-from fisher_optax.fisher.comparison import Against, Comparison, compare
+from fisher_optax.fisher.operators.approximations import approximate, dense
 from fisher_optax.fisher.plots import matrices_plot
+from fisher_optax.fisher.spectra.comparison import Against, Comparison, compare
 from image_batches import evenly_spaced, scale_of, shuffled, standardize
 from images import Images, load_images
 from loop import Diverged, require_finite

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import fisher_optax as fo
 import train_gpt
-from fisher_optax.compression.masks import Pattern, as_sparsity, check_pattern
+from fisher_optax.compression.matrix.masks import Pattern, as_sparsity, check_pattern
 from loop import ending_with_a_message
 from models.gpt import GPT
 from options import make_parser, option, require

@@ -2,34 +2,36 @@
 
 from typing import Any as _Any
 
-from . import applications as applications
 from . import compression as compression
-from . import decompositions as decompositions
-from . import factors as factors
 from . import fisher as fisher
 from . import linalg as linalg
-from .accumulation import accumulate_statistics, all_reduce_statistics
-from .applications import in_eigenbasis
-from .axes import label_params
-from .bases import eigenbases
 from .capture import CaptureReport, InputGram, KroneckerFactors, LayerSamples, infer_axes, losses, value_and_grad
-from .decay import add_cautious_decay, add_decay_after_step
-from .grafting import graft
-from .hyperparameters import static_args as _static_args
+from .capture.accumulate import accumulate_statistics, all_reduce_statistics
 from .linalg import jordan, polar_express, you
-from .matrix_axes import MatrixAxes
+from .matrices.axes import MatrixAxes
+from .matrices.recording import Row
+from .matrices.resolve import label_params
 from .optimizers.dykaf import dykaf, scale_by_dykaf
 from .optimizers.frog import frog, kfrog, scale_by_frog, scale_by_kfrog
 from .optimizers.kfac import ekfac, kfac, scale_by_ekfac, scale_by_kfac
 from .optimizers.kfac_soap import kfac_soap, scale_by_kfac_soap
 from .optimizers.kl import kl_shampoo, kl_soap, scale_by_kl_shampoo, scale_by_kl_soap
-from .optimizers.muon import muon, scale_by_muon, scale_by_normuon
+from .optimizers.muon import muon, scale_by_muon
 from .optimizers.shampoo import scale_by_shampoo, shampoo
 from .optimizers.soap import scale_by_soap, soap
-from .precondition import precondition
-from .reporting import Report, Row, report
-from .states import Health, check_state, health
-from .warm_start import from_adam
+from .preconditioner import applications as applications
+from .preconditioner import decompositions as decompositions
+from .preconditioner import factors as factors
+from .preconditioner.applications import in_eigenbasis
+from .preconditioner.precondition import precondition
+from .states.eigenbases import eigenbases
+from .states.health import Health, check_state, health
+from .states.report import Report, report
+from .states.warm_start import from_adam
+from .transforms.decay import add_cautious_decay, add_decay_after_step
+from .transforms.grafting import graft
+from .transforms.hyperparameters import static_args as _static_args
+from .transforms.normuon import scale_by_normuon
 
 # What shapes the program and cannot be traced, for tools other than optax.inject_hyperparams: that needs no list.
 _FACTORIES = (
@@ -106,7 +108,7 @@ def __getattr__(name: str) -> _Any:
     # Flax is no dependency: it is imported when its TrainState is asked for.
     if name == "TrainState":
         try:
-            from .train_state import TrainState
+            from .states.train_state import TrainState
         except ImportError as error:
             raise ImportError("fo.TrainState extends Flax's: pip install 'fisher_optax[flax]'.") from error
         return TrainState

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fisher_optax.axes import resolve_axes
-from fisher_optax.matrix_axes import LeafAxes, MatrixAxes
+from fisher_optax.matrices.axes import LeafAxes, MatrixAxes
+from fisher_optax.matrices.resolve import resolve_axes
 
 Tree = dict[str, Any]
 

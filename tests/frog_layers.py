@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.types import Samples, Window
+from fisher_optax.statistics import Samples, Window
 from tests.reference.frog import frog_row, kfrog_row, patches
 
 METHODS = {"frog": (fo.frog, frog_row), "kfrog": (fo.kfrog, kfrog_row)}

@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fisher_optax as fo
-from fisher_optax.axes import resolve_axes
-from fisher_optax.layers import join, layers_of
-from fisher_optax.sharding import explicit_mesh
-from fisher_optax.trees import arrays
-from fisher_optax.types import LayerFactors, Samples
+from fisher_optax._sharding import explicit_mesh
+from fisher_optax.matrices.layers import join, layers_of
+from fisher_optax.matrices.resolve import resolve_axes
+from fisher_optax.matrices.trees import arrays
+from fisher_optax.statistics import LayerFactors, Samples
 
 
 def factors(G: jax.Array, basis: Any, bias: str | None) -> LayerFactors:

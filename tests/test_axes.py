@@ -11,8 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from fisher_optax.axes import label_params, resolve_axes
-from fisher_optax.matrix_axes import MatrixAxes
+from fisher_optax.matrices.axes import MatrixAxes
+from fisher_optax.matrices.resolve import label_params, resolve_axes
 from tests.axes_models import (
     ATTENTION,
     GPT,

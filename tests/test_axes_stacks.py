@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from fisher_optax.axes import resolve_axes
-from fisher_optax.matrix_axes import LeafAxes, MatrixAxes
+from fisher_optax.matrices.axes import LeafAxes, MatrixAxes
+from fisher_optax.matrices.resolve import resolve_axes
 from tests.axes_models import (
     GPT,
     Block,

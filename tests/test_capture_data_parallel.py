@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.types import Logits, Rows, Samples
+from fisher_optax.statistics import Logits, Rows, Samples
 from tests.capture_models import assert_near
 from tests.parallel_models import (
     BATCH,

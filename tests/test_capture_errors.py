@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fisher_optax import capture
-from fisher_optax.types import Eigenbasis
+from fisher_optax.preconditioner.contracts import Eigenbasis
 
 DIMENSIONS = ("NHC", "HIO", "NHC")
 W, X, Y = jnp.ones((3, 2)), jnp.ones((4, 3)), jnp.zeros((4, 2))

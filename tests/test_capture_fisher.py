@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fisher_optax import capture
-from fisher_optax.types import Eigenbasis
+from fisher_optax.preconditioner.contracts import Eigenbasis
 from tests.capture_models import assert_near, normal
 from tests.reference.curvature import fisher, gauss_newton, output_fisher, per_example_gradients, relative
 

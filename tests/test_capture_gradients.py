@@ -13,7 +13,7 @@ from flax import nnx
 from flax.core import freeze
 
 from fisher_optax import capture
-from fisher_optax.types import LayerFactors
+from fisher_optax.statistics import LayerFactors
 from tests.axes_models import GPT, Block, Twice
 from tests.capture_models import normal, params_of, plain_loss
 from tests.comparisons import assert_same_bits

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.compression import calibration
-from fisher_optax.compression.layers import find_layers
+from fisher_optax.compression.model import calibration
+from fisher_optax.compression.model.layers import find_layers
 from tests.comparisons import assert_same_bits
 from tests.compression_models import BATCHES, TOKENS, X, dense, mlp, moment, scanned
 from tests.reference.curvature import windows

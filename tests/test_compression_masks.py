@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.compression.masks import count, keep_largest
+from fisher_optax.compression.matrix.masks import count, keep_largest
 from tests.reference import pruning_scores as reference
 
 RNG = np.random.default_rng(0)

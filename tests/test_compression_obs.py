@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.compression.obs import solve
+from fisher_optax.compression.matrix.obs import solve
 from tests.reference import pruning as oracle
 
 M, N, DAMPING = 8, 5, 0.01

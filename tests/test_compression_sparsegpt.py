@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.compression.sparsegpt import Plan, _solve, solve
+from fisher_optax.compression.matrix.sparsegpt import Plan, _solve, solve
 from fisher_optax.linalg import inverse_cholesky
 from tests.reference import pruning as oracle
 

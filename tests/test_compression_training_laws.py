@@ -12,7 +12,7 @@ import orbax.checkpoint
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.compression.keeping import transformation
+from fisher_optax.compression.training.keeping import transformation
 from tests.comparisons import assert_finite, assert_same_bits, assert_updates_close, types
 from tests.optimizers_table import Compiled, Point, run
 

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 from matplotlib.figure import Figure
 
 import fisher_gallery
-from fisher_optax.fisher.approximations import METHODS
+from fisher_optax.fisher.operators.approximations import METHODS
 from images import load_images
 from tests.example_runs import flags, refusal
 from tests.test_example_image_parts import TINY, random_part, write_mnist

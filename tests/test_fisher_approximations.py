@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fisher_optax as fo
-from fisher_optax.fisher.approximations import METHODS, approximate
+from fisher_optax.fisher.operators.approximations import METHODS, approximate
 from tests.capture_models import unseen, watched
 from tests.reference import approximations as reference
 from tests.reference.curvature import factors, relative, windows

@@ -11,9 +11,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fisher_optax as fo
-from fisher_optax.fisher.capacity import block_spectra, effective_rank, participation_ratio
-from fisher_optax.fisher.operators import Operator, RowRule
-from fisher_optax.fisher.spectra import spectrum
+from fisher_optax.fisher.operators.operator import Operator, RowRule
+from fisher_optax.fisher.spectra.capacity import block_spectra, effective_rank, participation_ratio
+from fisher_optax.fisher.spectra.spectrum import spectrum
 
 RNG = np.random.default_rng(0)
 SPECTRA = np.stack([0.6 ** np.arange(50), np.pad([3.0, 2.0, 1.0], (0, 47)), -np.pad([3.0, 2.0, 1.0], (0, 47))])

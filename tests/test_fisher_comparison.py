@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.fisher import comparison
-from fisher_optax.fisher.comparison import Against, compare
+from fisher_optax.fisher.spectra import comparison
+from fisher_optax.fisher.spectra.comparison import Against, compare
 from tests.reference.approximations import measures
 
 

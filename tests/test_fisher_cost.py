@@ -10,8 +10,8 @@ import pytest
 import fisher_optax as fo
 from benchmarks.flops import count_matmul_flops
 from benchmarks.harness import nbytes
-from fisher_optax.fisher import diagonals
-from fisher_optax.fisher.squares import Labels
+from fisher_optax.fisher.diagonals import diagonal as diagonals
+from fisher_optax.fisher.diagonals.squares import Labels
 from models.gpt import GPT
 
 MICROBATCH = 4

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_optax.fisher.head import SoftmaxHead
+from fisher_optax.fisher.head.softmax import SoftmaxHead
 from tests.reference import softmax_head as reference
 from tests.reference.curvature import relative
 

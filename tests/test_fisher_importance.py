@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 import fisher_optax as fo
-from fisher_optax.fisher.groups import grouping
+from fisher_optax.fisher.diagonals.groups import grouping
 from tests.reference.diagonal import weighted
 
 

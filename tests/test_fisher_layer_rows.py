@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.fisher import approximations
-from fisher_optax.fisher.approximations import approximate, dense
+from fisher_optax.fisher.operators import approximations
+from fisher_optax.fisher.operators.approximations import approximate, dense
 from tests.reference.curvature import relative
 
 D = 12  # parameters of the embedding, the first leaf

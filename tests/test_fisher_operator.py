@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import fisher_optax as fo
-from fisher_optax.fisher import matrix
+from fisher_optax.fisher.operators import matrix
 from tests.reference.curvature import output_fisher, relative
 
 LOSSES = ("softmax_cross_entropy", "sigmoid_cross_entropy", "gaussian")

@@ -10,9 +10,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fisher_optax.fisher.capacity import BlockSpectrum
 from fisher_optax.fisher.plots import block_plot, density_plot, importance_plot, matrices_plot, spectrum_plot
-from fisher_optax.fisher.spectra import Density, Spectrum
+from fisher_optax.fisher.spectra.capacity import BlockSpectrum
+from fisher_optax.fisher.spectra.spectrum import Density, Spectrum
 
 λ = jnp.array([3.0, 1.0, 0.1, 0.0, -0.2])
 SPECTRUM = Spectrum(λ, jnp.eye(5), jnp.array([1e-7, 1e-7, 0.5, 1e-7, 0.5]))

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_optax.fisher.capacity import block_spectra
-from fisher_optax.fisher.operators import Operator
-from fisher_optax.fisher.spectra import Density, Spectrum, _quadrature, _smoothed, _spectrum, density, spectrum
+from fisher_optax.fisher.operators.operator import Operator
+from fisher_optax.fisher.spectra.capacity import block_spectra
+from fisher_optax.fisher.spectra.spectrum import Density, Spectrum, _quadrature, _smoothed, _spectrum, density, spectrum
 
 D = 50
 RNG = np.random.default_rng(0)

@@ -11,9 +11,9 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.applications.conjugate_gradient import frog_direction, kfrog_direction
 from fisher_optax.linalg import conjugate_gradient
-from fisher_optax.types import Samples
+from fisher_optax.preconditioner.applications.conjugate_gradient import frog_direction, kfrog_direction
+from fisher_optax.statistics import Samples
 from tests.frog_layers import (
     LAYERS,
     METHODS,

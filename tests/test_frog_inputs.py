@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.types import LayerFactors, Samples
+from fisher_optax.statistics import LayerFactors, Samples
 from tests.frog_layers import LAYERS, METHODS, direction, each_method, given, joined, rows_of, sampled, window
 from tests.reference.frog import Frog
 

@@ -11,8 +11,9 @@ import pytest
 import scipy.sparse.linalg
 
 import fisher_optax as fo
-from fisher_optax.applications import damped, eigenvalue_corrected
-from fisher_optax.types import Eigenpairs, LayerFactors, Rows
+from fisher_optax.preconditioner.applications import damped, eigenvalue_corrected
+from fisher_optax.preconditioner.contracts import Eigenpairs
+from fisher_optax.statistics import LayerFactors, Rows
 from tests.reference.kfac import Kfac, power
 from tests.reference.soap import Soap
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.types import Eigenpairs
+from fisher_optax.preconditioner.contracts import Eigenpairs
 from tests.reference.kl import KL
 from tests.test_soap import gradients, trajectory
 

@@ -8,8 +8,8 @@ import pytest
 import fisher_optax as fo
 from benchmarks import harness
 from fisher_optax import linalg
-from fisher_optax.factors import kronecker
-from fisher_optax.types import Kronecker
+from fisher_optax.preconditioner.contracts import Kronecker
+from fisher_optax.preconditioner.factors import kronecker
 
 SIZES = (3, 401)  # whole, and in blocks of unequal heights
 

@@ -7,14 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_optax.linalg import (
-    descending,
-    eigenbasis,
-    keep_last_good,
-    off_diagonality,
-    orthogonal_iteration,
-    project,
-)
+from fisher_optax.linalg import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration, project
 
 METHODS = ("qr", "cholesky")
 

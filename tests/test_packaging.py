@@ -50,7 +50,7 @@ def test_the_oldest_python_is_the_first_classifier() -> None:
 
 
 # Files that need more than the package does, loaded when they are used: the extra, and what it installs.
-OPTIONAL = {"train_state.py": ("flax", "flax"), "fisher/plots.py": ("plots", "matplotlib")}
+OPTIONAL = {"states/train_state.py": ("flax", "flax"), "fisher/plots.py": ("plots", "matplotlib")}
 
 
 def third_party(paths: Iterable[Path]) -> set[str]:

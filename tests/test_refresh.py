@@ -11,8 +11,8 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import fisher_optax as fo
-from fisher_optax.refresh import KEEP, REFRESH, START, who_is_due
-from fisher_optax.stacks import over_stack, repeat
+from fisher_optax.matrices.stacks import over_stack, repeat
+from fisher_optax.preconditioner.refresh import KEEP, REFRESH, START, who_is_due
 
 SHAPES = ((6, 18), (6, 6), (6, 24), (24, 6))
 PARAMS = {f"layer_{i}": {"kernel": jnp.zeros(shape)} for i, shape in enumerate(SHAPES * 3)}

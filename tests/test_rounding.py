@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.applications.rounding import counts
 from fisher_optax.linalg import eigenbasis, orthogonal_iteration
+from fisher_optax.preconditioner.applications.rounding import counts
 from tests.test_linalg_eigenbasis import assert_orthonormal, random_basis
 
 M, N, RANK = 12, 9, 3

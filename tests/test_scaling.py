@@ -19,7 +19,7 @@ from benchmarks.flops import FACTORISATIONS, FlopCount
 from benchmarks.scaling_model import Product, Rates, exponent
 from benchmarks.scaling_parts import METHODS, PERIOD, Contender, Method, apart, one_kernel, over_period
 from benchmarks.trees import random_like
-from fisher_optax.seam import MatrixState
+from fisher_optax.preconditioner.transform import MatrixState
 from tests.comparisons import assert_close
 
 WIDTH = 12

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.matrix_axes import path_names
+from fisher_optax.matrices.axes import path_names
 
 pytestmark = pytest.mark.usefixtures("x64")
 METHODS: dict[str, tuple[Any, Any]] = {

@@ -2,9 +2,9 @@
 
 from . import losses as losses
 from .gradients import value_and_grad
+from .kinds.kronecker import InputGram, KroneckerFactors
+from .kinds.samples import LayerSamples
 from .report import CaptureReport, CaptureRow, capture_report, infer_axes
-from .samples import LayerSamples
-from .statistics import InputGram, KroneckerFactors
 
 __all__ = [
     "CaptureReport",

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..matrix_axes import path_names
-from .leaves import LeafPlan, in_product_order
+from ..matrices.axes import path_names
+from .program.leaves import LeafPlan, in_product_order
 
 
 def bases_of(bases: Any, watched: list[LeafPlan], kind: Any) -> list[Any]:

@@ -15,9 +15,9 @@ from typing import Any
 
 from jax.extend.core import Literal
 
-from .jaxprs import Program, varying
-from .leaves import LeafPlan
-from .tracing import Plan
+from .program.jaxprs import Program, varying
+from .program.leaves import LeafPlan
+from .program.walk import Plan
 
 Split = tuple[tuple[str, int], ...]  # axes of a mesh and their sizes
 

@@ -7,21 +7,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..matrix_axes import path_names
-from ..sharding import on_mesh
-from ..trees import shapes
-from ..types import LayerFactors, Samples
-from . import jaxprs, losses
+from .._sharding import on_mesh
+from ..matrices.axes import path_names
+from ..matrices.trees import shapes
+from ..statistics import LayerFactors, Samples
+from . import losses
 from .bases import bases_of
 from .devices import check_devices, check_normalizer, check_weighing
-from .evaluation import Watch, run, zeros
 from .heads import marked_heads, tokens_of
-from .leaves import LeafPlan, leaf_plans
+from .kinds.kronecker import KroneckerFactors
+from .kinds.sums import check_counts
 from .marked import Counted, losses_in
-from .statistics import KroneckerFactors
-from .sums import check_counts
-from .tracing import Plan, Uses, walk
-from .views import whole
+from .program import jaxprs
+from .program.leaves import LeafPlan, leaf_plans
+from .program.views import whole
+from .program.walk import Plan, Uses, walk
+from .taps import Watch, run, zeros
 
 FISHERS = ("empirical", "mc", "true")
 SEEN_AGAIN = ("left", "count", "inputs")  # what each backward pass sums up anew

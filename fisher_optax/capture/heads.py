@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..sharding import automatic, in_scope
-from ..types import Logits
+from .._sharding import automatic, in_scope
+from ..statistics import Logits
 from .devices import devices_along
-from .jaxprs import split_over, varying
-from .leaves import LeafPlan
+from .kinds.rows import picked
 from .losses import example_weights
-from .rows import picked
+from .program.jaxprs import split_over, varying
+from .program.leaves import LeafPlan
 
 
 def marked_heads(watched: list[LeafPlan], kind: Any) -> list[LeafPlan]:

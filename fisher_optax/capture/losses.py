@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..sharding import automatic
-from .jaxprs import varying, varying_as
-from .tracing import LOSS
+from .._sharding import automatic
+from .program.jaxprs import varying, varying_as
+from .program.walk import LOSS
 
 
 class Distribution(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Literal
 
-from ..sharding import in_scope
-from . import jaxprs
+from .._sharding import in_scope
 from .devices import counted_over
 from .losses import total
-from .tracing import Plan
+from .program import jaxprs
+from .program.walk import Plan
 
 
 class Counted(NamedTuple):

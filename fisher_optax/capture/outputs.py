@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import jaxprs
 from .devices import check_devices, counted_over
 from .gradients import Traced, trace
+from .kinds.kronecker import KroneckerFactors
 from .losses import DISTRIBUTIONS, Distribution, example_weights, total
 from .marked import losses_in
-from .statistics import KroneckerFactors
-from .tracing import Plan
+from .program import jaxprs
+from .program.walk import Plan
 
 
 @functools.partial(

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ..matrix_axes import MatrixAxes
-from ..tables import table
+from .._tables import table
+from ..matrices.axes import MatrixAxes
 from .gradients import checked_kind, trace, value_and_grad
-from .statistics import KroneckerFactors
+from .kinds.kronecker import KroneckerFactors
 
 
 class CaptureRow(NamedTuple):

@@ -1,21 +1,21 @@
 """Prune, merge and trim models with the Fisher's help."""
 
-from .gradual import gradual
-from .keeping import keep_masks
-from .masks import global_masks, mask
-from .merging import Merged, merge
-from .methods import register
-from .movement import movement, movement_masks
-from .obert import block_moments, obert, obert_scores, obert_step
-from .obs import obs
-from .owl import outlier_share, owl
-from .pruned import Pruned, output_error
-from .pruning import PrunedModel, prune
-from .reports import PrunedLayer, PruningReport
-from .scores import fisher, fisher_scores, magnitude, magnitude_scores, wanda, wanda_scores
-from .sparsegpt import sparsegpt
-from .targets import cubic_schedule
-from .task_vectors import add_task_vectors, dare, task_vector, ties
+from .matrix.masks import global_masks, mask
+from .matrix.obert import block_moments, obert, obert_scores, obert_step
+from .matrix.obs import obs
+from .matrix.pruned import Pruned, output_error
+from .matrix.scores import fisher, fisher_scores, magnitude, magnitude_scores, wanda, wanda_scores
+from .matrix.sparsegpt import sparsegpt
+from .merging.merge import Merged, merge
+from .merging.task_vectors import add_task_vectors, dare, task_vector, ties
+from .model.methods import register
+from .model.owl import outlier_share, owl
+from .model.pruning import PrunedModel, prune
+from .model.reports import PrunedLayer, PruningReport
+from .training.gradual import gradual
+from .training.keeping import keep_masks
+from .training.movement import movement, movement_masks
+from .training.targets import cubic_schedule
 from .vocabulary import Trimmed, removal_bias, removal_loss_change, remove_tokens, tokens_to_remove
 
 __all__ = [

@@ -14,11 +14,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from ..axes import resolve_axes
 from ..capture.losses import example_weights, total
 from ..fisher import DiagonalFisher
-from ..matrix_axes import LeafAxes, path_names
-from .checking import require_finite
+from ..matrices.axes import LeafAxes, path_names
+from ..matrices.resolve import resolve_axes
+from .matrix.checking import require_finite
 
 
 class Trimmed(NamedTuple):

@@ -2,18 +2,18 @@
 
 from . import geometry as geometry
 from . import plots as plots
-from .approximations import approximate, dense
-from .capacity import BlockSpectrum, block_spectra, effective_rank, participation_ratio
-from .comparison import Comparison, compare
-from .diagonal_fisher import DiagonalFisher
-from .diagonals import diagonal
-from .empirical_head import EmpiricalHead
-from .head import HeadSolution, SoftmaxHead
-from .importance import ImportanceShift, ewc_penalty, importance_shift
-from .matrix import operator
-from .operators import Operator
-from .snapshots import to_device, to_host
-from .spectra import Density, Spectrum, density, spectrum
+from .diagonals.diagonal import diagonal
+from .diagonals.diagonal_fisher import DiagonalFisher
+from .diagonals.importance import ImportanceShift, ewc_penalty, importance_shift
+from .diagonals.snapshots import to_device, to_host
+from .head.empirical import EmpiricalHead
+from .head.softmax import HeadSolution, SoftmaxHead
+from .operators.approximations import approximate, dense
+from .operators.matrix import operator
+from .operators.operator import Operator
+from .spectra.capacity import BlockSpectrum, block_spectra, effective_rank, participation_ratio
+from .spectra.comparison import Comparison, compare
+from .spectra.spectrum import Density, Spectrum, density, spectrum
 
 __all__ = [
     "BlockSpectrum",

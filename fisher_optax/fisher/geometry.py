@@ -31,9 +31,9 @@ from jax.lax import Precision
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from ..checks import in_range
+from .._checks import in_range
 from .log_density import information, promoted, score, statistic_information
-from .operators import Operator
+from .operators.operator import Operator
 
 __all__ = [
     "cramer_rao_bound",

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from .capacity import BlockSpectrum
-from .spectra import Density, Spectrum
+from .spectra.capacity import BlockSpectrum
+from .spectra.spectrum import Density, Spectrum
 
 # Side of the largest picture of a matrix.
 PIXELS = 600

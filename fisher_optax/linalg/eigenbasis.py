@@ -8,15 +8,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
 from .completion import known
-from .following import (
-    at_least_float32,
-    column_lengths,
-    followed,
-    off_diagonal_part,
-    project,
-    rayleigh,
-    sort_key,
-)
+from .following import at_least_float32, column_lengths, followed, off_diagonal_part, project, rayleigh, sort_key
 from .lapack import one_by_one
 from .scaling import unit_scale
 

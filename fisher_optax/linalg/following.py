@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
-from ..branching import branch
+from .._xla import branch
 from .completion import UNKNOWN, apart, diagonal, known, without_dust
 from .scaling import unit_scale
 

@@ -10,15 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from .polynomials import Polynomial, as_polynomial, polar_express
-from .products import (
-    Products,
-    Symmetric,
-    add_identity,
-    combine,
-    row_sizes,
-    symmetric_flops,
-    trace,
-)
+from .products import Products, Symmetric, add_identity, combine, row_sizes, symmetric_flops, trace
 from .scaling import inverse_root, unit_frobenius, unit_scale
 
 # How far rounding may carry an eigenvalue of R before a Gram iteration restarts: less than the polynomials' own ripple.

@@ -13,10 +13,10 @@ from typing import Any
 
 import optax
 
-from ..applications import rank1_adam
-from ..factors import projector_splitting
-from ..hyperparameters import injectable, takes
-from ..seam import Seam
+from ..preconditioner.applications import rank1_adam
+from ..preconditioner.factors import projector_splitting
+from ..preconditioner.transform import Seam
+from ..transforms.hyperparameters import injectable, takes
 from .soap import complete, direction, scale_by_soap, soap, soap_seam
 
 

@@ -16,17 +16,23 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ..applications.conjugate_gradient import Solve, check_samples, frog_direction, in_stack, kfrog_direction
-from ..checks import at, in_range
-from ..curvature import HOW, KINDS, on_layers
-from ..decay import Mask, decayed_weights
-from ..guard import guarded
-from ..hyperparameters import injectable
-from ..layers import Layer
-from ..momentum import MomentumState
-from ..momentum import momentum as weighted_mean
-from ..routing import by_layers
-from ..types import Samples
+from .._checks import at, in_range
+from ..capture.to_optimizer import HOW, KINDS, on_layers
+from ..matrices.layers import Layer
+from ..preconditioner.applications.conjugate_gradient import (
+    Solve,
+    check_samples,
+    frog_direction,
+    in_stack,
+    kfrog_direction,
+)
+from ..statistics import Samples
+from ..transforms.decay import Mask, decayed_weights
+from ..transforms.fallback import by_layers
+from ..transforms.hyperparameters import injectable
+from ..transforms.momentum import MomentumState
+from ..transforms.momentum import momentum as weighted_mean
+from ..transforms.skip_nonfinite import guarded
 
 SOLVES: dict[str, Solve] = {"frog": frog_direction, "kfrog": kfrog_direction}
 LAYERS = ("matrix",)  # the author leaves the last classifier out

@@ -16,23 +16,24 @@ from typing import Any
 
 import optax
 
-from ..applications import damped, eigenvalue_corrected
-from ..checks import in_range
-from ..curvature import layer_axes, on_layers, same_shapes, whole_sides
-from ..decay import Mask, decayed_weights
-from ..decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
-from ..factors import kronecker, tikhonov
-from ..grafting import graft_on, magnitude_of
-from ..guard import guarded
-from ..hyperparameters import injectable, scheduled, takes
-from ..layers import Layer
-from ..momentum import held_trace
-from ..precondition import seam
-from ..routing import by_layers
-from ..seam import Seam
-from ..types import LayerFactors
-from .clipping import once_seen
-from .softmax_head import apart, check_head, describing, for_heads, is_head
+from .._checks import in_range
+from ..capture.to_optimizer import layer_axes, on_layers
+from ..matrices.layers import Layer
+from ..preconditioner.applications import damped, eigenvalue_corrected
+from ..preconditioner.decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
+from ..preconditioner.factors import kronecker, tikhonov
+from ..preconditioner.precondition import seam
+from ..preconditioner.transform import Seam
+from ..statistics import LayerFactors
+from ..transforms.decay import Mask, decayed_weights
+from ..transforms.fallback import by_layers
+from ..transforms.grafting import graft_on, magnitude_of
+from ..transforms.hyperparameters import injectable, scheduled, takes
+from ..transforms.kl_clip import once_seen
+from ..transforms.momentum import held_trace
+from ..transforms.skip_nonfinite import guarded
+from ._sides import same_shapes, whole_sides
+from .kfac_head import apart, check_head, describing, for_heads, is_head
 
 KINDS = ("matrix", "head")
 DECOMPOSITIONS = ("eigh", "qr", "inverse")
@@ -131,7 +132,7 @@ def kfac(
       head: how the right side of the layer named head, lm_head or logits is treated. None: as any other's. "true": it
         is the softmax's own Fisher, exact for ``rank`` tokens, whatever labels the others' statistics are of, and every
         word is in it; "empirical": that of the data's labels. Both are solved, never formed, for any vocabulary, with
-        exponent -1 and factored damping (`softmax_head`), and need ``fo.KroneckerFactors(head_rows=rank)``.
+        exponent -1 and factored damping (`kfac_head`), and need ``fo.KroneckerFactors(head_rows=rank)``.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without

@@ -10,14 +10,15 @@ from typing import Any
 
 import optax
 
-from ..curvature import layer_axes, on_layers, same_shapes
-from ..factors import kronecker
-from ..hyperparameters import injectable, takes
-from ..layers import Layer
-from ..routing import by_layers
-from ..seam import Seam
-from ..types import LayerFactors
+from ..capture.to_optimizer import layer_axes, on_layers
+from ..matrices.layers import Layer
+from ..preconditioner.factors import kronecker
+from ..preconditioner.transform import Seam
+from ..statistics import LayerFactors
+from ..transforms.fallback import by_layers
+from ..transforms.hyperparameters import injectable, takes
 from . import soap as soap_parts
+from ._sides import same_shapes
 
 
 @injectable

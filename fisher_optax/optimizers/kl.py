@@ -13,10 +13,10 @@ from typing import Any
 
 import optax
 
-from ..applications import inverse_root_of_eigenvalues
-from ..factors import kullback_leibler
-from ..hyperparameters import injectable, takes
-from ..seam import Seam
+from ..preconditioner.applications import inverse_root_of_eigenvalues
+from ..preconditioner.factors import kullback_leibler
+from ..preconditioner.transform import Seam
+from ..transforms.hyperparameters import injectable, takes
 from .soap import complete, direction, scale_by_soap, soap, soap_seam
 
 BETAS = {"b1": 0.9, "b2": 0.98}  # the authors'

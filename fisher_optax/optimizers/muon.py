@@ -8,25 +8,21 @@ Moonlight's scale from Liu et al. 2025 (arXiv 2502.16982),
 the default polynomials from Amsel et al. 2025 (arXiv 2505.16932), Gram iterations from Zhang et al. 2026.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
 
-from ..applications import orthogonal
-from ..axes import resolve_axes
-from ..checks import in_range
-from ..decay import Mask, decayed_weights
-from ..guard import guarded
-from ..hyperparameters import injectable, scheduled
-from ..matrices import from_matrices, matrix_shapes, to_matrices
-from ..momentum import with_momentum
-from ..precondition import seam
-from ..routing import Build, by_axes, is_matrix
-from ..seam import Seam
+from .._checks import in_range
+from ..matrices.resolve import resolve_axes
+from ..preconditioner.applications import orthogonal
+from ..preconditioner.precondition import seam
+from ..preconditioner.transform import Seam
+from ..transforms.decay import Mask, decayed_weights
+from ..transforms.fallback import Build, by_axes, is_matrix
+from ..transforms.hyperparameters import injectable
+from ..transforms.momentum import with_momentum
+from ..transforms.skip_nonfinite import guarded
 
 KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
 DTYPES = jnp.inexact  # of the matrices that `axes` may name: a complex one has a polar factor too, a unitary one
@@ -138,69 +134,3 @@ def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, pol
         lambda tree: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(tree, axes, DTYPES)],
         in_place=True,
     )
-
-
-class NorMuonState(NamedTuple):
-    """State of `scale_by_normuon`: for each matrix leaf, the mean square of every output neuron's update."""
-
-    nu: Any
-
-
-@injectable
-def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> optax.GradientTransformationExtraArgs:
-    """NorMuon's second half, after `scale_by_muon`: give every output neuron an update of like size.
-
-        v ← b2 v + (1-b2) mean_in(O²);   O' = O / (sqrt(v) + eps);   U = O' |O| / |O'|
-
-    Args:
-      b2: decay of v, number or schedule.
-      eps: against division by zero, in units of O; number or schedule.
-      axes: as in `muon`.
-
-    Source: Li et al. 2025 (arXiv 2510.05491), Algorithm 1.
-
-    Example:
-      >>> import optax, fisher_optax as fo
-      >>> tx = optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), optax.scale_by_learning_rate(1e-2))
-    """
-    in_range("b2", b2, 0, 1)
-    in_range("eps", eps, 0)
-
-    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        return scheduled(functools.partial(_per_neuron, leaf_axes), b2=b2, eps=eps)
-
-    return guarded(by_axes("normuon", build, optax.identity(), axes=axes, kinds=KINDS, dtypes=DTYPES))
-
-
-def _per_neuron(leaf_axes: list[Any], b2: Any, eps: Any) -> optax.GradientTransformation:
-    """`scale_by_normuon` on leaves of given axes."""
-
-    def matrix(x: Array, a: Any) -> Array:
-        return to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a)[0]
-
-    def init(params: Any) -> NorMuonState:
-        leaves, treedef = jax.tree.flatten(params)
-        shapes = [matrix_shapes(x.shape, a)[0] for x, a in zip(leaves, leaf_axes, strict=True)]
-        nu = [
-            jnp.zeros((*s[:-2], 1, s[-1]), jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
-            for s, x in zip(shapes, leaves, strict=True)
-        ]
-        return NorMuonState(treedef.unflatten(nu))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, NorMuonState]:
-        del params
-        leaves, treedef = jax.tree.flatten(updates)
-        out, nu = [], []
-        for x, v, a in zip(leaves, treedef.flatten_up_to(state.nu), leaf_axes, strict=True):
-            O = matrix(x, a)
-            nu.append((b2 * v + (1 - b2) * jnp.mean((O * O.conj()).real, -2, keepdims=True)).astype(v.dtype))
-            scaled = O / (jnp.sqrt(nu[-1]) + eps)
-            size, new_size = (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) for y in (O, scaled))
-            out.append(
-                from_matrices(
-                    (jnp.where(new_size > 0, scaled * size / jnp.where(new_size > 0, new_size, 1), 0),), x.shape, a
-                )
-            )
-        return treedef.unflatten(out), NorMuonState(treedef.unflatten(nu))
-
-    return optax.GradientTransformation(init, update)

@@ -13,18 +13,18 @@ from typing import Any
 
 import optax
 
-from ..applications import power
-from ..checks import in_range
-from ..decay import Mask, decayed_weights
-from ..decompositions import inverse_root
-from ..factors import outer_product
-from ..grafting import graft_on, magnitude_of
-from ..guard import guarded
-from ..hyperparameters import injectable, scheduled
-from ..momentum import trace
-from ..precondition import seam
-from ..routing import Build, by_axes
-from ..seam import Seam
+from .._checks import in_range
+from ..preconditioner.applications import power
+from ..preconditioner.decompositions import inverse_root
+from ..preconditioner.factors import outer_product
+from ..preconditioner.precondition import seam
+from ..preconditioner.transform import Seam
+from ..transforms.decay import Mask, decayed_weights
+from ..transforms.fallback import Build, by_axes
+from ..transforms.grafting import graft_on, magnitude_of
+from ..transforms.hyperparameters import injectable, scheduled
+from ..transforms.momentum import trace
+from ..transforms.skip_nonfinite import guarded
 
 KINDS = ("matrix", "head")
 

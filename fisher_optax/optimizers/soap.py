@@ -15,17 +15,18 @@ from typing import Any
 
 import optax
 
-from ..applications import adam, in_eigenbasis
-from ..checks import in_range
-from ..decay import Mask, decay_after_step, decayed_weights
-from ..decompositions import eigh, orthogonal_iteration, with_eigenvalues
-from ..factors import outer_product
-from ..guard import guarded
-from ..hyperparameters import injectable, scheduled
-from ..precondition import seam
-from ..routing import by_axes, skip_first_call
-from ..seam import Seam
-from ..types import Application, FactorRule
+from .._checks import in_range
+from ..preconditioner.applications import adam, in_eigenbasis
+from ..preconditioner.contracts import Application, FactorRule
+from ..preconditioner.decompositions import eigh, orthogonal_iteration, with_eigenvalues
+from ..preconditioner.factors import outer_product
+from ..preconditioner.precondition import seam
+from ..preconditioner.transform import Seam
+from ..transforms.decay import Mask, decay_after_step, decayed_weights
+from ..transforms.fallback import by_axes
+from ..transforms.first_step import skip_first_call
+from ..transforms.hyperparameters import injectable, scheduled
+from ..transforms.skip_nonfinite import guarded
 
 KINDS = ("matrix", "head")
 DECOMPOSITIONS = {

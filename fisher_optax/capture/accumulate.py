@@ -1,0 +1,145 @@
+"""Statistics of several micro-batches, or devices, as if they had been one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..matrices.axes import path_names
+from ..statistics import Logits, Rows, Samples
+from .to_optimizer import is_statistics
+
+
+def accumulate_statistics(so_far: Any, new: Any) -> Any:
+    """The statistics of both batches together: means weighted by the number of positions behind each.
+
+    `optax.MultiSteps` hands on only the last micro-batch's extra arguments, so gather the others' here and pass the
+    result with the last one. Rows and samples, which stand for the whole, are those of both, one after the other.
+    ``right`` and ``squares`` are the whole batch's where what each loss was divided by is in proportion to its
+    positions, as for padded tokens; not under other weights than 0 and 1, nor a ``mask`` of sequences with one loss.
+
+    Args:
+      so_far: statistics of the earlier micro-batches; None: there were none, and the result is ``new`` itself.
+      new: of the next, with equal structure. None: nothing is added, and the result is ``so_far`` itself.
+
+    Raises:
+      ValueError: where the two differ in structure.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> loss = lambda p, x: fo.losses.gaussian(x @ p["w"], jnp.zeros((len(x), 2)))
+      >>> params, total = {"w": jnp.ones((3, 2))}, None
+      >>> for x in (jnp.ones((4, 3)), 2 * jnp.ones((4, 3))):
+      ...     value, grads, stats = fo.value_and_grad(loss)(params, x)
+      ...     total = fo.accumulate_statistics(total, stats)
+      >>> float(total["w"].left[0, 0]), float(total["w"].weight)
+      (2.5, 8.0)
+    """
+    if so_far is None or new is None:
+        return new if so_far is None else so_far
+    structures = [jax.tree.structure(tree, is_leaf=is_statistics) for tree in (so_far, new)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"accumulate_statistics: the two trees differ: {structures[0]} and {structures[1]}. Take both from "
+            "the same fo.value_and_grad."
+        )
+    return jax.tree.map_with_path(_both, so_far, new, is_leaf=is_statistics)
+
+
+def all_reduce_statistics(statistics: Any, axis: Any) -> Any:
+    """The statistics of all devices along a mapped axis together, from each device's own.
+
+    Means weighted by the number of positions behind each; rows, samples and logits of all devices, one after the other,
+    which an average would mix. It is for statistics that differ between devices: from `jax.pmap`, a `jax.shard_map`
+    with ``check_vma=False``, or parameters that vary. Where the loss is averaged inside a `jax.shard_map`,
+    `value_and_grad` has done it, and whatever losses are divided by; here ``right`` and ``squares`` are the
+    whole batch's where that is in proportion to positions, as in `accumulate_statistics`.
+
+    Args:
+      statistics: from `value_and_grad`, on each device. None and other leaves stay as they are.
+      axis: its name, or several; of a `jax.pmap`, `jax.vmap` or `jax.shard_map` around the call.
+
+    Raises:
+      NameError: from JAX, outside of any such axis.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, fisher_optax as fo
+      >>> grad_fn = fo.value_and_grad(lambda W, x: fo.losses.gaussian(x @ W, jnp.zeros((len(x), 2))))
+      >>> def of_device(x):
+      ...     return fo.all_reduce_statistics(grad_fn(jnp.ones((3, 2)), x)[2], "data")
+      >>> all_of_them = jax.vmap(of_device, axis_name="data")(jnp.stack([jnp.ones((4, 3)), 2 * jnp.ones((4, 3))]))
+      >>> all_of_them.left[:, 0, 0].tolist(), all_of_them.weight.tolist()
+      ([2.5, 2.5], [8.0, 8.0])
+    """
+
+    def of_all(x: Any) -> Any:
+        total = jax.lax.psum(x.weight, axis)
+        gather = lambda rows, place: _gathered(rows, axis, place)  # noqa: E731
+        if isinstance(x, Samples):
+            place = _sample_axis(x)
+            inputs, gradients = gather(x.inputs, place), gather(x.gradients, place)
+            return dataclasses.replace(x, inputs=inputs, gradients=gradients, weight=total)
+        share = x.weight / jnp.where(total == 0, 1, total)
+
+        def mean(side: Any) -> Any:
+            if isinstance(side, Logits):
+                return jax.tree.map(lambda y: gather(y, 0), _shared(side, share))
+            if isinstance(side, Rows):
+                return Rows(gather(side.rows * share**0.5, -2))
+            return None if side is None else jax.lax.psum(share * side, axis)
+
+        means = {side: mean(getattr(x, side)) for side in ("left", "right", "squares")}
+        return dataclasses.replace(x, **means, weight=total)
+
+    return jax.tree.map(lambda x: of_all(x) if is_statistics(x) else x, statistics, is_leaf=is_statistics)
+
+
+def _gathered(x: Any, axis: Any, place: int) -> Any:
+    """All devices' arrays one after the other along axis ``place``: as a sum, which is known to be the same on all."""
+    x = jnp.moveaxis(x, place, 0)
+    room = jnp.zeros((jax.lax.axis_size(axis), *x.shape), x.dtype)
+    x = jax.lax.psum(room.at[jax.lax.axis_index(axis)].set(x), axis)
+    return jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 0, place)
+
+
+def _both(path: Any, a: Any, b: Any) -> Any:
+    kinds = [jax.tree.structure(x) for x in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"accumulate_statistics: those of {'/'.join(path_names(path))!r} differ: {kinds[0]} and {kinds[1]}. Take "
+            "both from the same fo.value_and_grad."
+        )
+    total = a.weight + b.weight
+    share_b = b.weight / jnp.where(total == 0, 1, total)
+    share_a = 1 - share_b
+    if isinstance(a, Samples):
+        inputs, gradients = _joined(a.inputs, b.inputs, a), _joined(a.gradients, b.gradients, a)
+        return dataclasses.replace(a, inputs=inputs, gradients=gradients, weight=total)
+
+    def mean(x: Any, y: Any) -> Any:
+        if x is None:
+            return None
+        if isinstance(x, Logits):
+            return jax.tree.map(lambda *pair: jnp.concatenate(pair), _shared(x, share_a), _shared(y, share_b))
+        if isinstance(x, Rows):
+            return Rows(jnp.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
+        return share_a * x + share_b * y
+
+    means = {side: mean(getattr(a, side), getattr(b, side)) for side in ("left", "right", "squares")}
+    return dataclasses.replace(a, **means, weight=total)
+
+
+def _shared(tokens: Logits, share: Any) -> Logits:
+    """Tokens whose weights add up to their share of all."""
+    total = tokens.weights.sum()
+    return tokens._replace(weights=share * tokens.weights / jnp.where(total == 0, 1, total))
+
+
+def _joined(x: Any, y: Any, samples: Samples) -> Any:
+    return jnp.concatenate([x, y], _sample_axis(samples))
+
+
+def _sample_axis(samples: Samples) -> int:
+    """Which axis counts examples."""
+    return -2 if samples.window is None else -2 - len(samples.window.shape)

@@ -1,0 +1,1 @@
+"""The kinds of statistics that capture sums up."""

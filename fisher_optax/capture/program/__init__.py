@@ -1,0 +1,1 @@
+"""The traced program of a loss: where each parameter is used, and how."""

@@ -1,0 +1,161 @@
+"""How statistics of layers reach an optimizer: the extra argument ``statistics`` of `update`, matched by path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import tree_flatten_with_path
+
+from ..matrices.axes import MatrixAxes, path_names
+from ..matrices.layers import Layer, join, shapes, split
+from ..statistics import LayerFactors, LayerStatistics, Rows, Samples
+
+HOW = (
+    "get them from `value, grads, stats = fo.value_and_grad(loss_fn, statistics=fo.{kind}(...))(params, batch)` "
+    "and pass `tx.update(grads, state, params, statistics=stats)`"
+)
+KINDS = {LayerFactors: "KroneckerFactors", Samples: "LayerSamples"}
+REMEDY = (
+    "make the optimizer follow the program: give it (and fo.eigenbases, for fo.ekfac) axes=fo.infer_axes(loss_fn, "
+    "params, batch, statistics=fo.{kind}(...)), and start its state anew; what has no such statistics is then left to "
+    "the fallback, and a head is a matrix, unless None is put there; fo.report with the same arguments says why"
+)
+
+
+def on_layers(
+    inner: optax.GradientTransformationExtraArgs,
+    layers: list[Layer],
+    *,
+    method: str,
+    wants: type[LayerStatistics],
+    check: Callable[[Layer, Any, tuple[int, ...]], None] = lambda layer, statistics, shape: None,
+    check_shape: Callable[[Layer, tuple[int, ...]], None] = lambda layer, shape: None,
+) -> optax.GradientTransformationExtraArgs:
+    """``inner`` on the joined matrices of a tree of layers, with each one's statistics in the same order.
+
+    ``inner.update(matrices, state, params, statistics=[...])`` gets lists, or None for statistics.
+    """
+    for layer in layers:
+        _require_order(layer, method)
+
+    def init(params: Any) -> Any:
+        # Without layers, `optax.tree.map_params` asks with a placeholder where the parameters would be.
+        if not layers:
+            return inner.init(params)
+        described: Any = shapes(layers, jax.tree.leaves(params))
+        for layer, x in zip(layers, described, strict=True):
+            check_shape(layer, x.shape)
+        return inner.init(described)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(updates)
+        if not layers:
+            return updates, state
+        mine = _aligned(extra, layers, method, wants)
+        for layer, statistics in zip(layers, mine or (), strict=mine is not None):
+            _require_axes(layer, statistics, leaves[layer.kernel].shape, method)
+        if mine is not None and wants is LayerFactors:
+            mine = [_with_bias(s, layer) for s, layer in zip(mine, layers, strict=True)]
+        extra["statistics"] = mine
+        for layer, statistics in zip(layers, mine or (), strict=mine is not None):
+            check(layer, statistics, layer.shape(leaves))
+        weights = None if params is None else join(layers, treedef.flatten_up_to(params))
+        moved: Any = inner.update(join(layers, leaves), state, weights, **extra)
+        out, state = moved
+        return treedef.unflatten(split(layers, out, leaves)), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: type) -> list[Any] | None:
+    """The statistics of each layer, in order; None where the caller gave None.
+
+    Raises:
+      TypeError: for none at all, or of another kind.
+      ValueError: where a layer has none.
+    """
+    how = HOW.format(kind=KINDS[wants])
+    if "statistics" not in extra:
+        none = "; statistics=None means no new curvature" if wants is LayerFactors else ""
+        raise TypeError(
+            f"fo.{method}: update needs statistics=: {how}{none}. A wrapper has to hand them on, "
+            "as optax.chain, MultiSteps and most others do; optax.contrib.sam and optax.lookahead do not."
+        )
+    if extra["statistics"] is None:
+        return None
+    found = by_path(extra["statistics"])
+    if missing := [layer.path for layer in layers if found.get(layer.path) is None]:
+        have = ", ".join(map(repr, found)) or "nothing"
+        raise ValueError(
+            f"fo.{method}: no statistics for {missing[0]!r} ({len(missing)} of {len(layers)} layers lack them; there "
+            f"are some for {have}). If the tree is right, {REMEDY.format(kind=KINDS[wants])}."
+        )
+    for layer in layers:
+        if not isinstance(found[layer.path], wants):
+            given = type(found[layer.path]).__name__
+            raise TypeError(f"fo.{method}: statistics of {layer.path!r} are {given}, wanted {wants.__name__}: {how}.")
+    return [found[layer.path] for layer in layers]
+
+
+def _require_order(layer: Layer, method: str) -> None:
+    """A ValueError unless the axes of each group are in the leaf's order, as those of statistics are."""
+    for group in (layer.axes.batch, layer.axes.inputs, layer.axes.outputs):
+        if list(group) != sorted(group):
+            raise ValueError(
+                f"fo.{method}: axes of {layer.path!r} are {layer.axes}; statistics come with the axes of each group in "
+                "ascending order, so write them in that order."
+            )
+
+
+def _require_axes(layer: Layer, given: LayerStatistics, shape: tuple[int, ...], method: str) -> None:
+    """A ValueError unless the statistics are of the matrix that the layer is; of statistics without axes nothing is
+    known but shapes.
+
+    One of the two may have no bias, see `_with_bias`.
+    """
+    if given.axes is None:
+        return
+    mine, theirs = layer.axes, given.axes.resolve(f"{layer.path} in its statistics", shape)
+    other_bias = None not in (mine.bias, theirs.bias) and mine.bias != theirs.bias
+    if other_bias or not mine.same_matrix(theirs, shape):
+        read, seen = (f"{a}" + (f" with bias {a.bias!r}" if other_bias else "") for a in (mine, theirs))
+        raise ValueError(
+            f"fo.{method} reads {layer.path!r} of shape {shape} as {read}, but its statistics are of {seen}, as the "
+            f"program uses it: {REMEDY.format(kind=KINDS[type(given)])}."
+        )
+
+
+def _with_bias(given: LayerFactors, layer: Layer) -> LayerFactors:
+    """The statistics with a bias's row and column exactly if the layer has one."""
+    if (given.bias is not None) == (layer.bias is not None) or given.left is None:
+        return given
+    drop = layer.bias is None
+
+    def side(A: Any) -> Any:
+        if isinstance(A, Rows):
+            return Rows(A.rows[..., :-1] if drop else jnp.pad(A.rows, [(0, 0)] * (A.rows.ndim - 1) + [(0, 1)]))
+        if drop:
+            return A[..., :-1, :-1]
+        # A bias that was added elsewhere too: as if its input, always 1, were uncorrelated with the others.
+        return jnp.pad(A, [(0, 0)] * (A.ndim - 2) + [(0, 1)] * 2).at[..., -1, -1].set(1)
+
+    squares = None if given.squares is None else given.squares[..., :-1, :] if drop else given.squares
+    return LayerFactors(side(given.left), given.right, squares, given.weight)
+
+
+def by_path(statistics: Any) -> dict[str, LayerStatistics]:
+    """The statistics in a tree, by the path of the leaf they belong to."""
+    flat = tree_flatten_with_path(statistics, is_leaf=is_statistics)[0]
+    return {"/".join(path_names(path)): x for path, x in flat if is_statistics(x)}
+
+
+def is_statistics(x: Any) -> bool:
+    """Whether ``x`` is the statistics of one layer."""
+    return isinstance(x, LayerFactors | Samples)
+
+
+def layer_axes(layers: list[Layer]) -> list[MatrixAxes]:
+    """The axes of the joined matrices."""
+    return [MatrixAxes(1, 2, 0) if layer.axes.batch else MatrixAxes(0, 1) for layer in layers]

@@ -1,0 +1,1 @@
+"""Prune a model, layer by layer."""

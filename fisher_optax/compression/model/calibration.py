@@ -1,0 +1,121 @@
+"""What a layer sees: second moments of its inputs and summaries of its gradients, streamed over batches."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ...capture import InputGram, value_and_grad
+from ...capture.program.sites import Site
+from ...matrices.axes import MatrixAxes
+from ...matrices.blocks import to_matrices
+from .layers import Layer, outputs_of
+
+
+@dataclasses.dataclass(frozen=True)
+class OneGram(InputGram):
+    """Of one parameter alone, so that no other layer is looked at."""
+
+    leaf: int = 0
+
+    def unavailable(self, sites: tuple[Site, ...]) -> str:
+        return super().unavailable(sites) if sites[0].leaf == self.leaf else "another layer"
+
+
+def input_gram(
+    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], layer: Layer, mask: Any = None
+) -> Float[Array, "members m m"]:
+    """The mean of x xᵀ over all inputs x of a layer: one pass over the batches, one layer's sums in memory.
+
+    Raises:
+      ValueError: for no batches, inputs that are not finite, and where ``mask`` leaves no position.
+    """
+    apply_fn, members = hashable(apply_fn), jnp.asarray(layer.members)
+    total, weight = None, jnp.zeros([])
+    for batch in batches:
+        part, w = _input_sum(apply_fn, layer.leaf, layer.shape[0], mask, params, batch, members)
+        total, weight = part if total is None else total + part, weight + w
+    if total is None:
+        raise ValueError("batches is empty: an iterator that was read before has nothing left. Pass a list.")
+    if not float(weight) > 0:
+        raise ValueError(f"mask= leaves no input of {layer.name!r}.")
+    if not bool(jnp.isfinite(total).all()):
+        raise ValueError(
+            f"inputs of {layer.name!r} are not finite on the calibration data: look for NaN or infinity in the "
+            "batches, or in what an earlier layer makes of them."
+        )
+    return total / weight
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _input_sum(
+    apply_fn: Callable[..., Any], leaf: int, inputs: int, mask: Any, params: Any, batch: Any, members: Array
+) -> tuple[Array, Array]:
+    grad_fn = value_and_grad(outputs_of(apply_fn), OneGram(leaf=leaf), mask=mask)
+    found = jax.tree.structure(params).flatten_up_to(grad_fn(params, batch)[2])[leaf]
+    left = found.left.reshape(-1, *found.left.shape[-2:])[members, :inputs, :inputs]  # without the bias's input, 1
+    return left * found.weight, found.weight
+
+
+def gradient_summary(
+    loss_fn: Callable[..., Any], params: Any, batches: Iterable[Any], layer: Layer, summary: Callable[[Array], Any]
+) -> list[Any]:
+    """Of each of a layer's matrices, the mean over all examples of ``summary(g)``, g the gradients ``(examples, inputs,
+    outputs)`` of a batch's single examples, which exist at once for one layer.
+
+    Raises:
+      ValueError: for no batches, gradients that are not finite.
+    """
+    loss_fn, members = hashable(loss_fn), jnp.asarray(layer.members)
+    total, count = None, 0
+    for batch in batches:
+        size = len(jax.tree.leaves(batch)[0])
+        part = _gradient_sum(loss_fn, layer.leaf, layer.axes, layer.shape, hashable(summary), params, batch, members)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+        count += size
+    if total is None:
+        raise ValueError("batches is empty: an iterator that was read before has nothing left. Pass a list.")
+    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(total)):
+        raise ValueError(f"gradients of {layer.name!r} are not finite on the calibration data.")
+    return [jax.tree.map(lambda x, i=i: x[i] / count, total) for i in range(len(layer.members))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _gradient_sum(
+    loss_fn: Any, leaf: int, axes: MatrixAxes, shape: Any, summary: Any, params: Any, batch: Any, members: Array
+) -> Any:
+    leaves, structure = jax.tree.flatten(params)
+
+    def loss(x: Array, example: Any) -> Array:
+        return loss_fn(structure.unflatten([*leaves[:leaf], x, *leaves[leaf + 1 :]]), example)
+
+    g = jax.vmap(jax.grad(loss), (None, 0))(leaves[leaf], batch)
+    g = jax.vmap(lambda x: to_matrices(x, axes)[0].reshape(-1, *shape)[members])(g)
+    return jax.tree.map(lambda x: x * len(g), jax.vmap(summary, 1)(g))
+
+
+def hashable(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` as something that `jit` can know again; what cannot be compared is known by this call alone."""
+    try:
+        hash(f)
+    except TypeError:
+        return lambda *args: f(*args)
+    return f
+
+
+def rereadable(batches: Any) -> Iterable[Any]:
+    """Batches that can be gone through more than once.
+
+    Raises:
+      TypeError: for an iterator.
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches is read once a layer: pass a list, or an object whose iter() starts anew; got "
+            f"{type(batches).__name__}."
+        )
+    return batches

@@ -1,0 +1,113 @@
+"""The layers of a model, as what they are pruned as: matrices, in the order in which the model uses them."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from ...capture import InputGram
+from ...capture.gradients import Traced, trace
+from ...capture.program.order import in_order
+from ...matrices.axes import MatrixAxes
+from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
+from ...matrices.resolve import resolve_axes
+
+Layers = Sequence[str] | str | Callable[[str], bool] | None
+
+
+class Layer(NamedTuple):
+    """Matrices that are pruned together: a kernel, or those of a stack that one step of a loop uses."""
+
+    name: str  # the path, with the places in a stack: "blocks/up/kernel[3]"
+    path: str
+    leaf: int  # its number among the parameters
+    axes: MatrixAxes
+    members: np.ndarray  # which matrices of the leaf
+    shape: tuple[int, int]  # of one matrix
+
+    def read(self, leaf: Array) -> Array:
+        """Its matrices ``(members, inputs, outputs)``."""
+        return to_matrices(leaf, self.axes)[0].reshape(-1, *self.shape)[self.members]
+
+    def written(self, leaf: Array, new: Array) -> Array:
+        """The leaf with other matrices here."""
+        whole = to_matrices(leaf, self.axes)[0]
+        stack = whole.reshape(-1, *self.shape).at[self.members].set(new.astype(leaf.dtype))
+        return from_matrices((stack.reshape(whole.shape),), leaf.shape, self.axes)
+
+    @property
+    def size(self) -> int:
+        """How many weights it has."""
+        return len(self.members) * self.shape[0] * self.shape[1]
+
+
+def outputs_of(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A scalar that depends on all that a model returns: what is traced to find its layers."""
+
+    def total(params: Any, batch: Any) -> Array:
+        leaves = [
+            x for x in jax.tree.leaves(apply_fn(params, batch)) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+        ]
+        if not leaves:
+            raise TypeError("apply_fn(params, batch) returned no floating-point array: return the model's outputs.")
+        return sum((jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in leaves), jnp.zeros([]))
+
+    return total
+
+
+def find_layers(apply_fn: Callable[..., Any], params: Any, batch: Any, layers: Layers = None) -> list[Layer]:
+    """The layers to prune, in the order in which the model uses them.
+
+    Args:
+      apply_fn, params, batch: as for `prune`.
+      layers: None, all kernels of dense and convolutional layers but heads (whose path names them so) and embeddings;
+        patterns of paths, where "*" stands for anything and a module for all below it; or a function of a path.
+
+    Raises:
+      ValueError: for a pattern without a layer, and where none is left.
+    """
+    traced = trace(outputs_of(apply_fn), InputGram(), params, (batch,), {})
+    met = [m for m in in_order(traced) if m.leaf.use != "embedding"]
+    paths = list(dict.fromkeys(m.leaf.path for m in met))
+    kinds = {leaf.path: leaf.kind for leaf in resolve_axes(params)}
+    chosen = _chosen(layers, paths, kinds, traced)
+    if not chosen:
+        raise ValueError(f"no layer to prune: found {_listed(paths)}, and layers={layers!r} leaves none of them.")
+    found = []
+    for leaf, members in met:
+        if leaf.path in chosen and leaf.axes is not None:
+            *_, m, n = canonical_shape(leaf.shape, leaf.axes)
+            stack = tuple(leaf.shape[a] for a in leaf.axes.batch)
+            whole = len(members) == int(np.prod(stack))
+            places = "" if whole else f"[{', '.join(map(str, np.ravel(np.unravel_index(members[0], stack))))}]"
+            found.append(Layer(leaf.path + places, leaf.path, leaf.number, leaf.axes, members, (m, n)))
+    return found
+
+
+def _chosen(layers: Layers, paths: list[str], kinds: dict[str, str], traced: Traced) -> set[str]:
+    if layers is None:
+        return {path for path in paths if kinds.get(path) not in ("head", "embedding")}
+    if callable(layers):
+        return {path for path in paths if layers(path)}
+    chosen: set[str] = set()
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        fits = {leaf.path: leaf.use for leaf in traced.leaves if _fits(leaf.path, pattern)}
+        matched = set(paths) & set(fits)
+        if not matched:
+            why = "".join(f": {path!r} is used as {use}" for path, use in list(fits.items())[:1])
+            raise ValueError(f"layers={pattern!r} is no layer of this model{why}. It has {_listed(paths)}.")
+        chosen |= matched
+    return chosen
+
+
+def _fits(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}/*")
+
+
+def _listed(paths: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, paths[:12]))
+    return f"{shown} and {len(paths) - 12} more" if len(paths) > 12 else shown or "no layer at all"

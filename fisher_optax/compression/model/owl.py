@@ -1,0 +1,98 @@
+"""Which layers lose more: those with fewer outliers among their weights times inputs.
+
+    A_ij = |W_ij| sqrt(H_ii)         D_l = share of A above M times its mean
+    S_l = S - λ (D_l - D̄) / max |D - D̄|,   D̄ the mean by weights: the mean sparsity is S, and each within S ± λ
+
+Source: Yin et al. 2024 (arXiv 2310.05175), S_l ∝ 1 - D_l within S ± λ. Their code stretches D to a range of 2 λ, and a
+  layer may leave S ± λ; here none does.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from ..matrix import checking
+from ..matrix.masks import Pattern, as_sparsity
+from ..matrix.scores import wanda_scores
+from .calibration import input_gram, rereadable
+from .layers import Layers, find_layers
+
+
+def outlier_share(W: Any, H: Any, M: float = 5.0) -> Float[Array, ""]:
+    """The share of ``|W_ij| sqrt(H_ii)`` above M times their mean.
+
+    Args:
+      W: ``(*batch, inputs, outputs)``.
+      H: ``(*batch, inputs, inputs)``, the mean of x xᵀ.
+      M: 5 in the source.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> float(fo.compression.outlier_share(jnp.ones((10, 1)).at[0].set(100.0), jnp.eye(10)))
+      0.10000000149011612
+    """
+    W = checking.kernel("outlier_share", W)
+    A = wanda_scores(W, checking.gram("outlier_share", H, W))
+    return jnp.mean(M * jnp.mean(A) < A)
+
+
+def owl(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    sparsity: Any,
+    *,
+    M: float = 5.0,
+    spread: float = 0.08,
+    group: Callable[[str], str] | None = None,
+    layers: Layers = None,
+    mask: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """A share to remove for each layer by name, made for ``fo.compression.prune(..., sparsity=)``; its rule and source
+    are at the top of this file.
+
+    Args:
+      apply_fn, params, batches, layers, mask, progress: as for `prune`; inputs are those of the model as given.
+      sparsity: S, of all weights of these layers together.
+      M: what makes an outlier; the source uses 5.
+      spread: λ, how far a layer's share may be from S.
+      group: layers of one group share D, by their path: ``lambda path: path.split("/")[0]`` for blocks, as in the
+        source. None: each layer for itself.
+
+    Raises:
+      ValueError: for a pattern instead of a share, and a spread that leaves [0, 1).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, fisher_optax as fo
+      >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(4)]), jnp.ones((9, 4))
+      >>> shares = fo.compression.owl(model.apply, model.init(jax.random.key(0), x), [x], 0.5, progress=False)
+      >>> sorted(shares), round(sum(shares.values()) / 2, 3)
+      (['params/layers_0/kernel', 'params/layers_2/kernel'], 0.5)
+    """
+    S = as_sparsity(sparsity)
+    if isinstance(S, Pattern):
+        raise ValueError(f"owl shares a sparsity out over layers: give a share, not {sparsity!r}.")
+    if not spread >= 0 or (spread and not (S - spread >= 0 and S + spread < 1)):
+        raise ValueError(f"spread must leave every layer a share in [0, 1): {S} ± {spread} does not.")
+    batches = rereadable(batches)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("batches is empty: pass calibration data, one batch at least.")
+    found, leaves = find_layers(apply_fn, params, first, layers), jax.tree.leaves(params)
+    outliers, sizes = {}, {}
+    for layer in tqdm(found, "outliers", disable=not progress, unit="layer"):
+        W = layer.read(jnp.asarray(leaves[layer.leaf]))
+        share = float(outlier_share(W, input_gram(apply_fn, params, batches, layer, mask), M))
+        key = layer.name if group is None else group(layer.path)
+        outliers[key] = outliers.get(key, 0.0) + share * layer.size
+        sizes[key] = sizes.get(key, 0) + layer.size
+    D = {key: outliers[key] / sizes[key] for key in sizes}
+    mean = sum(outliers.values()) / sum(sizes.values())
+    widest = max(abs(d - mean) for d in D.values())
+    scale = spread / widest if widest > 0 else 0.0
+    return {layer.name: S - scale * (D[layer.name if group is None else group(layer.path)] - mean) for layer in found}

@@ -1,0 +1,192 @@
+"""Prune a whole model: layer by layer in the order of use, each on what the pruned layers before it make of the data.
+
+Source: reconstruction layer by layer as in Frantar and Alistarh 2023 (arXiv 2301.00774), section 3.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from tqdm import tqdm
+
+from ...fisher import DiagonalFisher
+from ..matrix.masks import Pattern, as_sparsity, check_pattern, global_masks
+from .calibration import input_gram, rereadable
+from .layers import Layer, Layers, find_layers
+from .methods import Method, find_method
+from .one_layer import Calibration, knowledge, prune_layer
+from .reports import PruningReport
+
+
+class PrunedModel(NamedTuple):
+    """What `prune` returns; unpacks as ``params, masks, report``."""
+
+    params: Any
+    masks: Any  # like params: True where a weight stays, None for what was not pruned
+    report: PruningReport
+
+
+def prune(
+    apply_fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    method: str = "sparsegpt",
+    sparsity: Any = 0.5,
+    *,
+    layers: Layers = None,
+    sequential: bool = True,
+    progress: bool = True,
+    scope: str | None = None,
+    mask: Callable[[Any], Any] | None = None,
+    loss_fn: Callable[..., Any] | None = None,
+    fisher: Any = None,
+    upper: Any = None,
+    **options: Any,
+) -> PrunedModel:
+    """Removes weights of a model's dense and convolutional layers; the parameters given stay as they are.
+
+    The model needs no change: its layers are found in the program that ``apply_fn`` traces to. Each is a matrix of
+    inputs by outputs (of a convolution, window and channels by channels; a scanned stack layer by layer). What a method
+    needs is taken for one layer at a time, in one pass over the batches: memory holds one ``inputs x inputs`` matrix
+    besides the model. The errors in the report take that matrix whatever the method.
+
+    Args:
+      apply_fn: ``apply_fn(params, batch)`` -> the model's outputs, any tree.
+      params: a Flax dictionary or any tree of arrays.
+      batches: calibration data, read once a layer: a list, or what can be read again. One shape, or each is compiled.
+      method: "magnitude", "wanda", "sparsegpt", "obs", "fisher" (with ``fisher=``), "obert" (with ``loss_fn=``), or
+        what was registered by `register`.
+      sparsity: a share of each layer's weights in [0, 1); "N:M", to keep N of every M inputs; or one of these for each
+        layer by name, as `owl` returns.
+      layers: which; None: all kernels but heads and embeddings. Patterns of paths, as ``["block_*/up"]``, or a function
+        of a path.
+      sequential: take a layer's inputs from the model as pruned so far, rather than from the model as given.
+      progress: show a progress bar.
+      scope: where k of n are counted: "matrix" or "output" (a method's own by default), or "global": over all layers,
+        for methods with scores (magnitude, wanda, fisher), with ``sequential=False``.
+      mask: of a batch, True for the positions that count (as in `fo.value_and_grad`), to leave padding out.
+      loss_fn: ``loss_fn(params, example)`` -> a scalar, of one example of a batch; for methods that need gradients.
+      fisher: a tree of F like params, or a `fo.fisher.DiagonalFisher` of single parameters.
+      upper: a tree of upper ends of F, as ``fisher.confidence_interval(0.95)[1]``; with ``threshold=``, method "fisher"
+        removes only what is certainly below, be it fewer than asked for.
+      **options: of the method, as ``damping=``.
+
+    Returns:
+      `PrunedModel`: parameters, masks (for `keep_masks`), and a `PruningReport`.
+
+    Raises:
+      ValueError, TypeError: for unknown methods, layers and options; an M that does not divide a layer's inputs; data
+        or weights that are not finite; batches that can be read only once. Before anything is computed where possible.
+
+    Warns:
+      UserWarning: where a damping had to be raised.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, fisher_optax as fo
+      >>> model, x = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)]), jax.random.normal(jax.random.key(0), (64, 4))
+      >>> params = model.init(jax.random.key(1), x)
+      >>> pruned, masks, report = fo.compression.prune(model.apply, params, [x], sparsity="2:4", progress=False)
+      >>> round(report.sparsity, 3), float(jnp.mean(pruned["params"]["layers_0"]["kernel"] == 0))
+      (0.5, 0.5)
+    """
+    batches = rereadable(batches)
+    first = next(iter(batches), None)
+    if first is None:
+        raise ValueError("batches is empty: pruning needs calibration data, one batch at least.")
+    if scope == "global" and upper is not None:
+        raise ValueError(
+            "upper= decides weight by weight, and scope='global' by rank over all layers: give one of them."
+        )
+    if scope == "global" and sequential:
+        raise ValueError("scope='global' ranks all layers at once, by the model as given: pass sequential=False.")
+    if scope not in (None, "global"):
+        options["scope"] = scope
+    chosen, found = find_method(method, options), find_layers(apply_fn, params, first, layers)
+    shares = sparsities(sparsity, found)
+    leaves, structure = jax.tree.flatten(params)
+    trees = (_like_params(name, x, structure, leaves) for name, x in (("fisher", fisher), ("upper", upper)))
+    data = Calibration(apply_fn, loss_fn, batches, mask, *trees)
+    _check(chosen, data)
+    ranked = _ranked(chosen, data, params, found, shares, progress) if scope == "global" else None
+
+    values, rows = list(map(jnp.asarray, leaves)), []
+    masks: list[Any] = [None] * len(leaves)
+    for layer in tqdm(found, method, disable=not progress, unit="layer"):
+        source = structure.unflatten(values) if sequential else params
+        stays = None if ranked is None else ranked[layer.name]
+        new, mask_here, row = prune_layer(chosen, data, source, layer, values[layer.leaf], shares[layer.name], stays)
+        values[layer.leaf] = layer.written(values[layer.leaf], new)
+        before = jnp.ones(jnp.shape(leaves[layer.leaf]), bool) if masks[layer.leaf] is None else masks[layer.leaf]
+        masks[layer.leaf] = layer.written(before, mask_here)
+        rows.append(row)
+    return PrunedModel(structure.unflatten(values), structure.unflatten(masks), PruningReport(method, tuple(rows)))
+
+
+def sparsities(sparsity: Any, layers: Sequence[Layer]) -> dict[str, Any]:
+    """What each layer is to lose, by its name.
+
+    Raises:
+      ValueError: for a mapping that does not name the layers, and for an M that does not divide a layer's inputs.
+    """
+    if isinstance(sparsity, Mapping):
+        names = {layer.name for layer in layers}
+        if wrong := sorted(names ^ set(sparsity)):
+            verb = "lacks" if wrong[0] in names else "names, besides the layers to prune,"
+            raise ValueError(f"sparsity= {verb} {wrong[0]!r}. It needs one entry for each of {sorted(names)[:8]}.")
+        shares = {layer.name: as_sparsity(sparsity[layer.name]) for layer in layers}
+    else:
+        shares = {layer.name: as_sparsity(sparsity) for layer in layers}
+    for layer in layers:
+        if isinstance(share := shares[layer.name], Pattern):
+            try:
+                check_pattern(share, layer.shape[0])
+            except ValueError as error:
+                raise ValueError(f"{layer.name!r}: {error}") from None
+    return shares
+
+
+def _check(method: Method, data: Calibration) -> None:
+    if data.upper is not None and method.name != "fisher":
+        raise ValueError(f"upper= is for method 'fisher', with threshold=; this is {method.name!r}.")
+    if callable(method.needs) and data.loss_fn is None:
+        raise ValueError(f"{method.name} needs gradients: pass loss_fn(params, example), the loss of one example.")
+    if method.needs == "fisher" and data.fisher is None:
+        raise ValueError(f"{method.name} needs fisher=, as from fo.fisher.diagonal(example_loss, params, batches).")
+
+
+def _like_params(name: str, tree: Any, structure: Any, leaves: Sequence[Any]) -> list[Any] | None:
+    if tree is None:
+        return None
+    tree = tree.mean if isinstance(tree, DiagonalFisher) else tree
+    try:
+        found = structure.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"{name}= must be a tree like params, or a DiagonalFisher by parameter: {error}") from None
+    for F, W in zip(found, leaves, strict=True):
+        if F is not None and jnp.shape(F) != jnp.shape(W):
+            raise ValueError(
+                f"{name}= has an entry of shape {jnp.shape(F)} for a parameter of {jnp.shape(W)}: take it by "
+                "fo.fisher.diagonal(..., groups=None)."
+            )
+    return found
+
+
+def _ranked(
+    method: Method, data: Calibration, params: Any, layers: Sequence[Layer], shares: dict[str, Any], progress: bool
+) -> dict[str, Array]:
+    """Masks of all layers, from the scores of all of them."""
+    if method.scores is None:
+        raise ValueError(f"{method.name} has no scores to rank over all layers; scope='global' is for those that have.")
+    if len(set(shares.values())) > 1:
+        raise ValueError("scope='global' takes one sparsity for all layers together.")
+    found, leaves = {}, jax.tree.leaves(params)
+    for layer in tqdm(layers, f"{method.name} scores", disable=not progress, unit="layer"):
+        H = jnp.zeros([len(layer.members)])
+        if method.needs == "inputs":
+            H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
+        known = knowledge(method, data, params, layer, H)
+        W = layer.read(jnp.asarray(leaves[layer.leaf]))
+        found[layer.name] = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])
+    return global_masks(found, next(iter(shares.values())))

@@ -1,0 +1,115 @@
+"""Pruned weights stay at zero while the others train.
+
+    g ← g∘M,    u = tx(g, W),    u ← u∘M - W∘(1 - M)
+
+A masked weight W becomes W - W = 0 bit for bit whatever ``tx`` does: momentum, weight decay, a rotation.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from ...matrices.axes import path_names
+from ...transforms.hyperparameters import injectable
+from ...transforms.skip_nonfinite import guarded
+from .targets import by_path
+
+
+class KeepMasksState(NamedTuple):
+    """State of `keep_masks`."""
+
+    masks: Any  # like the parameters: True where a weight stays; None where nothing is masked
+    inner: Any
+
+
+@injectable
+def keep_masks(tx: optax.GradientTransformation, masks: Any) -> optax.GradientTransformationExtraArgs:
+    """``tx``, under which pruned weights stay exactly 0; ones that are not yet become 0 in the first step.
+
+    Masks are part of the state, as a copy, so that a checkpoint has them. A gradient that is not finite skips the whole
+    step. `optax.contrib.sam`, which multiplies states, and would make masks integers, goes inside.
+
+    Args:
+      tx: any optimizer; other arguments of ``update`` are passed on to it.
+      masks: a tree like the parameters, matched by path: boolean arrays shaped like the weights, True for what stays;
+        None, also for a whole subtree, where nothing is masked.
+
+    Raises:
+      TypeError: for what is no transformation; in ``init``, for masks that are not boolean.
+      ValueError: in ``init``, for masks that do not fit the parameters; in ``update``, without ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, fisher_optax as fo
+      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+      >>> masks = {"kernel": jnp.array([[True, False], [True, True]]), "bias": None}
+      >>> tx = fo.compression.keep_masks(optax.adamw(0.5, weight_decay=0.1), masks)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["kernel"].round(2))
+      [[0.45 0.  ]
+       [0.45 0.45]]
+    """
+    tx = transformation("keep_masks", tx)
+
+    def init(params: Any) -> KeepMasksState:
+        return KeepMasksState(_fitting(masks, params), tx.init(params))
+
+    def update(grads: Any, state: KeepMasksState, params: Any, **extra: Any) -> tuple[Any, KeepMasksState]:
+        updates, inner = tx.update(masked(grads, state.masks), state.inner, params, **extra)
+        return kept(updates, params, state.masks), state._replace(inner=inner)
+
+    return wrapper("keep_masks", init, update)
+
+
+def _fitting(masks: Any, params: Any) -> Any:
+    """The masks in the structure of ``params``, which they fit."""
+
+    def one(path: tuple, W: Any, M: Any) -> Array | None:
+        if M is None:
+            return None
+        name, M = "/".join(path_names(path)), jnp.array(M)  # a copy: whoever donates the state keeps the masks
+        if M.dtype != bool:
+            raise TypeError(f"masks at {name!r} are {M.dtype}; wanted booleans, True for a weight that stays.")
+        if M.shape != W.shape:
+            raise ValueError(f"masks at {name!r} have shape {M.shape}; the weights there have {W.shape}.")
+        return M
+
+    structure = jax.tree.structure(params)
+    return jax.tree.map_with_path(one, params, structure.unflatten(by_path("masks", masks, params)))
+
+
+def masked(grads: Any, masks: Any) -> Any:
+    """``g∘M``."""
+    return jax.tree.map(lambda g, M: g if M is None else jnp.where(M, g, 0), grads, masks)
+
+
+def kept(updates: Any, params: Any, masks: Any) -> Any:
+    """Updates after which a masked weight is 0."""
+    return jax.tree.map(lambda u, W, M: u if M is None else jnp.where(M, u, -W), updates, params, masks)
+
+
+def transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+    """``tx``, which takes any argument. Raises ``TypeError`` for what is none."""
+    if not isinstance(tx, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
+        raise TypeError(f"{name} wraps an optimizer, e.g. optax.adamw(1e-3); got {type(tx).__name__}.")
+    return optax.with_extra_args_support(tx)
+
+
+def wrapper(name: str, init: Any, update: Any) -> optax.GradientTransformationExtraArgs:
+    """A transformation that needs the parameters, and skips gradients that are not finite."""
+    tx = guarded(optax.GradientTransformationExtraArgs(init, update))
+
+    def with_params(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError(
+                f"{name} sets weights to 0, but update was called without them: call update(grads, state, params)."
+            )
+        # A guarded update has the gradient's dtype, and -W must not be rounded.
+        wide = jax.tree.map(
+            lambda g, W: jnp.asarray(g, jnp.promote_types(*map(jnp.result_type, (g, W)))), updates, params
+        )
+        return tx.update(wide, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(tx.init, with_params)

@@ -1,0 +1,158 @@
+"""How far to prune at which step, and which leaves: what optimizers that prune share."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from ..._checks import at
+from ...matrices.axes import path_names
+from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
+from ...matrices.resolve import resolve_axes
+from ...matrices.trees import made
+from ..matrix.masks import SCOPES, Pattern, as_sparsity, check_pattern, global_masks, mask
+
+LATE = 2**31 - 1  # of any schedule, the last step
+
+
+def cubic_schedule(final: float, begin: int, end: int, initial: float = 0.0) -> Callable[[Any], Array]:
+    """``s(t) = s_f + (s_i - s_f) (1 - (t - t0) / (t1 - t0))³`` from step t0 to t1; s_i before, s_f after.
+
+    Much is pruned first, while what is left can make up for it, and little in the end.
+
+    Args:
+      final, initial: s_f and s_i.
+      begin, end: t0 and t1, in steps.
+
+    Raises:
+      ValueError: for an end that is not after the beginning.
+
+    Source: Zhu and Gupta 2017 (arXiv 1710.01878), equation 1.
+
+    Example:
+      >>> import fisher_optax as fo
+      >>> s = fo.compression.cubic_schedule(0.8, begin=10, end=30)
+      >>> [round(float(s(t)), 3) for t in (0, 10, 20, 30, 40)]
+      [0.0, 0.0, 0.7, 0.8, 0.8]
+    """
+    if not begin < end:
+        raise ValueError(f"cubic_schedule: end must come after begin; got begin={begin!r}, end={end!r}.")
+
+    def schedule(count: Any) -> Array:
+        left = 1 - jnp.clip((count - begin) / (end - begin), 0, 1)
+        return final + (initial - final) * left**3
+
+    return schedule
+
+
+def by_path(name: str, tree: Any, params: Any) -> list[Any]:
+    """What ``tree`` has for each leaf of ``params``; None in it, or `optax.MaskedNode`, stands for all that is below.
+
+    Raises ``ValueError`` for leaves that it lacks, or has beyond those of ``params``.
+    """
+    empty = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
+
+    def flat(tree: Any) -> dict[tuple[str, ...], Any]:
+        pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=empty)[0]
+        return {path_names(path): None if empty(x) else x for path, x in pairs}
+
+    def covered(names: tuple[str, ...], others: Any) -> bool:
+        return any(names[:i] in others for i in range(1, len(names) + 1))
+
+    given, known = flat(tree), flat(params)
+    nothing = {names for names, x in given.items() if x is None}
+    leaves = [names for names, x in known.items() if x is not None]
+    missing = [names for names in leaves if names not in given and not covered(names, nothing)]
+    beyond = [names for names in given if leaves and names not in nothing and not covered(names, known)]
+    for wrong, text in ((missing, "nothing at"), (beyond, "an entry at")):
+        if wrong:
+            place = "/".join(wrong[0])
+            raise ValueError(
+                f"{name} has {text} {place!r}, unlike the parameters ({len(wrong)} such). Give it every leaf of theirs "
+                "under its own path, and None where there is nothing to say."
+            )
+    return [given.get(names) for names in leaves]
+
+
+class Pruning(NamedTuple):
+    """Which leaves are pruned, and how far."""
+
+    name: str  # of the wrapper
+    sparsity: Any  # a share, a `Pattern`, or a schedule of shares
+    scope: str
+    prune: Any
+    axes: Any
+
+    def checked(self) -> "Pruning":
+        """With the sparsity read. Raises as `as_sparsity`, and ``ValueError`` for an unknown scope."""
+        if self.scope not in (*SCOPES, "global"):
+            wanted = ", ".join(map(repr, (*SCOPES, "global")))
+            raise ValueError(f"{self.name}: scope must be one of {wanted}; got {self.scope!r}.")
+        if callable(self.sparsity):
+            last = self.sparsity(LATE)
+            as_sparsity(last if isinstance(last, Tracer) else np.asarray(last))
+            return self
+        sparsity = as_sparsity(self.sparsity)
+        if isinstance(sparsity, Pattern) and self.scope == "global":
+            raise ValueError(f"{self.name}: a pattern is by output; got {self.sparsity!r} with scope 'global'.")
+        return self._replace(sparsity=sparsity)
+
+    def axes_of(self, params: Any) -> Any:
+        """A tree like ``params``: the `MatrixAxes` of what is pruned, None elsewhere.
+
+        Raises ``ValueError`` for a leaf to be pruned that is no matrix, or that a pattern does not fit.
+        """
+        leaves = resolve_axes(params, self.axes)
+        if self.prune is None:
+            chosen: list[Any] = [leaf.kind == "matrix" for leaf in leaves]
+        else:
+            chosen = by_path("prune", made(self.prune, params), params)
+        for leaf, goes in zip(leaves, chosen, strict=True):
+            if goes and leaf.axes is None:
+                raise ValueError(
+                    f"{self.name}: {leaf.path!r} of shape {leaf.shape} is no matrix ({leaf.reason}): leave it out of "
+                    "prune=, or say by axes= how it is one."
+                )
+            if goes and leaf.axes is not None and isinstance(self.sparsity, Pattern):
+                check_pattern(self.sparsity, canonical_shape(leaf.shape, leaf.axes)[-2])
+        read = [leaf.axes if goes else None for leaf, goes in zip(leaves, chosen, strict=True)]
+        return jax.tree.structure(params).unflatten(read)
+
+    def share(self, count: Any) -> Float[Array, ""]:
+        """Of the weights that are gone after so many steps."""
+        s = self.sparsity.share if isinstance(self.sparsity, Pattern) else at(self.sparsity, count)
+        return jnp.asarray(s, jnp.float32)
+
+    def masks(self, scores: Any, share: Any) -> Any:
+        """For a tree of matrices of scores, None where nothing is pruned."""
+        constant = self.sparsity if isinstance(self.sparsity, float | Pattern) else None
+        return _chosen(scores, share, constant, self.scope)
+
+
+# Traced also where steps are not, so that a scheduled share removes as many weights here as there.
+@partial(jax.jit, static_argnames=("constant", "scope"))
+def _chosen(scores: Any, share: Any, constant: Any, scope: str) -> Any:
+    sparsity = share if constant is None else constant
+    if scope == "global":
+        return global_masks(scores, sparsity)
+    return jax.tree.map(lambda s: mask(s, sparsity, scope), scores)
+
+
+def as_matrices(leaves: Any, axes: Any) -> Any:
+    """The leaves that have axes as ``(*batch, inputs, outputs)``, in float32 at least; None for the others."""
+
+    def one(x: Any, axes: Any) -> Array | None:
+        return None if axes is None else to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes)[0]
+
+    return jax.tree.map(one, leaves, axes)
+
+
+def as_leaves(matrices: Any, like: Any, axes: Any) -> Any:
+    """The leaves again, shaped as in ``like``: the inverse of `as_matrices`."""
+    return jax.tree.map(lambda x, A, M: None if A is None else from_matrices((M,), x.shape, A), like, axes, matrices)

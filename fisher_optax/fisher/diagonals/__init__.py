@@ -1,0 +1,1 @@
+"""The diagonal of the Fisher: squares of gradients, with their uncertainty."""

@@ -1,0 +1,88 @@
+"""What the squares of a parameter's entries are added up to: a group keeps one number. Totals are conserved."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ...matrices.axes import LeafAxes, path_names
+from ...matrices.resolve import resolve_axes
+
+WORDS = ("parameter", "rows", "heads", "tensor", "blocks")
+Groups = str | Callable[[str, Array], Any] | None
+
+
+def grouping(groups: Groups, params: Any, axes: Any = None) -> Callable[[Any], Any]:
+    """A function of a tree like the parameters, of squares (None where there are none), that adds up groups.
+
+    Args:
+      groups: "parameter" or None: each entry by itself. "rows": by output unit of a matrix, by token of an embedding;
+        entries of vectors by themselves. "heads": by attention head, of kernels and biases with an axis of heads
+        (Flax's DenseGeneral); other leaves whole. "tensor": by leaf. "blocks": by top-level module, as a dictionary.
+        Or a function of (path, squares), called for every leaf.
+      params: of which only shapes are read.
+      axes: as for `fo.soap`, for "rows" and "heads".
+
+    Raises:
+      ValueError: for another word, or "heads" where no leaf has any.
+    """
+    if groups is None or groups == "parameter":
+        return lambda squares: squares
+    if callable(groups):
+        return lambda squares: jax.tree_util.tree_map_with_path(
+            lambda p, x: groups("/".join(path_names(p)), x), squares
+        )
+    if groups not in WORDS:
+        raise ValueError(f"groups must be one of {', '.join(map(repr, WORDS))}, or a function; got {groups!r}.")
+    if groups == "blocks":
+        return _blocks
+    kept = {leaf.path: _kept(groups, leaf) for leaf in resolve_axes(params, axes)}
+    if groups == "heads":
+        _heads_of_biases(kept, resolve_axes(params, axes))
+    if groups == "heads" and not any(kept.values()):
+        raise ValueError(
+            "groups='heads': no attention kernel with an axis of heads, as DenseGeneral((heads, size)) has. Where "
+            "heads are merged into one axis, pass a function of (path, squares) that reshapes."
+        )
+
+    def reduce(path: Any, x: Array) -> Array:
+        keep = kept["/".join(path_names(path))]
+        return jnp.sum(x, [a for a in range(x.ndim) if a not in keep])
+
+    return lambda squares: jax.tree_util.tree_map_with_path(reduce, squares)
+
+
+def _kept(groups: str, leaf: LeafAxes) -> tuple[int, ...]:
+    """The axes of a leaf that stay."""
+    axes, rank = leaf.axes, len(leaf.shape)
+    if groups == "tensor":
+        return ()
+    if groups == "rows":
+        if axes is None:
+            return tuple(range(rank))
+        return tuple(sorted(axes.batch + (axes.inputs if leaf.kind == "embedding" else axes.outputs)))
+    if axes is None or not leaf.reason.startswith(("attention", "user")):
+        return ()
+    outputs, inputs = axes.outputs, axes.inputs
+    heads = outputs[:1] if len(outputs) == 2 else inputs[:1] if len(inputs) == 2 else ()
+    return tuple(sorted(axes.batch + heads)) if heads else ()
+
+
+def _heads_of_biases(kept: dict[str, tuple[int, ...]], leaves: list[LeafAxes]) -> None:
+    for leaf in leaves:
+        if leaf.axes is not None and leaf.bias is not None and kept[leaf.path] and len(leaf.axes.outputs) == 2:
+            kept[leaf.bias] = tuple(range(len(leaf.axes.batch) + 1))
+
+
+def _blocks(squares: Any) -> dict[str, Array]:
+    """Totals of the modules below the root, or below its one "params"."""
+    totals: dict[str, Array] = {}
+    flat, _ = jax.tree_util.tree_flatten_with_path(squares)
+    for path, x in flat:
+        names = path_names(path)
+        inner = names[1:] if names[0] == "params" else names
+        name = (inner or names)[0]
+        totals[name] = totals.get(name, 0) + jnp.sum(x)
+    return totals

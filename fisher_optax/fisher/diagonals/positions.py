@@ -1,0 +1,66 @@
+"""Squares of what each position of a layer contributes, for a batch at the cost of little more than its gradient."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ...capture.gradients import trace, value_and_grad
+from ...capture.kinds.squares import PositionSquares, captured, leaf_squares
+from ...capture.program.leaves import LeafPlan
+from .squares import Labels, example_of
+
+
+def position_squares(
+    loss_fn: Callable[..., Any], labels: Labels, params: Any, batch: Any, keys: Any
+) -> tuple[Any, Float[Array, ""], Int[Array, ""]]:
+    """``Σ_s a_s² δ_s² / n`` over all positions of a batch of examples, n the tokens that count among them, n, and how
+    many examples have a label that is no class.
+
+    Leaves that are used in other ways than products are None, with a warning that names them.
+    """
+    kind = PositionSquares()
+
+    def of_example(example: Any, key: Any) -> tuple[Array, Array, Array]:
+        made = example_of(loss_fn, labels, params, example, key)
+        w = jnp.where(made.valid, made.weights, 0)
+        return made.scores * w.reshape(-1, *[1] * (made.scores.ndim - 2)), jnp.sum(w), ~made.valid
+
+    # The scores are arguments of what is traced: computed inside, each layer would be found twice.
+    scores, tokens, wrong = jax.vmap(of_example)(batch, keys)
+    n = jnp.sum(tokens)
+
+    def along(params: Any, scores: Array, batch: Any) -> Array:
+        """Its gradient is that of all examples' losses together."""
+
+        def one(example: Any, s: Array, key: Any) -> Array:
+            return jnp.vdot(s, example_of(loss_fn, labels, params, example, key).values(params).astype(s.dtype))
+
+        return jnp.sum(jax.vmap(one)(batch, scores, keys))
+
+    leaves = trace(along, kind, params, (scores[:, 0], batch), {}).leaves
+    _warn_of_missing(leaves)
+    structure, grad_fn = jax.tree.structure(params), value_and_grad(along, kind, normalizer=1.0)
+
+    def of_draw(s: Array) -> list[Array | None]:
+        return leaf_squares(leaves, structure.flatten_up_to(grad_fn(params, s, batch)[2]))
+
+    draws = jnp.moveaxis(scores, 1, 0)
+    total = of_draw(draws[0])
+    if len(draws) > 1:
+        total = jax.lax.scan(lambda t, s: (jax.tree.map(jnp.add, t, of_draw(s)), None), total, draws[1:])[0]
+    x = [None if s is None else s / jnp.where(n > 0, n, 1).astype(s.dtype) for s in total]
+    return structure.unflatten(x), n, jnp.sum(wrong, dtype=jnp.int32)
+
+
+def _warn_of_missing(leaves: list[LeafPlan]) -> None:
+    missing = [f"{leaf.path!r} ({leaf.reason or leaf.use})" for leaf in leaves if not captured(leaf, leaves)]
+    if missing:
+        warnings.warn(
+            f"unit='position' sees products with parameters alone; without it stay {', '.join(missing)}. "
+            "unit='sequence' and unit='token' see all.",
+            stacklevel=2,
+        )

@@ -1,0 +1,1 @@
+"""The Fisher of a softmax head, in closed form."""

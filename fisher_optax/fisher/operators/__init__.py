@@ -1,0 +1,1 @@
+"""The Fisher as an operator, exact or approximated."""

@@ -1,0 +1,1 @@
+"""Eigenvalues of operators from products alone, and what they say."""

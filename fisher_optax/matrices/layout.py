@@ -1,0 +1,117 @@
+"""Where stacks of matrices live: the sharding that parameters imply, and sharing them out over a mesh."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._sharding import sharding_of
+from .axes import MatrixAxes
+
+
+class Layout(NamedTuple):
+    """Where the matrices of a leaf live: how their rows and columns are spread over a mesh."""
+
+    mesh: Any
+    rows: Any
+    columns: Any
+
+    def of(self, kind: str, ndim: int) -> NamedSharding:
+        """For a stacked ``ndim``-array of kind "matrix", "left" or "right"; a factor's rows are laid out like the side
+        they belong to, its columns are whole.
+        """
+        sides = {"matrix": (self.rows, self.columns), "left": (self.rows, None), "right": (self.columns, None)}[kind]
+        return NamedSharding(self.mesh, PartitionSpec(None, *sides) if ndim == 3 else PartitionSpec())
+
+
+def matrix_layout(x: Any, axes: MatrixAxes, whole: bool) -> Layout | None:
+    """The layout that leaf ``x`` implies for its matrices, None where nothing is known.
+
+    A side that was cut into blocks (``whole=False``), or that merges axes of which another than the first is sharded,
+    is not sharded.
+    """
+    sharding = sharding_of(x)
+    if sharding is None:
+        return None
+    spec = tuple(sharding.spec) + (None,) * (len(x.shape) - len(sharding.spec))
+
+    def merged(group: tuple[int, ...]) -> Any:
+        return spec[group[0]] if whole and all(spec[a] is None for a in group[1:]) else None
+
+    return Layout(sharding.mesh, merged(axes.inputs), merged(axes.outputs))
+
+
+def place(state: Any, layouts: set[Layout | None]) -> Any:
+    """The state of a stack, laid out over devices like the leaves it comes from, if these agree."""
+    layout = layouts.pop() if len(layouts) == 1 else None
+    if layout is None:
+        return state
+
+    def put(x: Any, kind: str) -> Any:
+        if isinstance(x, tuple):  # rows of a side that is too long for a matrix
+            return jax.tree.map(lambda y: jax.device_put(y, layout.of(kind, 0)), x)
+        packed = kind != "matrix" and x.shape[-1] != x.shape[-2]
+        return jax.device_put(x, layout.of(kind, 0 if packed else x.ndim))
+
+    def sides(pair: Any) -> Any:
+        """A matrix of each side, and whatever else there is."""
+        if not pair:
+            return pair
+        left, right = (None if A is None else put(A, kind) for A, kind in zip(pair[:2], ("left", "right"), strict=True))
+        return type(pair)(left, right, *jax.tree.map(lambda x: put(x, "matrix"), tuple(pair[2:])))
+
+    return state._replace(
+        factors=sides(state.factors),
+        basis=sides(state.basis),
+        application=jax.tree.map(lambda x: put(x, "matrix"), state.application),
+    )
+
+
+def share_out(state: Any, mesh_axis: str | None) -> Any:
+    """The state of a stack as `spread` leaves it: every device holds its part, of a stack that is filled up until all
+    parts are equal. As it is where no mesh with that axis is in scope.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh_axis not in mesh.axis_names:
+        return state
+    filled = _filled(state, mesh.shape[mesh_axis])
+    return jax.tree.map(lambda x: jax.device_put(x, PartitionSpec(mesh_axis)), filled)
+
+
+def spread(f: Callable[..., Any], mesh_axis: str, matrices: Any, *stacks: Any) -> Any:
+    """``f(matrices, *stacks)`` with the leading axis of all arrays shared out over a mesh axis: every device does its
+    part. Results are as long as ``matrices``, an array or several by name; the second, the state, is as long as it was,
+    and what else there is has a part of every device.
+
+    Raises:
+      ValueError: where no mesh with that axis is in scope.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh_axis not in mesh.axis_names:
+        raise ValueError(
+            f"mesh_axis={mesh_axis!r} is not an axis of the mesh in scope ({mesh.axis_names}); call inside `with "
+            "jax.set_mesh(mesh):`."
+        )
+    share = PartitionSpec(mesh_axis)
+    padded = _filled((jax.tree.map(_unshared, matrices), *stacks), mesh.shape[mesh_axis])
+    U, state, *rest = jax.shard_map(f, in_specs=share, out_specs=share, check_vma=False)(*padded)
+    cut = lambda x, old: x[: len(old)]  # noqa: E731
+    U = jax.tree.map(lambda x, old: _unshared(cut(x, old)), U, matrices)
+    return U, jax.tree.map(cut, state, stacks[0]), *rest
+
+
+def _filled(stacks: Any, devices: int) -> Any:
+    """With zeros at the end of the leading axes, whose lengths the number of devices then divides."""
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % devices), *[(0, 0)] * (x.ndim - 1))), stacks)
+
+
+def _unshared(stack: Array) -> Array:
+    """A stack of leaves, or one to be cut into leaves: whole along the leading axis, the others as the leaves are.
+
+    Left to itself, the compiler cuts what is whole on every device, and sends the parts around.
+    """
+    free = [PartitionSpec.UNCONSTRAINED] * (stack.ndim - 1)
+    return jax.lax.with_sharding_constraint(stack, PartitionSpec(None, *free))

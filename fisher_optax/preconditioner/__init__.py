@@ -1,0 +1,1 @@
+"""Factors x decomposition x application: the preconditioner behind the named optimizers."""

@@ -1,0 +1,175 @@
+"""Run any Optax transformation in the eigenbasis of the factors: ``U = Q_L f(Q_Lᵀ G Q_R) Q_Rᵀ``.
+
+The inner state stays in the basis. When the basis turns, moments must turn with it, or they speak of directions that
+are gone: fields named in ``linear``
+are rotated like a gradient, fields named in ``quadratic`` are carried like its square. A direction that gradients never
+had gets no step: what an inner transformation makes of rounding (`rounding` says what that is) is left out.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.lax import Precision
+from jaxtyping import Array, Float, Int
+
+from ..._checks import at
+from ..contracts import Application, Eigenbasis, Eigenpairs, Moments
+from .rounding import counts, ratio
+
+Matrix = Float[Array, "m n"]
+
+
+def in_eigenbasis(
+    inner: optax.GradientTransformation,
+    *,
+    linear: tuple[str, ...] = ("mu", "trace"),
+    quadratic: tuple[str, ...] = ("nu",),
+    left: tuple[str, ...] = ("nu_left",),
+    right: tuple[str, ...] = ("nu_right",),
+) -> Application:
+    """Apply ``inner`` to the rotated gradient and rotate its result back.
+
+    Args:
+      inner: any transformation, e.g. `adam`, ``optax.scale_by_lion()``, ``optax.trace(0.9)``; it sees one matrix at a
+        time, and no ``params``.
+      linear: names of the fields of its state that hold averages of gradients (default: Optax's names).
+      quadratic: names of the fields that hold averages of squared gradients.
+      left, right: names of the fields that hold a vector along a side, averaged over the squares of the other.
+
+    Entries whose second moment (that of ``quadratic``, or of ``left`` and ``right``; else the square of ``linear``, or
+    of the gradient) is rounding, relative to its row and column, get no step.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
+      >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
+    """
+    transform: Any = optax.with_extra_args_support(inner)
+
+    def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:
+        if basis.left is None and basis.right is None:
+            return transform.update(G, state, None, **extra)
+        H = into(G, basis)
+        H = jnp.where(~_is_first(state) | counts(jnp.square(H), first=True), H, 0)
+        X, state = transform.update(H, state, None, **extra)
+        values = (basis.left_values, basis.right_values) if isinstance(basis, Eigenpairs) else (None, None)
+        return out_of(jnp.where(counts(second_moment(state, H), values=values), X, 0), basis), state
+
+    def second_moment(state: Any, H: Matrix) -> Matrix:
+        """Of each entry, as the inner state has it; else the square of its mean, or of this gradient."""
+        sides = [*_fields(state, left), *_fields(state, right)]
+        if len(sides) == 2:
+            return jnp.outer(*sides)
+        squares = [*_fields(state, quadratic), *(jnp.square(m.astype(H.dtype)) for m in _fields(state, linear))]
+        return next((v for v in squares if v.shape == H.shape), jnp.square(H))
+
+    def moments(state: Any) -> Moments:
+        return Moments(*(tuple(_fields(state, names)) for names in (linear, quadratic, left, right)))
+
+    def with_moments(state: Any, moments: Moments) -> Any:
+        for names, values in zip((linear, quadratic, left, right), moments, strict=True):
+            state = _replace(state, names, iter(values))
+        return state
+
+    return Application("in eigenbasis", (Eigenbasis, Eigenpairs), inner.init, update, moments, with_moments)
+
+
+def into(G: Matrix, basis: Eigenbasis | Eigenpairs) -> Matrix:
+    """``Q_Lᵀ G Q_R``."""
+    Q_L, Q_R = basis.left, basis.right
+    G = G if Q_L is None else jnp.matmul(Q_L.astype(G.dtype).mT, G, precision=Precision.HIGHEST)
+    return G if Q_R is None else jnp.matmul(G, Q_R.astype(G.dtype), precision=Precision.HIGHEST)
+
+
+def out_of(X: Matrix, basis: Eigenbasis | Eigenpairs) -> Matrix:
+    """``Q_L X Q_Rᵀ``."""
+    Q_L, Q_R = basis.left, basis.right
+    X = X if Q_L is None else jnp.matmul(Q_L.astype(X.dtype), X, precision=Precision.HIGHEST)
+    return X if Q_R is None else jnp.matmul(X, Q_R.astype(X.dtype).mT, precision=Precision.HIGHEST)
+
+
+class AdamState(NamedTuple):
+    """State of `adam`, in the basis."""
+
+    count: Int[Array, ""]
+    mu: Any
+    nu: Any
+
+
+def adam(
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    eps: Any = 1e-8,
+    bias_correction: bool = True,
+    mu_dtype: Any = None,
+    normalize: bool = False,
+) -> optax.GradientTransformation:
+    """Adam as the SOAP authors run it: ``eps`` is added before the bias is corrected.
+
+        m ← b1 m + (1-b1) g;   v ← b2 v + (1-b2) g²;   u = sqrt(1-b2ᵗ) / (1-b1ᵗ) · m / (sqrt(v) + eps)
+
+    Args:
+      b1, b2: decay rates, numbers or schedules of the step.
+      eps: number or schedule, in units of the gradient; small, since it is compared with an average that still carries
+        its bias. Where this runs in a basis, rounding is kept out by a floor relative to the gradient, and not by eps.
+      bias_correction: whether the factor in front is applied.
+      mu_dtype: storage of m; the gradient's by default.
+      normalize: scale ``m / (sqrt(v) + eps)`` to root mean square 1 before the correction; zero stays zero.
+    """
+
+    def init(params: Any) -> AdamState:
+        mu = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=mu_dtype), params)
+        return AdamState(jnp.zeros([], jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
+        del params
+        t = state.count + 1
+        β1, β2, ε = (at(value, state.count) for value in (b1, b2, eps))
+        mu = jax.tree.map(lambda g, m: β1 * m.astype(g.dtype) + (1 - β1) * g, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: β2 * v + (1 - β2) * jnp.square(g), updates, state.nu)
+        scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
+        u = jax.tree.map(lambda m, v: ratio(m, jnp.sqrt(v) + ε), mu, nu)
+        if normalize:
+            u = jax.tree.map(lambda x: x / (jnp.sqrt(jnp.mean(jnp.square(x))) + 1e-30), u)
+        u = jax.tree.map(lambda x, v: (scale * x).astype(v.dtype), u, nu)
+        mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
+        nu = jax.tree.map(lambda v, old: v.astype(old.dtype), nu, state.nu)
+        return u, AdamState(t, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_first(state: Any) -> Array:
+    """Whether the state has seen no gradient, where it counts them."""
+    return next((count == 0 for count in _fields(state, ("count",))), jnp.zeros([], bool))
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, tuple) and hasattr(node, "_fields")
+
+
+def _fields(state: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    """The fields of nested NamedTuple states that bear one of the names, in order."""
+    if _is_state(state):
+        for name in state._fields:
+            yield from [getattr(state, name)] if name in names else _fields(getattr(state, name), names)
+    elif isinstance(state, tuple | list):
+        for part in state:
+            yield from _fields(part, names)
+
+
+def _replace(state: Any, names: tuple[str, ...], values: Iterator[Any]) -> Any:
+    """The state with those fields replaced by the next of ``values``."""
+    if _is_state(state):
+        return type(state)(
+            *(
+                next(values) if name in names else _replace(getattr(state, name), names, values)
+                for name in state._fields
+            )
+        )
+    if isinstance(state, tuple | list):
+        return type(state)(_replace(part, names, values) for part in state)
+    return state

@@ -1,0 +1,115 @@
+"""What turns a Kronecker factor into an eigenbasis or a root."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from .. import linalg
+from .._xla import branch
+from .contracts import Decomposition, Eigenbasis, Eigenpairs, InverseRoot, Refreshed
+
+Matrix = Float[Array, "d d"]
+First = Bool[Array, ""]
+
+
+def orthogonal_iteration(method: str = "qr") -> Decomposition:
+    """One step of orthogonal iteration a refresh: ``Q ← basis of A Q``, columns ordered by ``diag(Qᵀ A Q)``; the first
+    basis is exact.
+
+    A basis drifts slowly, so one step tracks it at a fraction of an eigendecomposition's cost.
+
+    Args:
+      method: "qr" (Householder; the SOAP authors') or "cholesky" (shifted CholeskyQR: follows as well by products and
+        Cholesky factors alone, for hardware on which QR is slow).
+
+    Raises:
+      ValueError: for any other method.
+
+    Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 4.
+    """
+    if method not in ("qr", "cholesky"):
+        raise ValueError(f"orthogonal_iteration: method must be 'qr' or 'cholesky', got {method!r}.")
+
+    def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
+        if method == "qr":
+            return Refreshed(*linalg.sequential(functools.partial(linalg.followed, tolerance=tolerance))(A, Q, first))
+        P = linalg.project(A, Q)
+
+        def iterate() -> Refreshed:
+            return Refreshed(linalg.orthogonal_iteration(A, Q, P=P, method=method), linalg.descending(Q, P))
+
+        def later() -> Refreshed:
+            return iterate() if tolerance is None else _unless_diagonal(A, Q, P, tolerance, iterate)
+
+        return branch(first, lambda: Refreshed(linalg.eigenbasis(A), jnp.arange(len(A))), later)
+
+    return Decomposition(method, Eigenbasis, renew)
+
+
+def eigh() -> Decomposition:
+    """A full eigendecomposition at every refresh: exact, about twice the cost of a QR step on a CPU and far more on an
+    accelerator.
+    """
+
+    def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
+        P = linalg.project(A, Q)
+
+        def solve() -> Refreshed:
+            # Before the first basis there are no columns whose order could be followed.
+            order = jnp.where(first, jnp.arange(len(A)), linalg.descending(Q, P))
+            return Refreshed(linalg.eigenbasis(A), order)
+
+        return solve() if tolerance is None else _unless_diagonal(A, Q, P, jnp.where(first, -1, tolerance), solve)
+
+    return Decomposition("eigh", Eigenbasis, renew)
+
+
+def inverse_root(exponent: float = -0.25, *, method: str = "eigh", ridge: Any = 1e-6) -> Decomposition:
+    """``(A + ridge |A| I)^exponent``, the same at every refresh.
+
+    Args:
+      exponent: from -1 to 0.
+      method: "eigh", or matrix products alone: "newton" (exponents -1/p), "polynomial" (-1/2, -1/4, ...).
+      ridge: relative to the largest eigenvalue, or a bound on it.
+
+    Raises:
+      ValueError: for an unknown method, or an exponent it does not have.
+
+    Source: Gupta et al. 2018 (arXiv 1802.09568); `fo.linalg.matrix_power` has the iterations'.
+    """
+    linalg.check_exponent(exponent, method)
+
+    def root(A: Matrix, old: Matrix, first: First, tolerance: float | None) -> Refreshed:
+        del first, tolerance
+        return Refreshed(linalg.matrix_power(A, exponent, method=method, ridge=ridge), jnp.arange(len(old)))
+
+    return Decomposition(f"{method} root", InverseRoot, root)
+
+
+def cholesky_inverse() -> Decomposition:
+    """The inverse, for factors that are damped when they are read (`fo.factors.tikhonov`)."""
+
+    def inverse(A: Matrix, old: Matrix, first: First, tolerance: float | None) -> Refreshed:
+        del first, tolerance
+        return Refreshed(linalg.cholesky_inverse(A), jnp.arange(len(old)))
+
+    return Decomposition("Cholesky inverse", InverseRoot, inverse)
+
+
+def with_eigenvalues(decomposition: Decomposition) -> Decomposition:
+    """The same, with the eigenvalues ``diag(Qᵀ A Q)`` of its basis: for factors that are followed through them.
+
+    >>> with_eigenvalues(eigh()).returns.__name__
+    'Eigenpairs'
+    """
+    return decomposition._replace(returns=Eigenpairs)
+
+
+def _unless_diagonal(A: Matrix, Q: Matrix, P: Matrix, tolerance: Any, renewed: Callable[[], Refreshed]) -> Refreshed:
+    """Keep Q where ``|B - diag B| <= tolerance |B|``, ``B = Qᵀ A Q`` (Eschenhagen et al. 2025, arXiv 2506.03595)."""
+    # A factor that is not finite has no measure; renewing it keeps the old basis and counts the failure.
+    kept = linalg.off_diagonality(A, Q, P=P) <= tolerance
+    return branch(kept, lambda: Refreshed(Q, jnp.arange(len(Q))), renewed)

@@ -1,0 +1,88 @@
+"""K-FAC's factors: moving averages of what capture sees of each layer."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from ... import linalg
+from ..._checks import at
+from ..._xla import held
+from ...statistics import LayerFactors, Rows
+from ..contracts import FactorRule, Kronecker
+
+
+def kronecker(decay: Any = 0.95, *, rank: int | None = None) -> FactorRule:
+    """``A ← β A + (1-β) left;  B ← β B + (1-β) right``, divided by the sum of their weights when they are read.
+
+    Args:
+      decay: β, number or schedule of the updates with statistics. ``1 - 1/(t+1)`` gives plain means.
+      rank: a side too long for a matrix keeps as many rows R, of which ``Rᵀ R`` is the average; None: it has no factor.
+
+    Source: Martens and Grosse 2015 (arXiv 1503.05671), section 5.
+    """
+
+    def init(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
+        def side(d: int, wanted: bool) -> Any:
+            if wanted:
+                return jnp.zeros((d, d), dtype)
+            return None if rank is None else Rows(jnp.zeros((rank, d), dtype))
+
+        return Kronecker(side(m, left), side(n, right), (jnp.zeros([], jnp.int32), jnp.zeros([], dtype)))
+
+    def follow(seen: LayerFactors, factors: Kronecker, apply: Any, go: Any) -> Kronecker:
+        count, weight = factors.seen
+        β = at(decay, count)
+
+        def blend(A: Any, S: Any) -> Any:
+            return held(go, β * A + (1 - β) * S.astype(A.dtype), A)
+
+        def side(A: Any, new: Any) -> Any:
+            if isinstance(A, Rows):
+                S = jnp.concatenate([jnp.sqrt(β) * A.rows, jnp.sqrt(1 - β) * new.rows.astype(A.rows.dtype)])
+                return held(go, Rows(linalg.strongest_rows(S, len(A.rows))), A)
+            return None if A is None else apply(blend, A, new)
+
+        seen_now = held(go, (count + 1, (β * weight + (1 - β)).astype(weight.dtype)), factors.seen)
+        return Kronecker(side(factors.left, seen.left), side(factors.right, seen.right), seen_now)
+
+    def update(seen: LayerFactors, factors: Kronecker, bases: Any) -> Kronecker:
+        del bases
+        return follow(seen, factors, lambda f, A, S: f(A, S), None)
+
+    def overwrite(seen: LayerFactors, factors: Kronecker, go: Any) -> Kronecker:
+        return follow(seen, factors, linalg.overwritten, go)
+
+    return FactorRule("Kronecker", init, update, read=mean_factors, of_statistics=True, overwrite=overwrite)
+
+
+def mean_factors(factors: Kronecker) -> Kronecker:
+    """The factors divided by the sum of their weights."""
+    weight = factors.seen[1]
+    weight = jnp.where(weight == 0, 1, weight)
+
+    def mean(A: Any) -> Any:
+        return None if A is None else Rows(A.rows / jnp.sqrt(weight)) if isinstance(A, Rows) else A / weight
+
+    return factors._replace(left=mean(factors.left), right=mean(factors.right))
+
+
+def tikhonov(damping: Any) -> Any:
+    """A reader of `kronecker` factors: ``A + π sqrt(λ) I`` and ``B + sqrt(λ)/π I`` with ``π² = (tr A / d_A) / (tr B /
+    d_B)``, so that neither side's damping drowns the other.
+
+    Source: Martens and Grosse 2015 (arXiv 1503.05671), section 6.3.
+    """
+
+    def read(factors: Kronecker) -> Kronecker:
+        A, B, _ = mean_factors(factors)
+        λ = jnp.asarray(at(damping, factors.seen[0]))
+        mean_A, mean_B = (1.0 if X is None else jnp.trace(X) / len(X) for X in (A, B))
+        known = (mean_A > 0) & (mean_B > 0)
+        π = jnp.sqrt(jnp.where(known, mean_A, 1) / jnp.where(known, mean_B, 1))
+
+        def damped(X: Any, ε: Any) -> Any:
+            return None if X is None else X + (ε * jnp.eye(len(X))).astype(X.dtype)
+
+        return factors._replace(left=damped(A, π * jnp.sqrt(λ)), right=damped(B, jnp.sqrt(λ) / π))
+
+    return read

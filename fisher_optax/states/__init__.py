@@ -1,0 +1,1 @@
+"""What an optimizer's state says, and how it is started from another's."""

@@ -1,0 +1,79 @@
+"""What capture knows of layers: factors, samples, low-rank rows, logits, as the argument ``statistics`` takes them."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from .matrices.axes import MatrixAxes
+
+
+class Rows(NamedTuple):
+    """A second moment of low rank, ``Σ rowsᵀ rows``: for a side too long for a ``d x d`` array."""
+
+    rows: Float[Array, "*batch r d"]
+
+
+class Logits(NamedTuple):
+    """Some tokens of a softmax cross-entropy, in the place of the right side of the layer that gave their logits."""
+
+    logits: Float[Array, "r V"]
+    labels: Any  # (r,) numbers of classes, or (r, V) probabilities
+    weights: Float[Array, " r"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("left", "right", "squares", "weight"), meta_fields=("bias", "axes")
+)
+@dataclasses.dataclass(frozen=True)
+class LayerFactors:
+    """Second moments of one layer's inputs ``a`` and output gradients ``δ``: its Fisher is about ``left ⊗ right``.
+
+    Where the layer's bias is folded in (``bias`` is its path), inputs end with a 1, which gives ``left`` one more row
+    and column. What was not asked for is None. ``axes`` says which axes of the parameter the sides belong to, and None
+    that nobody knows.
+    """
+
+    left: Any  # (*batch, m, m); of an embedding, its diagonal (V,); or `Rows`
+    right: Any  # (*batch, n, n), `Rows` or `Logits`
+    squares: Any  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
+    weight: Any  # (): how many inputs it is the mean of
+    bias: str | None = None
+    axes: MatrixAxes | None = None
+
+
+class Window(NamedTuple):
+    """The geometry of a convolution over inputs ``(examples, *spatial, channels)``."""
+
+    shape: tuple[int, ...]  # spatial extent of the kernel
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("inputs", "gradients", "weight"),
+    meta_fields=("bias", "window", "axes"),
+)
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """``r`` sampled examples of one layer: its inputs, and the gradients of each example's own loss at its outputs.
+
+    Of a dense layer an example is one position. Of a convolution (``window``) it is a whole input, and axes are
+    ``(r, *spatial, channels)``. A bias that belongs to the layer (``bias`` is its path) has no column in ``inputs``.
+    ``axes`` as in `LayerFactors`.
+    """
+
+    inputs: Any  # (*batch, r, m)
+    gradients: Any  # (*batch, r, n)
+    weight: Any  # (): how many examples they stand for
+    bias: str | None = None
+    window: Window | None = None
+    axes: MatrixAxes | None = None
+
+
+LayerStatistics = LayerFactors | Samples

@@ -1,0 +1,1 @@
+"""Wrappers of Optax transformations, each usable alone."""

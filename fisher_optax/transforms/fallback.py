@@ -1,0 +1,216 @@
+"""Which leaf goes where: matrices to the method, everything else to a fallback."""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._xla import branch, chosen
+from ..matrices import recording
+from ..matrices.axes import LeafAxes, MatrixAxes
+from ..matrices.layers import Layer, layers_of
+from ..matrices.resolve import resolve_axes
+from ..matrices.trees import step_dtype
+
+Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
+BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
+MATRIX, FALLBACK = "matrix", "fallback"
+_marking: contextvars.ContextVar[bool] = contextvars.ContextVar("marking", default=False)
+COPIED = 2**22  # bytes of a state that a step may copy: a conditional is not worth its compilation for fewer
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("state",), meta_fields=("paths", "layers", "block_size")
+)
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """A state with what it is of: made by inits under `marked` alone."""
+
+    state: Any
+    paths: tuple[str, ...]  # of all leaves that were seen
+    layers: tuple[Layer, ...]  # those that are matrices
+    block_size: int | None
+
+
+@contextlib.contextmanager
+def marked() -> Iterator[None]:
+    """Inits inside give `Routed` states."""
+    token = _marking.set(True)
+    try:
+        yield
+    finally:
+        _marking.reset(token)
+
+
+def by_axes(
+    method: str,
+    build: Build,
+    fallback: optax.GradientTransformation,
+    *,
+    axes: Any = None,
+    kinds: tuple[str, ...] = ("matrix", "head"),
+    describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
+    dtypes: Any = jnp.floating,
+) -> optax.GradientTransformationExtraArgs:
+    """``build(axes of the matrix leaves, in order)`` for leaves of the given kinds, ``fallback`` for the others.
+
+    Axes come from the whole tree at every call, so both sides see `optax.MaskedNode` where a leaf is not theirs, as
+    under `optax.partition`. ``dtypes`` are those of the matrices that ``axes`` may name.
+    """
+
+    def of_layers(layers: list[Layer]) -> optax.GradientTransformation:
+        return build([layer.axes for layer in layers])
+
+    return _routed(
+        method, of_layers, fallback, axes, lambda leaves: layers_of(leaves, kinds, with_bias=False), describe, dtypes
+    )
+
+
+def by_layers(
+    method: str,
+    build: BuildLayers,
+    fallback: optax.GradientTransformation,
+    *,
+    axes: Any = None,
+    kinds: tuple[str, ...] = ("matrix", "head"),
+    describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
+) -> optax.GradientTransformationExtraArgs:
+    """`by_axes`, where a matrix takes its bias along: ``build`` gets the layers among the leaves that are its own."""
+    return _routed(method, build, fallback, axes, lambda leaves: layers_of(leaves, kinds), describe)
+
+
+def _routed(
+    method: str,
+    build: BuildLayers,
+    fallback: optax.GradientTransformation,
+    axes: Any,
+    layers_among: Callable[[list[LeafAxes]], list[Layer]],
+    describe: Callable[[LeafAxes], dict[str, Any]],
+    dtypes: Any = jnp.floating,
+) -> optax.GradientTransformationExtraArgs:
+    require_transformation("fallback", fallback)
+    rest = holding_itself(in_float32(fallback))
+
+    def routes(tree: Any) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
+        leaves = resolve_axes(tree, axes, dtypes)
+        layers = layers_among(leaves)
+        mine = sorted(place for layer in layers for place in layer.places)
+        labels = [MATRIX if i in set(mine) else FALLBACK for i in range(len(leaves))]
+        tx: dict[Hashable, Any] = {MATRIX: build([layer.among(mine) for layer in layers]), FALLBACK: rest}
+        labelled = jax.tree.structure(tree).unflatten(labels)
+        return leaves, layers, optax.partition(tx, lambda _: labelled)  # a tree that could be called, it would call
+
+    def init(params: optax.Params) -> Any:
+        leaves, layers, tx = routes(params)
+        if recording.is_recording():
+            owners = {layer.kernel: layer for layer in layers}
+            kernels = {layer.bias: layer.path for layer in layers if layer.bias is not None}
+            for i, leaf in enumerate(leaves):
+                if i in kernels:
+                    recording.record(leaf, state_bytes=0, method=method, axes=None, reason=f"with {kernels[i]}")
+                elif i in owners:
+                    layer = owners[i]
+                    size = _state_bytes(build([layer.among(sorted(layer.places))]), params, layer.places)
+                    recording.record(leaf, state_bytes=size, **describe(leaf), method=method, axes=leaf.axes)
+                else:
+                    recording.record(leaf, state_bytes=_state_bytes(rest, params, (i,)), method=FALLBACK, axes=None)
+        state = tx.init(params)
+        if not _marking.get():
+            return state
+        block_size = describe(leaves[layers[0].kernel]).get("block_size") if layers else None
+        return Routed(state, tuple(leaf.path for leaf in leaves), tuple(layers), block_size)
+
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any) -> Any:
+        # By the parameters' dtypes, as in `init`.
+        return routes(updates if params is None else params)[2].update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_matrix(leaf: LeafAxes, kinds: tuple[str, ...]) -> bool:
+    """Whether a method that takes these kinds takes this leaf."""
+    return leaf.axes is not None and leaf.kind in kinds
+
+
+def _state_bytes(tx: optax.GradientTransformation, params: Any, places: tuple[int, ...]) -> int:
+    """Bytes of the arrays, scalars apart, that ``tx`` keeps for these leaves of ``params``."""
+    leaves, treedef = jax.tree.flatten(params)
+    alone = treedef.unflatten(
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) if i in places else optax.MaskedNode() for i, x in enumerate(leaves)]
+    )
+    with recording.paused():
+        state = jax.eval_shape(tx.init, alone)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``tx`` on half-precision leaves cast to float32: a second moment overflows in float16 and stands still in
+    bfloat16. So are whole numbers, whose moments would change their dtype in the first step.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def cast(tree: Any) -> Any:
+        def one(x: Any) -> Any:
+            half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+            dtype = jnp.float32 if half else step_dtype(x.dtype)
+            if dtype == x.dtype or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+                return x
+            return (
+                jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+                if isinstance(x, jax.ShapeDtypeStruct)
+                else x.astype(dtype)
+            )
+
+        return jax.tree.map(one, tree)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        return tx.update(cast(updates), state, cast(params), **extra)
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(cast(params)), update)
+
+
+class HeldState(NamedTuple):
+    """State of `holding_itself`."""
+
+    HOLDS_ITSELF = True  # under the argument ``go``
+
+    inner: Any
+
+
+def holding_itself(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``tx``, whose state changes under the argument ``go`` alone: in a conditional, unless it is small.
+
+    XLA computes a state that makes the step, as Adam's moments do, once for each, and where only one of the two is
+    selected under ``go``, it copies the old state for the other.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, HeldState]:
+        def step(updates: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+            return tx.update(updates, inner, params, **extra)
+
+        def skip(updates: Any, inner: Any, params: Any) -> tuple[Any, Any]:
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, inner, params)[0]), inner
+
+        if go is not None and sum(x.nbytes for x in jax.tree.leaves(state.inner)) > COPIED:
+            u, inner = branch(go, step, skip, updates, state.inner, params)
+        else:
+            u, inner = step(updates, state.inner, params)
+            inner = inner if go is None else chosen(go, inner, state.inner)  # all of it: the inner one knows no ``go``
+        return u, HeldState(inner)
+
+    return optax.GradientTransformationExtraArgs(lambda params: HeldState(tx.init(params)), update)
+
+
+def require_transformation(name: str, tx: Any) -> None:
+    """A TypeError unless ``tx`` is an Optax transformation."""
+    if not isinstance(tx, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, e.g. optax.adamw(1e-3); got {type(tx).__name__}."
+        )

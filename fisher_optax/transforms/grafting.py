@@ -1,0 +1,115 @@
+"""Grafting: the direction of one optimizer with the size of another's step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from ..matrices.axes import MatrixAxes
+from ..matrices.resolve import resolve_axes
+from .fallback import in_float32, require_transformation
+from .hyperparameters import injectable
+from .skip_nonfinite import guarded
+
+
+class GraftState(NamedTuple):
+    """State of `graft`."""
+
+    count: Int[Array, ""]
+    direction: Any
+    magnitude: Any
+
+
+@injectable
+def graft(direction: Any, magnitude: Any, axes: Any = None) -> optax.GradientTransformationExtraArgs:
+    """``U = D |M| / |D|`` for each matrix: where ``direction`` points, as far as ``magnitude`` goes.
+
+    Norms are Frobenius norms of single matrices: of each matrix of a stacked leaf, and of all of a leaf that is none.
+    Where D is zero, so is U.
+
+    Args:
+      direction: any transformation without a learning rate.
+      magnitude: another one, or "adam" (`optax.scale_by_adam`), "rmsprop" (`optax.scale_by_rms`) or "sgd" (the
+        gradient itself).
+      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params.
+
+    Raises:
+      ValueError, TypeError: for an unknown word, or what is no transformation.
+
+    Source: Agarwal et al. 2020 (arXiv 2002.11803).
+
+    Example (Muon's direction with the size of Adam's step):
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.graft(fo.scale_by_muon(), "adam"), optax.scale_by_learning_rate(1e-3))
+    """
+    require_transformation("direction", direction)
+    magnitude = magnitude_of(magnitude)
+
+    def on_axes(tree: Any) -> optax.GradientTransformationExtraArgs:
+        return graft_on(direction, magnitude, [leaf.axes for leaf in resolve_axes(tree, axes, jnp.inexact)])
+
+    return guarded(
+        optax.GradientTransformationExtraArgs(
+            lambda params: on_axes(params).init(params),
+            lambda updates, *args, **extra: on_axes(updates).update(updates, *args, **extra),
+        )
+    )
+
+
+MAGNITUDES = {"adam": optax.scale_by_adam, "rmsprop": optax.scale_by_rms, "sgd": optax.identity}
+
+
+def magnitude_of(magnitude: Any) -> optax.GradientTransformation:
+    """The transformation a word stands for, or the one given; in float32 at least."""
+    if isinstance(magnitude, str):
+        if magnitude not in MAGNITUDES:
+            words = ", ".join(map(repr, MAGNITUDES))
+            raise ValueError(f"grafting must be one of {words}, or an Optax transformation; got {magnitude!r}.")
+        return in_float32(MAGNITUDES[magnitude]())
+    require_transformation("grafting", magnitude)
+    return in_float32(magnitude)
+
+
+def graft_on(
+    direction: Any, magnitude: Any, axes: list[MatrixAxes | None], *, rescale: bool = True, start: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """`graft` for leaves with these axes; the first ``start - 1`` calls take ``magnitude``'s step itself. Without
+    ``rescale``, D keeps its size from then on.
+    """
+    direction, magnitude = (optax.with_extra_args_support(tx) for tx in (direction, magnitude))
+
+    def init(params: Any) -> GraftState:
+        return GraftState(jnp.zeros([], jnp.int32), direction.init(params), magnitude.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, GraftState]:
+        D, direction_state = direction.update(updates, state.direction, params, **extra)
+        M, magnitude_state = magnitude.update(updates, state.magnitude, params, **extra)
+
+        def leaf(d: Array, m: Array, a: MatrixAxes | None) -> Array:
+            U = _resized(d, m, a) if rescale else d
+            return U if start <= 1 else jnp.where(state.count + 1 < start, m.astype(U.dtype), U)
+
+        D, treedef = jax.tree.flatten(D)
+        U = [leaf(d, m, a) for d, m, a in zip(D, treedef.flatten_up_to(M), axes, strict=True)]
+        return treedef.unflatten(U), GraftState(state.count + 1, direction_state, magnitude_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _resized(d: Array, m: Array, axes: MatrixAxes | None) -> Array:
+    """``d |m| / |d|`` over each matrix."""
+    over = tuple(range(d.ndim)) if axes is None else axes.inputs + axes.outputs
+
+    def norm(x: Array) -> tuple[Array, Array]:
+        """A size to divide by first, since squares overflow, and the norm in that unit."""
+        x = jnp.abs(x)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        unit = jnp.max(x, axis=over, keepdims=True, initial=0)
+        unit = jnp.where(unit == 0, 1, unit)
+        return unit, jnp.sqrt(jnp.sum(jnp.square(x / unit), axis=over, keepdims=True))
+
+    (d_unit, d_norm), (m_unit, m_norm) = norm(d), norm(m)
+    direction = d.astype(jnp.promote_types(d.dtype, jnp.float32)) / d_unit / jnp.where(d_norm == 0, 1, d_norm)
+    return (direction * m_norm * m_unit).astype(d.dtype)

@@ -1,0 +1,130 @@
+"""The arguments of factories: which are hyperparameters, to be traced or scheduled, and which shape the program."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Int
+
+from .._checks import at
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# What `optax.inject_hyperparams` may trace; everything else shapes the program.
+TRACED = (
+    "learning_rate",
+    "b1",
+    "b2",
+    "eps",
+    "weight_decay",
+    "shampoo_beta",
+    "beta",
+    "momentum",
+    "damping",
+    "curvature_decay",
+    "kl_clip",
+    "score_learning_rate",
+    "regularization",
+)
+
+
+def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+    """The arguments of a factory that must not be traced."""
+    return tuple(name for name in inspect.signature(factory).parameters if name not in TRACED)
+
+
+class Fixed(NamedTuple):
+    """An argument that is no hyperparameter, so wrapped that it is neither a number nor a callable."""
+
+    value: Any
+
+
+class FactorySignature(inspect.Signature):
+    """A factory's signature, whose `bind` fills in the defaults and returns what is not to be traced as `Fixed`.
+
+    `optax.inject_hyperparams` binds its arguments so. It makes an array of every number, a period or a block size too,
+    and calls every callable, a mask too, as a schedule.
+    """
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        """The arguments of a call."""
+        bound = super().bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            if name not in TRACED and (callable(value) or isinstance(value, int | float | jax.Array | np.ndarray)):
+                bound.arguments[name] = Fixed(value)
+        return bound
+
+
+def injectable(factory: Callable[P, T]) -> Callable[P, T]:
+    """Let `optax.inject_hyperparams` take a factory as it is, without ``static_args``: see `FactorySignature`."""
+
+    make: Callable[..., T] = factory
+
+    def given(value: Any) -> Any:
+        return value.value if isinstance(value, Fixed) else value
+
+    @functools.wraps(factory)
+    def build(*args: P.args, **kwargs: P.kwargs) -> T:
+        return make(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
+
+    signature = inspect.signature(factory)
+    vars(build)["__signature__"] = FactorySignature(
+        [*signature.parameters.values()], return_annotation=signature.return_annotation
+    )
+    return build
+
+
+def takes(other: Callable[..., Any], **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a function of ``**options`` take the arguments of ``other`` too, with their defaults or the ones given here,
+    and show them in its signature.
+    """
+
+    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
+        theirs = inspect.signature(other).parameters.values()
+        own = [p for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        shared = [p.replace(default=defaults.get(p.name, p.default)) for p in theirs]
+        signature = inspect.signature(f).replace(parameters=[*shared, *own])
+
+        @functools.wraps(f)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return f(**bound.arguments)
+
+        vars(call)["__signature__"] = signature
+        return call
+
+    return wrap
+
+
+class ScheduledState(NamedTuple):
+    """State of `scheduled`, where there are schedules."""
+
+    count: Int[Array, ""]
+    inner: Any
+
+
+def scheduled(factory: Callable[..., Any], **options: Any) -> optax.GradientTransformationExtraArgs:
+    """An Optax transformation that takes numbers alone, with schedules evaluated at the call where there are any.
+
+    `optax.inject_hyperparams` would keep the numbers in the state: an array that the caller still holds among them.
+    """
+
+    def now(count: Any) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(factory(**{name: at(value, count) for name, value in options.items()}))
+
+    def init(params: Any) -> ScheduledState:
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledState(count, now(count).init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ScheduledState]:
+        updates, inner = now(state.count).update(updates, state.inner, params, **extra)
+        return updates, ScheduledState(state.count + 1, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update) if any(map(callable, options.values())) else now(None)

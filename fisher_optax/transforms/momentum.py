@@ -1,0 +1,135 @@
+"""Momentum that keeps the direction of ``m = β m + G`` and never overflows, and the plain one, overwritten in place."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from .._checks import at
+from .._xla import after, held
+
+
+class MomentumState(NamedTuple):
+    """The weighted mean of the gradients, whose weights sum to ``weight``."""
+
+    HOLDS_ITSELF = True  # under the argument ``go``
+
+    count: Int[Array, ""]
+    weight: Float[Array, ""]
+    mean: Any
+
+
+def momentum(beta: Any, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
+    """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at
+    any scale of the dtype. Sums and results are float32 at least, and so is m unless ``dtype`` says otherwise.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, MomentumState]:
+        del params, extra
+        (now, _), s = _weights(beta, state)
+        mean = _means(now, state.mean, updates)
+        return mean, _next(state, s, mean, go)
+
+    return optax.GradientTransformationExtraArgs(lambda params: _start(params, dtype), update)
+
+
+def with_momentum(
+    inner: optax.GradientTransformation, beta: Any, nesterov: bool, dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """``inner`` of `momentum`, or of the next one for the same gradient (``nesterov``).
+
+    The old m is overwritten last, and what ``inner`` gets is made of it: then it need not be in memory as a whole.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> tuple[MomentumState, Any]:
+        return _start(params, dtype), inner.init(params)
+
+    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, Any]:
+        old, inside = state
+        (now, ahead), s = _weights(beta, old)
+        extra |= {} if go is None else {"go": go}
+        u = _means(now * ahead if nesterov else now, old.mean, updates)
+        u, inside = inner.update(u, inside, params, **extra)
+        return u, (_next(old, s, _means(after(inside, now, old.count), old.mean, updates), go), inside)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _start(params: Any, dtype: Any) -> MomentumState:
+    def zeros(x: Any) -> Array:
+        kept = jnp.promote_types(dtype, jnp.complex64) if dtype and jnp.iscomplexobj(x) else dtype
+        return jnp.zeros_like(x, dtype=kept or _at_least_float32(x))
+
+    mean = jax.tree.map(zeros, params)
+    weight = jnp.zeros([], jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(params))).dtype)
+    return MomentumState(jnp.zeros([], jnp.int32), weight, mean)
+
+
+def _weights(beta: Any, state: MomentumState) -> tuple[tuple[Array, Array], Array]:
+    """The share of the old mean in the new one, and of that in the one after it; the sum of all weights."""
+    β = at(beta, state.count)
+    s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
+    now, ahead = (w / (w + 1) for w in (β * state.weight, β * s))
+    return (now, ahead), s
+
+
+def _means(w: Array, mean: Any, updates: Any) -> Any:
+    """``w m + (1 - w) g``."""
+
+    def blend(g: Array, m: Array) -> Array:
+        dtype = _at_least_float32(g)
+        m, g, old = m.astype(dtype), g.astype(dtype), w.astype(dtype)
+        return old * m + (1 - old) * g
+
+    return jax.tree.map(blend, updates, mean)
+
+
+def _next(state: MomentumState, weight: Array, mean: Any, go: Array | None) -> MomentumState:
+    mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
+    count = state.count + (1 if go is None else go.astype(jnp.int32))
+    return MomentumState(count, *held(go, (weight, mean), (state.weight, state.mean)))
+
+
+def trace(decay: Any) -> optax.GradientTransformation:
+    """`optax.trace`, whose dtype stays: a decay that is an array of float32 would make float32 of bfloat16."""
+    tx = optax.trace(decay)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
+        _, new = tx.update(updates, state, params)
+        new: Any = jax.tree.map(lambda m, old: m.astype(old.dtype), new, state)
+        return new.trace, new
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+class TraceState(NamedTuple):
+    """State of `held_trace`."""
+
+    HOLDS_ITSELF = True  # under the argument ``go``
+
+    inner: Any
+
+
+def held_trace(decay: Any) -> optax.GradientTransformationExtraArgs:
+    """`optax.trace`, whose step is made of what is kept: XLA computes a sum that is used twice twice, and where only
+    one of the two is selected under ``go``, it copies the old state for the other.
+    """
+    tx = trace(decay)
+
+    def init(params: Any) -> TraceState:
+        return TraceState(tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, TraceState]:
+        del extra
+        _, new = tx.update(updates, state.inner, params)
+        kept: Any = held(go, new, state.inner)
+        return kept.trace, TraceState(kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _at_least_float32(x: Any) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
