@@ -17,19 +17,13 @@ def branch(choice: Array | bool, yes: Callable[..., Any], no: Callable[..., Any]
     return (yes if choice else no)(*operands)
 
 
-def held(go: Array | None, new: Any, old: Any) -> Any:
-    """The new arrays where ``go`` (None: everywhere), the old ones elsewhere; a state that ``HOLDS_ITSELF`` as it is.
+def select(choice: Array | None, yes: Any, no: Any) -> Any:
+    """``yes`` (for None, too) or ``no``, two trees of one structure.
 
     Unlike a conditional, which copies all that it returns, this is one pass that XLA fuses with what made the arrays.
     """
-    if go is None:
-        return new
-    done = lambda x: getattr(type(x), "HOLDS_ITSELF", False)  # noqa: E731
-    return jax.tree.map(lambda a, b: a if done(a) or a is b else jax.lax.select(go, a, b), new, old, is_leaf=done)
-
-
-def chosen(choice: Array, yes: Any, no: Any) -> Any:
-    """``yes`` or ``no``, two trees of one structure: all of it, unlike `held`, which leaves parts alone."""
+    if choice is None:
+        return yes
     return jax.tree.map(lambda a, b: a if a is b else jax.lax.select(choice, a, b), yes, no)
 
 

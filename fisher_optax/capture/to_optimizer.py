@@ -35,7 +35,8 @@ def on_layers(
 ) -> optax.GradientTransformationExtraArgs:
     """``inner`` on the joined matrices of a tree of layers, with each one's statistics in the same order.
 
-    ``inner.update(matrices, state, params, statistics=[...])`` gets lists, or None for statistics.
+    ``inner.update(matrices, state, params, statistics=[...])`` gets lists, or None for statistics. The result is of
+    inner's type.
     """
     for layer in layers:
         _require_order(layer, method)
@@ -66,7 +67,7 @@ def on_layers(
         out, state = moved
         return treedef.unflatten(split(layers, out, leaves)), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return type(inner)(init, update)
 
 
 def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: type) -> list[Any] | None:

@@ -29,10 +29,11 @@ from ..preconditioner.applications.conjugate_gradient import (
 from ..statistics import Samples
 from ..transforms.decay import Mask, decayed_weights
 from ..transforms.fallback import by_layers
+from ..transforms.freeze import Freezable, chain, counted
 from ..transforms.hyperparameters import injectable
 from ..transforms.momentum import MomentumState
 from ..transforms.momentum import momentum as weighted_mean
-from ..transforms.skip_nonfinite import guarded
+from ..transforms.skip_nonfinite import skip_nonfinite
 
 SOLVES: dict[str, Solve] = {"frog": frog_direction, "kfrog": kfrog_direction}
 LAYERS = ("matrix",)  # the author leaves the last classifier out
@@ -169,7 +170,7 @@ def _scale_by(
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         return _on_samples(direction, method, layers)
 
-    return _guarded(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
+    return skip_nonfinite(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
 
 
 def _complete(
@@ -188,15 +189,10 @@ def _complete(
     decay, rate = decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
 
     def build(layers: list[Layer]) -> optax.GradientTransformation:
-        return optax.chain(_on_samples(direction, method, layers), decay, rate)
+        return chain(_on_samples(direction, method, layers), decay, rate)
 
     fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
-    return _guarded(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
-
-
-def _guarded(routed: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    # In place: XLA's convolutions for a CPU are many times slower inside a conditional.
-    return guarded(routed, in_place=True)
+    return skip_nonfinite(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
 
 
 def _on_samples(
@@ -223,7 +219,9 @@ def _direction(
     def init(params: Any) -> FrogState:
         return FrogState(jnp.zeros([], jnp.int32), cast(MomentumState, average.init(params)))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[list[Array], FrogState]:
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[list[Array], FrogState]:
         del params
         statistics: list[Samples] | None = extra["statistics"]
         if statistics is None and updates:
@@ -231,13 +229,13 @@ def _direction(
                 f"fo.{method} keeps no curvature between steps, so that statistics=None leaves it none: {SOURCE}."
             )
         means, averaged = cast(
-            tuple[list[Array], MomentumState], average.update(updates, state.momentum, go=extra.get("go"))
+            tuple[list[Array], MomentumState], average.update(updates, state.momentum, accept=accept)
         )
         τ = at(damping, state.count)
         Z = [
             in_stack(SOLVES[method], averaged.weight.astype(m.dtype) * m, samples, τ, iterations)
             for m, samples in zip(means, statistics or (), strict=True)
         ]
-        return Z, FrogState(state.count + 1, averaged)
+        return Z, FrogState(counted(accept, state.count), averaged)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(init, update)

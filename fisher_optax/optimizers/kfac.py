@@ -27,11 +27,12 @@ from ..preconditioner.transform import Seam
 from ..statistics import LayerFactors
 from ..transforms.decay import Mask, decayed_weights
 from ..transforms.fallback import by_layers
+from ..transforms.freeze import chain
 from ..transforms.grafting import graft_on, magnitude_of
 from ..transforms.hyperparameters import injectable, scheduled, takes
 from ..transforms.kl_clip import once_seen
-from ..transforms.momentum import held_trace
-from ..transforms.skip_nonfinite import guarded
+from ..transforms.momentum import frozen_trace
+from ..transforms.skip_nonfinite import skip_nonfinite
 from ._sides import same_shapes, whole_sides
 from .kfac_head import apart, check_head, describing, for_heads, is_head
 
@@ -191,7 +192,7 @@ def _direction(
         return _on_layers(name, method, of_heads, magnitude, None, 0.0, layers)
 
     routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads))
-    return guarded(routed, in_place=True)
+    return skip_nonfinite(routed)
 
 
 def _complete(
@@ -218,11 +219,11 @@ def _complete(
 
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         direction = _on_layers(name, method, of_heads, magnitude, kl_clip, learning_rate, layers)
-        return optax.chain(direction, scheduled(held_trace, decay=momentum), after)
+        return chain(direction, scheduled(frozen_trace, decay=momentum), after)
 
     fallback = optax.chain(optax.scale_by_adam(), after) if fallback is None else fallback
     routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads))
-    return guarded(routed, in_place=True)
+    return skip_nonfinite(routed)
 
 
 def _seam(

@@ -21,12 +21,14 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from .._checks import at
+from .._xla import select
 from ..fisher.head.empirical import EmpiricalHead
 from ..fisher.head.softmax import SoftmaxHead
 from ..matrices.axes import LeafAxes
 from ..matrices.layers import Layer
 from ..matrices.rules import HEADS
 from ..statistics import LayerFactors, Logits
+from ..transforms.freeze import Freezable
 
 FISHERS = ("true", "empirical")
 
@@ -83,21 +85,21 @@ def is_head(path: str) -> bool:
     return not HEADS.isdisjoint(path.split("/")[-2:])
 
 
-def scale_by_head(fisher: str, decay: Any, damping: Any, rows: int) -> optax.GradientTransformationExtraArgs:
+def scale_by_head(fisher: str, decay: Any, damping: Any, rows: int) -> Freezable:
     """U for a list of matrices ``(m, V)``, with ``statistics=[LayerFactors, ...]`` whose right sides are `Logits`."""
 
     def init(params: Any) -> list[HeadState]:
         return [_start(fisher, W.shape[0], W.shape[1], rows) for W in params]
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> Any:
         del params
-        statistics = extra["statistics"]
+        new, statistics = state, extra["statistics"]
         if statistics is not None:
-            state = [_seen(s, x, at(decay, s.count), rows) for s, x in zip(state, statistics, strict=True)]
-        out = [_solved(G, s, at(damping, s.count)) for G, s in zip(updates, state, strict=True)]
-        return out, [s._replace(count=s.count + 1) for s in state]
+            new = [_seen(s, x, at(decay, s.count), rows) for s, x in zip(state, statistics, strict=True)]
+        out = [_solved(G, s, at(damping, s.count)) for G, s in zip(updates, new, strict=True)]
+        return out, select(accept, [s._replace(count=s.count + 1) for s in new], state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(init, update)
 
 
 def _start(fisher: str, m: int, V: int, rows: int) -> HeadState:
@@ -165,9 +167,7 @@ def check_head(method: str, fisher: str, layer: Layer, given: LayerFactors, shap
         )
 
 
-def apart(
-    heads: list[int], of_heads: optax.GradientTransformationExtraArgs, others: optax.GradientTransformationExtraArgs
-) -> optax.GradientTransformationExtraArgs:
+def apart(heads: list[int], of_heads: Freezable, others: Freezable) -> Freezable:
     """One transformation on the matrices of these numbers in a list, another on the rest."""
 
     def parts(tree: Any) -> tuple[Any, Any]:
@@ -187,4 +187,4 @@ def apart(
         left = (iter(rest), iter(mine))
         return [next(left[i in heads]) for i in range(len(updates))], (mine_state, rest_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(init, update)

@@ -20,9 +20,10 @@ from ..preconditioner.precondition import seam
 from ..preconditioner.transform import Seam
 from ..transforms.decay import Mask, decayed_weights
 from ..transforms.fallback import Build, by_axes, is_matrix
+from ..transforms.freeze import chain
 from ..transforms.hyperparameters import injectable
 from ..transforms.momentum import with_momentum
-from ..transforms.skip_nonfinite import guarded
+from ..transforms.skip_nonfinite import skip_nonfinite
 
 KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
 DTYPES = jnp.inexact  # of the matrices that `axes` may name: a complex one has a polar factor too, a unitary one
@@ -116,7 +117,7 @@ def muon(
     decay, rate = decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
 
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        return optax.chain(with_momentum(polar.on_matrices(leaf_axes), beta, nesterov, momentum_dtype), decay, rate)
+        return chain(with_momentum(polar.on_matrices(leaf_axes), beta, nesterov, momentum_dtype), decay, rate)
 
     fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
     return _routed(build, fallback, axes, polar)
@@ -129,8 +130,7 @@ def _polar(scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int,
 
 def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, polar: Seam) -> Any:
     # An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares.
-    return guarded(
+    return skip_nonfinite(
         by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe, dtypes=DTYPES),
         lambda tree: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(tree, axes, DTYPES)],
-        in_place=True,
     )

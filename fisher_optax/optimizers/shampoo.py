@@ -21,10 +21,11 @@ from ..preconditioner.precondition import seam
 from ..preconditioner.transform import Seam
 from ..transforms.decay import Mask, decayed_weights
 from ..transforms.fallback import Build, by_axes
+from ..transforms.freeze import chain
 from ..transforms.grafting import graft_on, magnitude_of
 from ..transforms.hyperparameters import injectable, scheduled
 from ..transforms.momentum import trace
-from ..transforms.skip_nonfinite import guarded
+from ..transforms.skip_nonfinite import skip_nonfinite
 
 KINDS = ("matrix", "head")
 
@@ -62,7 +63,7 @@ def scale_by_shampoo(
     """
     grafted, method = _parts(**_common(locals()))
     fallback = _adam(b1, b2) if fallback is None else fallback
-    return guarded(by_axes("shampoo", grafted, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    return skip_nonfinite(by_axes("shampoo", grafted, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
 @injectable
@@ -139,10 +140,10 @@ def shampoo(
     in_range("weight_decay", weight_decay, 0)
     after = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
     fallback = optax.chain(_adam(b1, b2), after) if fallback is None else fallback
-    return guarded(
+    return skip_nonfinite(
         by_axes(
             "shampoo",
-            lambda leaf_axes: optax.chain(grafted(leaf_axes), after),
+            lambda leaf_axes: chain(grafted(leaf_axes), after),
             fallback,
             axes=axes,
             kinds=KINDS,

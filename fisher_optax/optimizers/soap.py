@@ -25,8 +25,9 @@ from ..preconditioner.transform import Seam
 from ..transforms.decay import Mask, decay_after_step, decayed_weights
 from ..transforms.fallback import by_axes
 from ..transforms.first_step import skip_first_call
+from ..transforms.freeze import Freezable, chain
 from ..transforms.hyperparameters import injectable, scheduled
-from ..transforms.skip_nonfinite import guarded
+from ..transforms.skip_nonfinite import skip_nonfinite
 
 KINDS = ("matrix", "head")
 DECOMPOSITIONS = {
@@ -167,10 +168,10 @@ def direction(
     method = (parts or soap_seam)(b1=b1, b2=b2, eps=eps, **options)
     fallback = method.with_first(_adam(b1, b2, eps) if fallback is None else fallback)
 
-    def build(matrices: list[Any]) -> optax.GradientTransformation:
+    def build(matrices: list[Any]) -> Freezable:
         return on(name, method, matrices)
 
-    return guarded(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe), in_place=True)
+    return skip_nonfinite(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
 def complete(
@@ -196,17 +197,17 @@ def complete(
 
     def build(matrices: list[Any]) -> optax.GradientTransformation:
         decay = decay_after_step(learning_rate, weight_decay, mask, lambda updates: True)
-        decay = skip_first_call(decay, hold=False) if first_step == "skip" else decay
-        return optax.chain(on(name, method, matrices), optax.scale_by_learning_rate(learning_rate), decay)
+        decay = skip_first_call(decay, freeze=False) if first_step == "skip" else decay
+        return chain(on(name, method, matrices), optax.scale_by_learning_rate(learning_rate), decay)
 
     if fallback is None:
         # AdamW, whose Adam waits with the matrices while its schedules count calls, as theirs do.
         rest = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
-        rest = skip_first_call(rest, hold=False) if first_step == "skip" else rest
-        fallback = optax.chain(method.with_first(_adam(b1, b2, eps)), rest)
+        rest = skip_first_call(rest, freeze=False) if first_step == "skip" else rest
+        fallback = chain(method.with_first(_adam(b1, b2, eps)), rest)
     else:
         fallback = method.with_first(fallback)
-    return guarded(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe), in_place=True)
+    return skip_nonfinite(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
 def soap_seam(

@@ -57,8 +57,8 @@ class FactorRule(NamedTuple):
     are wanted. ``update(G, factors, basis)`` sees both factors and the current basis, since some rules read the other
     side. ``track(G, factors, basis)`` follows the eigenvalues of `Eigenpairs` between two decompositions; a rule that
     has it needs them. ``read(factors)`` is what is decomposed. With ``of_statistics`` both get, in the place of G, the
-    layer's `LayerFactors`, and are not called where there are none. ``overwrite(statistics, factors, go)`` is
-    ``update`` in place and only where ``go``, for factors that are kept as they come.
+    layer's `LayerFactors`, and are not called where there are none. ``overwrite(statistics, factors, accept)`` is
+    ``update`` in place and only where ``accept``, for factors that are kept as they come.
     """
 
     name: str

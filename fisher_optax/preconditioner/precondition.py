@@ -13,7 +13,7 @@ from typing import Any
 
 import optax
 
-from ..transforms.skip_nonfinite import guarded
+from ..transforms.skip_nonfinite import skip_nonfinite
 from .contracts import Application, Decomposition, Eigenpairs, FactorRule
 from .refresh import Policy
 from .storage import Storage
@@ -55,7 +55,7 @@ def precondition(
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
     fallback = optax.scale_by_adam() if fallback is None else fallback
-    return guarded(
+    return skip_nonfinite(
         seam(factors, decomposition, application, **options).directions(application.name, fallback, axes, kinds)
     )
 

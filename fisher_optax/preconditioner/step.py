@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from .._xla import held
+from .._xla import select
 from ..matrices.stacks import over_stack
 from .contracts import Application, FactorRule, MatrixState
 from .refresh import START
@@ -28,7 +28,7 @@ class Step:
     skip_first: bool
     max_stack: int
     extra: dict[str, Any]  # more arguments of the application
-    go: Any  # whether to change any state at all; None: it is
+    accept: Any  # whether to change any state at all; None: it is
 
     def observe(self, G: Any, state: MatrixState, seen: Any, alone: bool) -> MatrixState:
         """Factors, eigenvalues and what the application keeps of statistics, after what was seen: the gradient, or its
@@ -38,19 +38,19 @@ class Step:
         assert rule is not None
         if self.application.observe is not None and seen is not None:
             inner = self.application.observe(state.application, seen, state.basis)
-            new = new._replace(application=held(self.go, inner, state.application))
+            new = new._replace(application=select(self.accept, inner, state.application))
         seen = seen if rule.of_statistics else G
         if seen is None:
             return new
         # One of several is a slice of its stack, and copied in any case.
         if alone and rule.overwrite is not None and self.storage.plain:
-            return new._replace(factors=rule.overwrite(seen, state.factors, self.go))
+            return new._replace(factors=rule.overwrite(seen, state.factors, self.accept))
         m, n = G.shape
         old = self.storage.load(state.factors, m, n, G.dtype)
         if rule.track is not None:
-            new = new._replace(basis=held(self.go, rule.track(seen, old, state.basis), state.basis))
+            new = new._replace(basis=select(self.accept, rule.track(seen, old, state.basis), state.basis))
         factors = self.storage.store(rule.update(seen, old, state.basis))
-        return new._replace(factors=held(self.go, factors, state.factors))
+        return new._replace(factors=select(self.accept, factors, state.factors))
 
     def apply(self, G: Array, inner: Any, basis: Any, action: Int[Array, ""]) -> tuple[Array, Any]:
         """The direction and the application's new state."""
@@ -59,7 +59,7 @@ class Step:
             first = action == START
             U = jnp.where(first, 0, U)
             new = jax.tree.map(lambda x, old: jnp.where(first, old, x), new, inner)
-        return U, held(self.go, new, inner)
+        return U, select(self.accept, new, inner)
 
     def observe_stack(self, G: Array, state: MatrixState, seen: Any) -> MatrixState:
         """`observe`, of all matrices of a stack."""

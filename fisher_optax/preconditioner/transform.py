@@ -17,6 +17,7 @@ from ..matrices.blocks import by_shape, canonical_shape, from_stacks, matrix_sha
 from ..matrices.layout import Layout, matrix_layout, place, share_out, spread
 from ..transforms.fallback import by_axes
 from ..transforms.first_step import skip_first_call
+from ..transforms.freeze import Freezable, counted
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
 from .refresh import KEEP, Policy, renew
 from .step import Step
@@ -25,8 +26,6 @@ from .storage import Storage
 
 class PreconditionState(NamedTuple):
     """State of the seam."""
-
-    HOLDS_ITSELF = True  # under the argument ``go``
 
     count: Int[Array, ""]  # calls so far
     kept: Int[Array, ""]  # decompositions that failed, so that the last good one was kept
@@ -58,9 +57,9 @@ class Seam:
         """``fallback``, which waits with the matrices where these make no step at the first call."""
         return skip_first_call(fallback) if self.skip_first and self.decomposition is not None else fallback
 
-    def on_matrices(self, axes: list[MatrixAxes]) -> optax.GradientTransformationExtraArgs:
+    def on_matrices(self, axes: list[MatrixAxes]) -> Freezable:
         """The bare transformation of a tree whose leaves are all matrices, with these axes."""
-        return optax.GradientTransformationExtraArgs(
+        return Freezable(
             lambda params: self._init(axes, params), lambda *args, **extra: self._update(axes, *args, **extra)
         )
 
@@ -128,38 +127,44 @@ class Seam:
         )
 
     def _update(
-        self, axes: list[MatrixAxes], updates: Any, state: PreconditionState, params: Any = None, **extra: Any
+        self,
+        axes: list[MatrixAxes],
+        updates: Any,
+        state: PreconditionState,
+        params: Any = None,
+        *,
+        accept: Any = None,
+        **extra: Any,
     ) -> tuple[Any, PreconditionState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
-        go = extra.pop("go", None)  # whether to change any state at all
         pieces = by_shape(leaves, axes, self.storage.block_size)
         given = self._given(extra, leaves, axes)
-        step = Step(self.factors, self.application, self.storage, self.skip_first, self.max_stack, extra, go)
+        step = Step(self.factors, self.application, self.storage, self.skip_first, self.max_stack, extra, accept)
         if self.decomposition is None:
             directions, matrices = self._applied(step, pieces, state)
             failures = jnp.zeros([], jnp.int32)
         else:
             stacks = {key: jnp.concatenate(Gs) for key, Gs in pieces.items()}
             of_all = functools.partial(self._renewed, step, state.count)
-            operands = (stacks, state.matrices, given, self._actions(stacks, state.count, go))
+            operands = (stacks, state.matrices, given, self._actions(stacks, state.count, accept))
             done = of_all(*operands) if self.mesh_axis is None else spread(of_all, self.mesh_axis, *operands)
             directions, matrices, failed = done
             failures = jnp.sum(failed, dtype=jnp.int32)
         longest = max(len(U) for U in directions.values())
-        places = numbers(longest, state.count >= 0 if go is None else go)
+        places = numbers(longest, state.count >= 0 if accept is None else accept)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
-        count = state.count + (1 if go is None else go.astype(jnp.int32))
+        count = counted(accept, state.count)
         count = (
             count
-            if go is None or self.decomposition is not None
+            if accept is None or self.decomposition is not None
             else after(list(directions.values())[-1], count, state.count)
         )
         return treedef.unflatten(out), PreconditionState(count, state.kept + failures, matrices)
 
-    def _actions(self, stacks: dict[str, Array], count: Array, go: Any) -> dict[str, Int[Array, " N"]]:
+    def _actions(self, stacks: dict[str, Array], count: Array, accept: Any) -> dict[str, Int[Array, " N"]]:
         """What is to be done with the bases of each matrix at the call after so many."""
         step = count + (0 if self.skip_first else 1)  # the parameter step this is: a skipped first call was none
         costs = {key: self._refresh_flops(*G.shape[-2:]) for key, G in stacks.items()}
@@ -167,13 +172,13 @@ class Seam:
         actions = {
             key: self.policy.action(count == 0, step, jnp.asarray(phase, jnp.int32)) for key, phase in phases.items()
         }
-        return actions if go is None else {key: jnp.where(go, action, KEEP) for key, action in actions.items()}
+        return actions if accept is None else {key: jnp.where(accept, action, KEEP) for key, action in actions.items()}
 
     def _applied(self, step: Step, pieces: dict[str, list[Array]], state: PreconditionState) -> tuple[Any, Any]:
         """Directions and state of an application alone, one stack after another, as they are what takes memory."""
         directions, matrices, last = {}, {}, None
         for key, Gs in pieces.items():
-            Gs = Gs if step.go is None else after(last, Gs, state.count)
+            Gs = Gs if step.accept is None else after(last, Gs, state.count)
             operands = (jnp.concatenate(Gs), state.matrices[key], jnp.zeros(sum(map(len, Gs)), jnp.int32))
             of_stack = step.apply_stack
             done = of_stack(*operands) if self.mesh_axis is None else spread(of_stack, self.mesh_axis, *operands)

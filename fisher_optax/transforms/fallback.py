@@ -5,24 +5,23 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from .._xla import branch, chosen
 from ..matrices import recording
 from ..matrices.axes import LeafAxes, MatrixAxes
 from ..matrices.layers import Layer, layers_of
 from ..matrices.resolve import resolve_axes
 from ..matrices.trees import step_dtype
+from .freeze import Freezable, freezable
 
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
 BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
 MATRIX, FALLBACK = "matrix", "fallback"
 _marking: contextvars.ContextVar[bool] = contextvars.ContextVar("marking", default=False)
-COPIED = 2**22  # bytes of a state that a step may copy: a conditional is not worth its compilation for fewer
 
 
 @functools.partial(
@@ -57,7 +56,7 @@ def by_axes(
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
     dtypes: Any = jnp.floating,
-) -> optax.GradientTransformationExtraArgs:
+) -> Freezable:
     """``build(axes of the matrix leaves, in order)`` for leaves of the given kinds, ``fallback`` for the others.
 
     Axes come from the whole tree at every call, so both sides see `optax.MaskedNode` where a leaf is not theirs, as
@@ -80,7 +79,7 @@ def by_layers(
     axes: Any = None,
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
-) -> optax.GradientTransformationExtraArgs:
+) -> Freezable:
     """`by_axes`, where a matrix takes its bias along: ``build`` gets the layers among the leaves that are its own."""
     return _routed(method, build, fallback, axes, lambda leaves: layers_of(leaves, kinds), describe)
 
@@ -93,16 +92,16 @@ def _routed(
     layers_among: Callable[[list[LeafAxes]], list[Layer]],
     describe: Callable[[LeafAxes], dict[str, Any]],
     dtypes: Any = jnp.floating,
-) -> optax.GradientTransformationExtraArgs:
+) -> Freezable:
     require_transformation("fallback", fallback)
-    rest = holding_itself(in_float32(fallback))
+    rest = freezable(in_float32(fallback))
 
     def routes(tree: Any) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
         leaves = resolve_axes(tree, axes, dtypes)
         layers = layers_among(leaves)
         mine = sorted(place for layer in layers for place in layer.places)
         labels = [MATRIX if i in set(mine) else FALLBACK for i in range(len(leaves))]
-        tx: dict[Hashable, Any] = {MATRIX: build([layer.among(mine) for layer in layers]), FALLBACK: rest}
+        tx: dict[Hashable, Any] = {MATRIX: freezable(build([layer.among(mine) for layer in layers])), FALLBACK: rest}
         labelled = jax.tree.structure(tree).unflatten(labels)
         return leaves, layers, optax.partition(tx, lambda _: labelled)  # a tree that could be called, it would call
 
@@ -130,7 +129,7 @@ def _routed(
         # By the parameters' dtypes, as in `init`.
         return routes(updates if params is None else params)[2].update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(init, update)
 
 
 def is_matrix(leaf: LeafAxes, kinds: tuple[str, ...]) -> bool:
@@ -151,7 +150,7 @@ def _state_bytes(tx: optax.GradientTransformation, params: Any, places: tuple[in
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """``tx`` on half-precision leaves cast to float32: a second moment overflows in float16 and stands still in
-    bfloat16. So are whole numbers, whose moments would change their dtype in the first step.
+    bfloat16. So are whole numbers, whose moments would change their dtype in the first step. Of tx's type.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -172,40 +171,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         return tx.update(cast(updates), state, cast(params), **extra)
 
-    return optax.GradientTransformationExtraArgs(lambda params: tx.init(cast(params)), update)
-
-
-class HeldState(NamedTuple):
-    """State of `holding_itself`."""
-
-    HOLDS_ITSELF = True  # under the argument ``go``
-
-    inner: Any
-
-
-def holding_itself(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``tx``, whose state changes under the argument ``go`` alone: in a conditional, unless it is small.
-
-    XLA computes a state that makes the step, as Adam's moments do, once for each, and where only one of the two is
-    selected under ``go``, it copies the old state for the other.
-    """
-    tx = optax.with_extra_args_support(tx)
-
-    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, HeldState]:
-        def step(updates: Any, inner: Any, params: Any) -> tuple[Any, Any]:
-            return tx.update(updates, inner, params, **extra)
-
-        def skip(updates: Any, inner: Any, params: Any) -> tuple[Any, Any]:
-            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, inner, params)[0]), inner
-
-        if go is not None and sum(x.nbytes for x in jax.tree.leaves(state.inner)) > COPIED:
-            u, inner = branch(go, step, skip, updates, state.inner, params)
-        else:
-            u, inner = step(updates, state.inner, params)
-            inner = inner if go is None else chosen(go, inner, state.inner)  # all of it: the inner one knows no ``go``
-        return u, HeldState(inner)
-
-    return optax.GradientTransformationExtraArgs(lambda params: HeldState(tx.init(params)), update)
+    return type(tx)(lambda params: tx.init(cast(params)), update)
 
 
 def require_transformation(name: str, tx: Any) -> None:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._xla import chosen
+from .._xla import select
+from .freeze import Freezable, freezable
 
 
 class SkipFirstState(NamedTuple):
@@ -17,17 +18,18 @@ class SkipFirstState(NamedTuple):
     inner: Any
 
 
-def skip_first_call(tx: optax.GradientTransformation, hold: bool = True) -> optax.GradientTransformationExtraArgs:
-    """``tx``, but the first call updates nothing and, with ``hold``, leaves its state alone (a schedule goes on)."""
-    tx = optax.with_extra_args_support(tx)
+def skip_first_call(tx: optax.GradientTransformation, freeze: bool = True) -> Freezable:
+    """``tx``, but the first call updates nothing and, with ``freeze``, leaves its state alone (a schedule goes on)."""
+    tx = freezable(tx)
 
     def init(params: Any) -> SkipFirstState:
         return SkipFirstState(jnp.zeros([], jnp.int32), tx.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        new, inner = tx.update(updates, state.inner, params, **extra)
+    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> Any:
         called = state.called > 0
-        new = chosen(called, new, jax.tree.map(jnp.zeros_like, new))
-        return new, SkipFirstState(jnp.ones([], jnp.int32), chosen(called, inner, state.inner) if hold else inner)
+        later = called if accept is None else accept & called
+        new, inner = tx.update(updates, state.inner, params, accept=later if freeze else accept, **extra)
+        new = select(called, new, jax.tree.map(jnp.zeros_like, new))
+        return new, SkipFirstState(select(accept, jnp.ones([], jnp.int32), state.called), inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(init, update)

@@ -10,8 +10,9 @@ from jaxtyping import Array, Int
 from ..matrices.axes import MatrixAxes
 from ..matrices.resolve import resolve_axes
 from .fallback import in_float32, require_transformation
+from .freeze import Freezable, counted, freezable
 from .hyperparameters import injectable
-from .skip_nonfinite import guarded
+from .skip_nonfinite import skip_nonfinite
 
 
 class GraftState(NamedTuple):
@@ -47,11 +48,11 @@ def graft(direction: Any, magnitude: Any, axes: Any = None) -> optax.GradientTra
     require_transformation("direction", direction)
     magnitude = magnitude_of(magnitude)
 
-    def on_axes(tree: Any) -> optax.GradientTransformationExtraArgs:
+    def on_axes(tree: Any) -> Freezable:
         return graft_on(direction, magnitude, [leaf.axes for leaf in resolve_axes(tree, axes, jnp.inexact)])
 
-    return guarded(
-        optax.GradientTransformationExtraArgs(
+    return skip_nonfinite(
+        Freezable(
             lambda params: on_axes(params).init(params),
             lambda updates, *args, **extra: on_axes(updates).update(updates, *args, **extra),
         )
@@ -74,18 +75,20 @@ def magnitude_of(magnitude: Any) -> optax.GradientTransformation:
 
 def graft_on(
     direction: Any, magnitude: Any, axes: list[MatrixAxes | None], *, rescale: bool = True, start: int = 0
-) -> optax.GradientTransformationExtraArgs:
+) -> Freezable:
     """`graft` for leaves with these axes; the first ``start - 1`` calls take ``magnitude``'s step itself. Without
     ``rescale``, D keeps its size from then on.
     """
-    direction, magnitude = (optax.with_extra_args_support(tx) for tx in (direction, magnitude))
+    direction, magnitude = freezable(direction), freezable(magnitude)
 
     def init(params: Any) -> GraftState:
         return GraftState(jnp.zeros([], jnp.int32), direction.init(params), magnitude.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, GraftState]:
-        D, direction_state = direction.update(updates, state.direction, params, **extra)
-        M, magnitude_state = magnitude.update(updates, state.magnitude, params, **extra)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, GraftState]:
+        D, direction_state = direction.update(updates, state.direction, params, accept=accept, **extra)
+        M, magnitude_state = magnitude.update(updates, state.magnitude, params, accept=accept, **extra)
 
         def leaf(d: Array, m: Array, a: MatrixAxes | None) -> Array:
             U = _resized(d, m, a) if rescale else d
@@ -93,9 +96,9 @@ def graft_on(
 
         D, treedef = jax.tree.flatten(D)
         U = [leaf(d, m, a) for d, m, a in zip(D, treedef.flatten_up_to(M), axes, strict=True)]
-        return treedef.unflatten(U), GraftState(state.count + 1, direction_state, magnitude_state)
+        return treedef.unflatten(U), GraftState(counted(accept, state.count), direction_state, magnitude_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(init, update)
 
 
 def _resized(d: Array, m: Array, axes: MatrixAxes | None) -> Array:

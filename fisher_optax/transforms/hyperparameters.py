@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Int
 
 from .._checks import at
+from .freeze import Freezable, counted, freezable
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,21 +110,23 @@ class ScheduledState(NamedTuple):
     inner: Any
 
 
-def scheduled(factory: Callable[..., Any], **options: Any) -> optax.GradientTransformationExtraArgs:
+def scheduled(factory: Callable[..., Any], **options: Any) -> Freezable:
     """An Optax transformation that takes numbers alone, with schedules evaluated at the call where there are any.
 
     `optax.inject_hyperparams` would keep the numbers in the state: an array that the caller still holds among them.
     """
 
-    def now(count: Any) -> optax.GradientTransformationExtraArgs:
-        return optax.with_extra_args_support(factory(**{name: at(value, count) for name, value in options.items()}))
+    def now(count: Any) -> Freezable:
+        return freezable(factory(**{name: at(value, count) for name, value in options.items()}))
 
     def init(params: Any) -> ScheduledState:
         count = jnp.zeros([], jnp.int32)
         return ScheduledState(count, now(count).init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ScheduledState]:
-        updates, inner = now(state.count).update(updates, state.inner, params, **extra)
-        return updates, ScheduledState(state.count + 1, inner)
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, ScheduledState]:
+        updates, inner = now(state.count).update(updates, state.inner, params, accept=accept, **extra)
+        return updates, ScheduledState(counted(accept, state.count), inner)
 
-    return optax.GradientTransformationExtraArgs(init, update) if any(map(callable, options.values())) else now(None)
+    return Freezable(init, update) if any(map(callable, options.values())) else now(None)

@@ -8,6 +8,8 @@ import optax
 from jaxtyping import Array, Int
 
 from .._checks import at
+from .._xla import select
+from .freeze import Freezable, counted, freezable
 
 
 class ClipState(NamedTuple):
@@ -18,15 +20,19 @@ class ClipState(NamedTuple):
     inner: Any
 
 
-def once_seen(inner: Any, clip: Any, learning_rate: Any) -> optax.GradientTransformationExtraArgs:
+def once_seen(inner: optax.GradientTransformation, clip: Any, learning_rate: Any) -> Freezable:
     """``ν U``, and 0 as long as no statistics have come."""
 
-    def init(params: Any) -> ClipState:
-        return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), inner.init(params))
+    tx = freezable(inner)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
+    def init(params: Any) -> ClipState:
+        return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), tx.init(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, ClipState]:
         G = updates
-        U, new = inner.update(G, state.inner, params, **extra)
+        U, new = tx.update(G, state.inner, params, accept=accept, **extra)
         seen = state.seen | (extra["statistics"] is not None)
         ν: Any = 1.0
         if clip is not None:
@@ -35,6 +41,6 @@ def once_seen(inner: Any, clip: Any, learning_rate: Any) -> optax.GradientTransf
             ν = jnp.minimum(1, jnp.sqrt(at(clip, state.count) / jnp.where(change > 0, change, 1)))
             ν = jnp.where(change > 0, ν, 1)
         U = jax.tree.map(lambda u: jnp.where(seen > 0, (ν * u).astype(u.dtype), 0), U)
-        return U, ClipState(state.count + 1, seen, new)
+        return U, ClipState(counted(accept, state.count), select(accept, seen, state.seen), new)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(init, update)

@@ -8,54 +8,52 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from .._checks import at
-from .._xla import after, held
+from .._xla import after, select
+from .freeze import Freezable, counted, freezable
 
 
 class MomentumState(NamedTuple):
     """The weighted mean of the gradients, whose weights sum to ``weight``."""
-
-    HOLDS_ITSELF = True  # under the argument ``go``
 
     count: Int[Array, ""]
     weight: Float[Array, ""]
     mean: Any
 
 
-def momentum(beta: Any, dtype: Any = None) -> optax.GradientTransformationExtraArgs:
+def momentum(beta: Any, dtype: Any = None) -> Freezable:
     """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at
     any scale of the dtype. Sums and results are float32 at least, and so is m unless ``dtype`` says otherwise.
     """
 
-    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, MomentumState]:
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, MomentumState]:
         del params, extra
         (now, _), s = _weights(beta, state)
         mean = _means(now, state.mean, updates)
-        return mean, _next(state, s, mean, go)
+        return mean, _next(state, s, mean, accept)
 
-    return optax.GradientTransformationExtraArgs(lambda params: _start(params, dtype), update)
+    return Freezable(lambda params: _start(params, dtype), update)
 
 
-def with_momentum(
-    inner: optax.GradientTransformation, beta: Any, nesterov: bool, dtype: Any = None
-) -> optax.GradientTransformationExtraArgs:
+def with_momentum(inner: optax.GradientTransformation, beta: Any, nesterov: bool, dtype: Any = None) -> Freezable:
     """``inner`` of `momentum`, or of the next one for the same gradient (``nesterov``).
 
     The old m is overwritten last, and what ``inner`` gets is made of it: then it need not be in memory as a whole.
     """
-    inner = optax.with_extra_args_support(inner)
+    tx = freezable(inner)
 
     def init(params: Any) -> tuple[MomentumState, Any]:
-        return _start(params, dtype), inner.init(params)
+        return _start(params, dtype), tx.init(params)
 
-    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> tuple[Any, Any]:
         old, inside = state
         (now, ahead), s = _weights(beta, old)
-        extra |= {} if go is None else {"go": go}
         u = _means(now * ahead if nesterov else now, old.mean, updates)
-        u, inside = inner.update(u, inside, params, **extra)
-        return u, (_next(old, s, _means(after(inside, now, old.count), old.mean, updates), go), inside)
+        u, inside = tx.update(u, inside, params, accept=accept, **extra)
+        return u, (_next(old, s, _means(after(inside, now, old.count), old.mean, updates), accept), inside)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(init, update)
 
 
 def _start(params: Any, dtype: Any) -> MomentumState:
@@ -87,10 +85,9 @@ def _means(w: Array, mean: Any, updates: Any) -> Any:
     return jax.tree.map(blend, updates, mean)
 
 
-def _next(state: MomentumState, weight: Array, mean: Any, go: Array | None) -> MomentumState:
+def _next(state: MomentumState, weight: Array, mean: Any, accept: Array | None) -> MomentumState:
     mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
-    count = state.count + (1 if go is None else go.astype(jnp.int32))
-    return MomentumState(count, *held(go, (weight, mean), (state.weight, state.mean)))
+    return MomentumState(counted(accept, state.count), *select(accept, (weight, mean), (state.weight, state.mean)))
 
 
 def trace(decay: Any) -> optax.GradientTransformation:
@@ -105,30 +102,21 @@ def trace(decay: Any) -> optax.GradientTransformation:
     return optax.GradientTransformation(tx.init, update)
 
 
-class TraceState(NamedTuple):
-    """State of `held_trace`."""
-
-    HOLDS_ITSELF = True  # under the argument ``go``
-
-    inner: Any
-
-
-def held_trace(decay: Any) -> optax.GradientTransformationExtraArgs:
-    """`optax.trace`, whose step is made of what is kept: XLA computes a sum that is used twice twice, and where only
-    one of the two is selected under ``go``, it copies the old state for the other.
+def frozen_trace(decay: Any) -> Freezable:
+    """`trace`, whose step is made of the state that is kept: XLA computes a sum that is used twice twice, and where
+    only one of the two is selected, it copies the old state for the other.
     """
     tx = trace(decay)
 
-    def init(params: Any) -> TraceState:
-        return TraceState(tx.init(params))
-
-    def update(updates: Any, state: Any, params: Any = None, go: Any = None, **extra: Any) -> tuple[Any, TraceState]:
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, optax.TraceState]:
         del extra
-        _, new = tx.update(updates, state.inner, params)
-        kept: Any = held(go, new, state.inner)
-        return kept.trace, TraceState(kept)
+        _, new = tx.update(updates, state, params)
+        new: Any = select(accept, new, state)
+        return new.trace, new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return Freezable(tx.init, update)
 
 
 def _at_least_float32(x: Any) -> Any:

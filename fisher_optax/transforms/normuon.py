@@ -12,7 +12,7 @@ from .._checks import in_range
 from ..matrices.blocks import from_matrices, matrix_shapes, to_matrices
 from .fallback import by_axes
 from .hyperparameters import injectable, scheduled
-from .skip_nonfinite import guarded
+from .skip_nonfinite import skip_nonfinite
 
 
 class NorMuonState(NamedTuple):
@@ -44,7 +44,7 @@ def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> op
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
         return scheduled(functools.partial(_per_neuron, leaf_axes), b2=b2, eps=eps)
 
-    return guarded(by_axes("normuon", build, optax.identity(), axes=axes, kinds=("matrix",), dtypes=jnp.inexact))
+    return skip_nonfinite(by_axes("normuon", build, optax.identity(), axes=axes, kinds=("matrix",), dtypes=jnp.inexact))
 
 
 def _per_neuron(leaf_axes: list[Any], b2: Any, eps: Any) -> optax.GradientTransformation:

@@ -1,6 +1,6 @@
 """One bad step must not spoil a run: skip it whole, count it, and carry on.
 
-Every transformation of this package is wrapped once, at the outside, by `guarded`.
+Every transformation of this package is wrapped once, at the outside, by `skip_nonfinite`.
 """
 
 import functools
@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Int
 
 from .. import linalg
 from .._sharding import in_auto_mode, on_mesh
-from .._xla import branch, chosen, held, once
+from .._xla import once, select
 from ..matrices.trees import arrays, step_dtype
 from ..statistics import LayerFactors
+from .freeze import counted, freezable
 
 STATE_VERSION = 1  # changes whenever a state saved by an older release can no longer be continued
 
@@ -31,22 +32,21 @@ class GuardState(NamedTuple):
     inner: Any
 
 
-def guarded(
-    tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None, *, in_place: bool = False
+def skip_nonfinite(
+    tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Make ``tx`` skip a step whose gradient, or the statistics beside it, are not finite anywhere: the update is zero
     and no state changes but the counter.
 
     A gradient whose sum of squares overflows counts as one, since every second moment and every Kronecker factor entry
-    is bounded by that sum.
-    ``squares(tree)`` says for each leaf whether squares are taken of its gradient (default: of all). With ``in_place``,
-    ``tx`` is called in any case and its state selected afterwards, where it does not hold itself by the argument
-    ``go``: a conditional would copy all of the state, which for K-FAC is most of a step's memory traffic.
+    is bounded by that sum. ``squares(tree)`` says for each leaf whether squares are taken of its gradient (default: of
+    all). In a program, ``tx`` is called in any case, and refuses the step itself (`freezable`): a conditional would
+    copy all of the state, which for K-FAC is most of a step's memory traffic.
 
     ``tx`` gets numbers and float8 as `arrays` has them. An update has its gradient's dtype, or for whole numbers that
     of a float, as AdamW's has.
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = freezable(tx)
 
     def init(params: optax.Params) -> GuardState:
         def start(params: Any) -> GuardState:
@@ -76,17 +76,15 @@ def guarded(
         def either(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
             seen = list(_witnesses(extra.get("statistics")))
             finite = is_finite([*jax.tree.leaves(updates), *seen], [*squared, *[False] * len(seen)])
-            if in_place and isinstance(finite, Tracer):
-                finite = once(finite, state.steps)
-                new, inner = tx.update(updates, state.inner, params, **extra, go=finite)
-                new = chosen(finite, new, jax.tree.map(jnp.zeros_like, new))
-                done = finite.astype(jnp.int32)
-                steps, skipped = state.steps + done, state.skipped + 1 - done
-                return like_grads(new), state._replace(
-                    steps=steps, skipped=skipped, inner=held(finite, inner, state.inner)
-                )
-            act = functools.partial(step, extra=extra)
-            return branch(finite, act, skip, updates, state, params)
+            if not isinstance(finite, Tracer):
+                return (step if finite else skip)(updates, state, params, extra)
+            accept = once(finite, state.steps)
+            new, inner = tx.update(updates, state.inner, params, accept=accept, **extra)
+            new = select(accept, new, jax.tree.map(jnp.zeros_like, new))
+            steps = counted(accept, state.steps)
+            return like_grads(new), state._replace(
+                steps=steps, skipped=state.skipped + 1 - (steps - state.steps), inner=inner
+            )
 
         return in_auto_mode(either, updates, state, params, extra)
 

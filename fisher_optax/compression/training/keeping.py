@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from ...matrices.axes import path_names
 from ...transforms.hyperparameters import injectable
-from ...transforms.skip_nonfinite import guarded
+from ...transforms.skip_nonfinite import skip_nonfinite
 from .targets import by_path
 
 
@@ -99,14 +99,14 @@ def transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
 
 def wrapper(name: str, init: Any, update: Any) -> optax.GradientTransformationExtraArgs:
     """A transformation that needs the parameters, and skips gradients that are not finite."""
-    tx = guarded(optax.GradientTransformationExtraArgs(init, update))
+    tx = skip_nonfinite(optax.GradientTransformationExtraArgs(init, update))
 
     def with_params(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError(
                 f"{name} sets weights to 0, but update was called without them: call update(grads, state, params)."
             )
-        # A guarded update has the gradient's dtype, and -W must not be rounded.
+        # The update has the gradient's dtype, and -W must not be rounded.
         wide = jax.tree.map(
             lambda g, W: jnp.asarray(g, jnp.promote_types(*map(jnp.result_type, (g, W)))), updates, params
         )

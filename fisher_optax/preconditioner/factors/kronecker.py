@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from ... import linalg
 from ..._checks import at
-from ..._xla import held
+from ..._xla import select
 from ...statistics import LayerFactors, Rows
 from ..contracts import FactorRule, Kronecker
 
@@ -29,28 +29,28 @@ def kronecker(decay: Any = 0.95, *, rank: int | None = None) -> FactorRule:
 
         return Kronecker(side(m, left), side(n, right), (jnp.zeros([], jnp.int32), jnp.zeros([], dtype)))
 
-    def follow(seen: LayerFactors, factors: Kronecker, apply: Any, go: Any) -> Kronecker:
+    def follow(seen: LayerFactors, factors: Kronecker, apply: Any, accept: Any) -> Kronecker:
         count, weight = factors.seen
         β = at(decay, count)
 
         def blend(A: Any, S: Any) -> Any:
-            return held(go, β * A + (1 - β) * S.astype(A.dtype), A)
+            return select(accept, β * A + (1 - β) * S.astype(A.dtype), A)
 
         def side(A: Any, new: Any) -> Any:
             if isinstance(A, Rows):
                 S = jnp.concatenate([jnp.sqrt(β) * A.rows, jnp.sqrt(1 - β) * new.rows.astype(A.rows.dtype)])
-                return held(go, Rows(linalg.strongest_rows(S, len(A.rows))), A)
+                return select(accept, Rows(linalg.strongest_rows(S, len(A.rows))), A)
             return None if A is None else apply(blend, A, new)
 
-        seen_now = held(go, (count + 1, (β * weight + (1 - β)).astype(weight.dtype)), factors.seen)
+        seen_now = select(accept, (count + 1, (β * weight + (1 - β)).astype(weight.dtype)), factors.seen)
         return Kronecker(side(factors.left, seen.left), side(factors.right, seen.right), seen_now)
 
     def update(seen: LayerFactors, factors: Kronecker, bases: Any) -> Kronecker:
         del bases
         return follow(seen, factors, lambda f, A, S: f(A, S), None)
 
-    def overwrite(seen: LayerFactors, factors: Kronecker, go: Any) -> Kronecker:
-        return follow(seen, factors, linalg.overwritten, go)
+    def overwrite(seen: LayerFactors, factors: Kronecker, accept: Any) -> Kronecker:
+        return follow(seen, factors, linalg.overwritten, accept)
 
     return FactorRule("Kronecker", init, update, read=mean_factors, of_statistics=True, overwrite=overwrite)
 

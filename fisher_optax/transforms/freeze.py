@@ -1,0 +1,56 @@
+"""One contract for refusing a step, which every stage of an optimizer here keeps.
+
+A transformation that is `Freezable` takes ``update(updates, state, params, *, accept=None, **extra)``. Where
+``accept``, a boolean of the program, is false, its new state is its old one; its updates are then thrown away, by
+whoever refused the step. None accepts. A stage selects between the two states where it makes the new one, in one pass
+over both: a conditional around all of it would keep two copies of its state.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._xla import branch, select
+
+COPIED = 2**22  # bytes of a state that a step may copy: a conditional is not worth its compilation for fewer
+
+
+class Freezable(optax.GradientTransformationExtraArgs):
+    """A transformation whose `update` takes ``accept``: see the top of this file."""
+
+
+def freezable(tx: optax.GradientTransformation) -> Freezable:
+    """``tx`` if it is `Freezable`; else ``tx`` and a selection of its state, in a conditional where that is large.
+
+    XLA computes a state that makes the step, as Adam's moments do, once for each, and where only one of the two is
+    selected, it copies the old state for the other.
+    """
+    if isinstance(tx, Freezable):
+        return tx
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> tuple[Any, Any]:
+        def step(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            return inner.update(updates, state, params, **extra)
+
+        def skip(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, state, params)[0]), state
+
+        if accept is not None and sum(x.nbytes for x in jax.tree.leaves(state)) > COPIED:
+            return branch(accept, step, skip, updates, state, params)
+        new, after = step(updates, state, params)
+        return new, select(accept, after, state)
+
+    return Freezable(inner.init, update)
+
+
+def chain(*stages: optax.GradientTransformation) -> Freezable:
+    """`optax.chain` of stages, each made `freezable`."""
+    return Freezable(*optax.chain(*map(freezable, stages)))
+
+
+def counted(accept: Any, count: Any) -> Any:
+    """One call more, if it is accepted."""
+    return count + (1 if accept is None else accept.astype(count.dtype))
