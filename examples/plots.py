@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-Rows = Sequence[dict[str, Any]]
+LowRank = Sequence[dict[str, Any]]
 
 
-def plot_losses(rows: Rows, title: str, path: Path) -> None:
+def plot_losses(rows: LowRank, title: str, path: Path) -> None:
     """Training and validation loss over steps, as PNG."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")  # without pyplot: no display, no global state
     axes = figure.subplots()
@@ -21,7 +21,7 @@ def plot_losses(rows: Rows, title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_losses_and_accuracies(rows: Rows, title: str, path: Path) -> None:
+def plot_losses_and_accuracies(rows: LowRank, title: str, path: Path) -> None:
     """Loss on the left and accuracy on the right, of training and test images over epochs, as PNG."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -34,7 +34,7 @@ def plot_losses_and_accuracies(rows: Rows, title: str, path: Path) -> None:
 
 
 def draw_pair(
-    axes: Axes, rows: Rows, over: str, quantity: str, held_out: tuple[str, str], best: dict[str, Any]
+    axes: Axes, rows: LowRank, over: str, quantity: str, held_out: tuple[str, str], best: dict[str, Any]
 ) -> None:
     """A quantity of training and of held-out data, which has a name in the rows and one in the legend."""
     key, name = held_out

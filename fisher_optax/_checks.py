@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def at(value: Any, count: Any) -> Any:
+def value_at(value: Any, count: Any) -> Any:
     """The value of a number, or of a schedule at ``count``."""
     return value(count) if callable(value) else value
 

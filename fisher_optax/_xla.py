@@ -27,14 +27,14 @@ def select(choice: Array | None, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: a if a is b else jax.lax.select(choice, a, b), yes, no)
 
 
-def once(choice: Bool[Array, ""], count: Array) -> Bool[Array, ""]:
+def materialized(choice: Bool[Array, ""], count: Array) -> Bool[Array, ""]:
     """``choice``, as a conditional's result: XLA computes a scalar of scalars anew in every kernel that reads it, for
     each entry. ``count`` is any counter from 0 on; the branches compare as loops do, and share their kernel.
     """
     return jax.lax.cond(choice, lambda n: n < jnp.iinfo(n.dtype).max, lambda n: n < 0, count)
 
 
-def numbers(n: int, choice: Array) -> Sequence[Any]:
+def dynamic_indices(n: int, choice: Array) -> Sequence[Any]:
     """0 to n - 1 where ``choice`` is true, as results of the program and not as constants: slices that differ by such a
     number alone become one kernel, where constants make a kernel each, to be compiled on its own.
     """
@@ -44,7 +44,7 @@ def numbers(n: int, choice: Array) -> Sequence[Any]:
     return jax.lax.cond(choice, lambda: known, lambda: other)
 
 
-def after(done: Any, values: Any, count: Array) -> Any:
+def sequenced_after(done: Any, values: Any, count: Array) -> Any:
     """The arrays ``values``, but not before those of ``done`` are there: what is made of them may then overwrite what
     these were made of, and use the memory that they no longer need. ``count`` is any counter from 0 on.
     """

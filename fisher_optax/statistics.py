@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from .matrices.axes import MatrixAxes
 
 
-class Rows(NamedTuple):
+class LowRank(NamedTuple):
     """A second moment of low rank, ``Σ rowsᵀ rows``: for a side too long for a ``d x d`` array."""
 
     rows: Float[Array, "*batch r d"]
@@ -36,8 +36,8 @@ class LayerFactors:
     that nobody knows.
     """
 
-    left: Any  # (*batch, m, m); of an embedding, its diagonal (V,); or `Rows`
-    right: Any  # (*batch, n, n), `Rows` or `Logits`
+    left: Any  # (*batch, m, m); of an embedding, its diagonal (V,); or `LowRank`
+    right: Any  # (*batch, n, n), `LowRank` or `Logits`
     squares: Any  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
     weight: Any  # (): how many inputs it is the mean of
     bias: str | None = None

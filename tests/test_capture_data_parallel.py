@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.statistics import Logits, Rows, Samples
+from fisher_optax.statistics import Logits, LowRank, Samples
 from tests.capture_models import assert_near
 from tests.parallel_models import (
     BATCH,
@@ -108,12 +108,12 @@ def test_statistics_of_each_device_are_put_together(how: str, kind: str) -> None
 
 
 def held(x: Any) -> bool:
-    return isinstance(x, Rows | Logits | Samples)
+    return isinstance(x, LowRank | Logits | Samples)
 
 
 def plain(x: Any) -> Any:
     """Rows as what they stand for; logits' weights add up to 1."""
-    if isinstance(x, Rows):
+    if isinstance(x, LowRank):
         return jnp.einsum("...ri,...rj->...ij", x.rows, x.rows)
     return x._replace(weights=x.weights / x.weights.sum()) if isinstance(x, Logits) else x
 

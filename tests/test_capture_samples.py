@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fisher_optax import capture
-from fisher_optax.statistics import Rows, Window
+from fisher_optax.statistics import LowRank, Window
 from tests.capture_models import assert_factors, assert_near, captured, flax_loss, normal, params_of, watched
 from tests.reference.curvature import per_example_gradients
 
@@ -182,10 +182,10 @@ def test_long_sides_are_rows(rank: int) -> None:
     kind = capture.KroneckerFactors(max_dim=3, rank=rank)
     stats, full = captured(dense_loss, params, x, kind=kind), captured(dense_loss, params, x)
     left, right = stats["W"].left, stats["W"].right
-    assert isinstance(left, Rows)
-    assert isinstance(right, Rows)
+    assert isinstance(left, LowRank)
+    assert isinstance(right, LowRank)
     assert left.rows.shape == right.rows.shape == (min(rank, 12), 4)
-    assert not isinstance(stats["V"].right, Rows)
+    assert not isinstance(stats["V"].right, LowRank)
     if rank == 20:
         assert_near(left.rows.T @ left.rows, full["W"].left)
         assert_near(right.rows.T @ right.rows, full["W"].right)

@@ -13,7 +13,7 @@ import scipy.sparse.linalg
 import fisher_optax as fo
 from fisher_optax.preconditioner.applications import damped, eigenvalue_corrected
 from fisher_optax.preconditioner.contracts import Eigenpairs
-from fisher_optax.statistics import LayerFactors, Rows
+from fisher_optax.statistics import LayerFactors, LowRank
 from tests.reference.kfac import Kfac, power
 from tests.reference.soap import Soap
 
@@ -161,7 +161,7 @@ def test_sides_of_low_rank(shape: tuple[int, int], exponent: float) -> None:
     rng = np.random.default_rng(1)
     rows = [rng.normal(size=(2 if d > 4 else d, d)) for d in shape]
     A, B = (R.T @ R for R in rows)
-    left, right = (Rows(jnp.asarray(R)) if len(R) == 2 else jnp.asarray(R.T @ R) for R in rows)
+    left, right = (LowRank(jnp.asarray(R)) if len(R) == 2 else jnp.asarray(R.T @ R) for R in rows)
     tx = fo.scale_by_kfac(damping=0.1, exponent=exponent, max_precond_dim=4, rank=3)
     params = {"kernel": jnp.asarray(rng.normal(size=shape))}
     stats = {"kernel": LayerFactors(left, right, None, jnp.asarray(2.0))}

@@ -99,5 +99,5 @@ def test_a_factor_made_non_finite_is_survived_and_counted() -> None:
         updates, poisoned = update(g, poisoned, params)
         assert bool(jnp.isfinite(updates["w"]).all())
         assert float(jnp.abs(updates["w"]).max()) > 0
-    assert fo.health(state).kept == 0
-    assert fo.health(poisoned).kept == 2
+    assert fo.health(state).failures == 0
+    assert fo.health(poisoned).failures == 2

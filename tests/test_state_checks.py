@@ -99,7 +99,7 @@ def test_of_members_health_is_summed_and_check_state_wants_all_parameters() -> N
     state: Any = jax.vmap(tx.init)(many)
     gradients = jax.tree.map(lambda x: x.at[0].set(jnp.inf) if x.ndim == 3 else x, many)
     state = state._replace(inner_state=jax.jit(jax.vmap(fo.muon(1e-3).update))(gradients, state.inner_state, many)[1])
-    assert fo.health(state) == fo.Health(1, steps=1, skipped=1, kept=0)
+    assert fo.health(state) == fo.Health(1, steps=1, skipped=1, failures=0)
     assert fo.health([state, state]).skipped == 2
     fo.check_state(tx, state, many)
     text = message(state, tx, params)
@@ -131,9 +131,9 @@ def test_health_inside_jit_says_to_call_it_outside() -> None:
 
 
 def test_parameters_that_are_called_as_counters_are_not_counted() -> None:
-    tree = {"version": 0.0, "steps": 0.0, "skipped": 0.0, "kept": 9.0, "count": 0.0}
+    tree = {"version": 0.0, "steps": 0.0, "skipped": 0.0, "failures": 9.0, "count": 0.0}
     params = {name: jnp.full((2, 2), value) for name, value in tree.items()}
     tx = fo.muon(1e-3)
     _, state = tx.update(params, tx.init(params), params)
-    assert fo.health(state) == fo.Health(1, steps=1, skipped=0, kept=0)
+    assert fo.health(state) == fo.Health(1, steps=1, skipped=0, failures=0)
     fo.check_state(tx, state, params)

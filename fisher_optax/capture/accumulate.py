@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..matrices.axes import path_names
-from ..statistics import Logits, Rows, Samples
+from ..statistics import Logits, LowRank, Samples
 from .to_optimizer import is_statistics
 
 
@@ -85,8 +85,8 @@ def all_reduce_statistics(statistics: Any, axis: Any) -> Any:
         def mean(side: Any) -> Any:
             if isinstance(side, Logits):
                 return jax.tree.map(lambda y: gather(y, 0), _shared(side, share))
-            if isinstance(side, Rows):
-                return Rows(gather(side.rows * share**0.5, -2))
+            if isinstance(side, LowRank):
+                return LowRank(gather(side.rows * share**0.5, -2))
             return None if side is None else jax.lax.psum(share * side, axis)
 
         means = {side: mean(getattr(x, side)) for side in ("left", "right", "squares")}
@@ -122,8 +122,8 @@ def _both(path: Any, a: Any, b: Any) -> Any:
             return None
         if isinstance(x, Logits):
             return jax.tree.map(lambda *pair: jnp.concatenate(pair), _shared(x, share_a), _shared(y, share_b))
-        if isinstance(x, Rows):
-            return Rows(jnp.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
+        if isinstance(x, LowRank):
+            return LowRank(jnp.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
         return share_a * x + share_b * y
 
     means = {side: mean(getattr(a, side), getattr(b, side)) for side in ("left", "right", "squares")}

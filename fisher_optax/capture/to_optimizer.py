@@ -10,7 +10,7 @@ from jax.tree_util import tree_flatten_with_path
 
 from ..matrices.axes import MatrixAxes, path_names
 from ..matrices.layers import Layer, join, shapes, split
-from ..statistics import LayerFactors, LayerStatistics, Rows, Samples
+from ..statistics import LayerFactors, LayerStatistics, LowRank, Samples
 
 HOW = (
     "get them from `value, grads, stats = fo.value_and_grad(loss_fn, statistics=fo.{kind}(...))(params, batch)` "
@@ -135,8 +135,8 @@ def _with_bias(given: LayerFactors, layer: Layer) -> LayerFactors:
     drop = layer.bias is None
 
     def side(A: Any) -> Any:
-        if isinstance(A, Rows):
-            return Rows(A.rows[..., :-1] if drop else jnp.pad(A.rows, [(0, 0)] * (A.rows.ndim - 1) + [(0, 1)]))
+        if isinstance(A, LowRank):
+            return LowRank(A.rows[..., :-1] if drop else jnp.pad(A.rows, [(0, 0)] * (A.rows.ndim - 1) + [(0, 1)]))
         if drop:
             return A[..., :-1, :-1]
         # A bias that was added elsewhere too: as if its input, always 1, were uncorrelated with the others.

@@ -2,7 +2,7 @@
 
 from ..matrices.layers import Layer
 from ..preconditioner.storage import Storage
-from ..statistics import LayerFactors, Logits, Rows
+from ..statistics import LayerFactors, Logits, LowRank
 
 
 def whole_sides(method: str, storage: Storage, layer: Layer, shape: tuple[int, ...]) -> None:
@@ -33,8 +33,10 @@ def same_shapes(
     for name, side, d, whole in zip(
         ("left", "right"), (given.left, given.right), (m, n), storage.wanted(m, n), strict=True
     ):
-        have = "nothing" if side is None else f"{side.rows.shape} rows" if isinstance(side, Rows) else f"{side.shape}"
-        fits = isinstance(side, Rows) if not whole else getattr(side, "shape", ())[-2:] == (d, d)
+        have = (
+            "nothing" if side is None else f"{side.rows.shape} rows" if isinstance(side, LowRank) else f"{side.shape}"
+        )
+        fits = isinstance(side, LowRank) if not whole else getattr(side, "shape", ())[-2:] == (d, d)
         if not fits:
             wanted = f"a {d} x {d} matrix" if whole else f"rows of a side longer than {storage.max_dim}"
             raise ValueError(

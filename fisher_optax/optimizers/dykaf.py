@@ -15,9 +15,9 @@ import optax
 
 from ..preconditioner.applications import rank1_adam
 from ..preconditioner.factors import projector_splitting
-from ..preconditioner.transform import Seam
+from ..preconditioner.transform import Preconditioner
 from ..transforms.hyperparameters import injectable, takes
-from .soap import complete, direction, scale_by_soap, soap, soap_seam
+from .soap import complete, direction, scale_by_soap, soap, soap_preconditioner
 
 
 @injectable
@@ -74,11 +74,11 @@ def dykaf(
 def _parts(init: str, variant: str, first: str, rank1: bool) -> Any:
     factors = functools.partial(projector_splitting, init=init, variant=variant, first=first)
 
-    def parts(*, b1: Any, b2: Any, eps: Any, normalize_updates: bool, **options: Any) -> Seam:
+    def parts(*, b1: Any, b2: Any, eps: Any, normalize_updates: bool, **options: Any) -> Preconditioner:
         if rank1 and normalize_updates:
             raise ValueError("dykaf: normalize_updates goes with the full second moment; got rank1_second_moment=True.")
         inner = rank1_adam(b1, b2, eps, options["bias_correction"], options["momentum_dtype"]) if rank1 else None
-        return soap_seam(
+        return soap_preconditioner(
             b1=b1, b2=b2, eps=eps, normalize_updates=normalize_updates, factors=factors, inner=inner, **options
         )
 

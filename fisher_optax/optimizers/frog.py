@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._checks import at, in_range
+from .._checks import in_range, value_at
 from ..capture.to_optimizer import HOW, KINDS, on_layers
 from ..matrices.layers import Layer
 from ..preconditioner.applications.conjugate_gradient import (
@@ -28,7 +28,7 @@ from ..preconditioner.applications.conjugate_gradient import (
 )
 from ..statistics import Samples
 from ..transforms.decay import Mask, decayed_weights
-from ..transforms.fallback import by_layers
+from ..transforms.fallback import layers_with_fallback
 from ..transforms.freeze import Freezable, chain, counted
 from ..transforms.hyperparameters import injectable
 from ..transforms.momentum import MomentumState
@@ -170,7 +170,7 @@ def _scale_by(
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         return _on_samples(direction, method, layers)
 
-    return skip_nonfinite(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
+    return skip_nonfinite(layers_with_fallback(method, build, fallback, axes=axes, kinds=LAYERS))
 
 
 def _complete(
@@ -192,7 +192,7 @@ def _complete(
         return chain(_on_samples(direction, method, layers), decay, rate)
 
     fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
-    return skip_nonfinite(by_layers(method, build, fallback, axes=axes, kinds=LAYERS))
+    return skip_nonfinite(layers_with_fallback(method, build, fallback, axes=axes, kinds=LAYERS))
 
 
 def _on_samples(
@@ -231,7 +231,7 @@ def _direction(
         means, averaged = cast(
             tuple[list[Array], MomentumState], average.update(updates, state.momentum, accept=accept)
         )
-        τ = at(damping, state.count)
+        τ = value_at(damping, state.count)
         Z = [
             in_stack(SOLVES[method], averaged.weight.astype(m.dtype) * m, samples, τ, iterations)
             for m, samples in zip(means, statistics or (), strict=True)

@@ -22,11 +22,11 @@ from ..matrices.layers import Layer
 from ..preconditioner.applications import damped, eigenvalue_corrected
 from ..preconditioner.decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import kronecker, tikhonov
-from ..preconditioner.precondition import seam
-from ..preconditioner.transform import Seam
+from ..preconditioner.precondition import preconditioner
+from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
 from ..transforms.decay import Mask, decayed_weights
-from ..transforms.fallback import by_layers
+from ..transforms.fallback import layers_with_fallback
 from ..transforms.freeze import chain
 from ..transforms.grafting import graft_on, magnitude_of
 from ..transforms.hyperparameters import injectable, scheduled, takes
@@ -183,7 +183,7 @@ def ekfac(**options: Any) -> optax.GradientTransformationExtraArgs:
 def _direction(
     name: str, fallback: Any, axes: Any, grafting: Any, head: str | None, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    method = _seam(name, **options)
+    method = _preconditioner(name, **options)
     of_heads = for_heads(name, head, grafting, **options)
     magnitude = None if grafting is None else magnitude_of(grafting)
     fallback = optax.scale_by_adam() if fallback is None else fallback
@@ -191,7 +191,9 @@ def _direction(
     def build(layers: list[Layer]) -> optax.GradientTransformation:
         return _on_layers(name, method, of_heads, magnitude, None, 0.0, layers)
 
-    routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads))
+    routed = layers_with_fallback(
+        name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads)
+    )
     return skip_nonfinite(routed)
 
 
@@ -208,7 +210,7 @@ def _complete(
     head: str | None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    method = _seam(name, **options)
+    method = _preconditioner(name, **options)
     of_heads = for_heads(name, head, grafting, **options)
     in_range("learning_rate", learning_rate, 0)
     in_range("momentum", momentum, 0, 1)
@@ -222,11 +224,13 @@ def _complete(
         return chain(direction, scheduled(frozen_trace, decay=momentum), after)
 
     fallback = optax.chain(optax.scale_by_adam(), after) if fallback is None else fallback
-    routed = by_layers(name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads))
+    routed = layers_with_fallback(
+        name, build, fallback, axes=axes, kinds=KINDS, describe=describing(method.describe, of_heads)
+    )
     return skip_nonfinite(routed)
 
 
-def _seam(
+def _preconditioner(
     name: str,
     curvature_decay: Any,
     damping: Any,
@@ -234,8 +238,8 @@ def _seam(
     decomposition: str,
     rank: int,
     **options: Any,
-) -> Seam:
-    """The cell of the seam."""
+) -> Preconditioner:
+    """The cell: factors, decomposition, application."""
     in_range("curvature_decay", curvature_decay, 0, 1)
     in_range("damping", damping, 0)
     if decomposition not in DECOMPOSITIONS:
@@ -255,11 +259,11 @@ def _seam(
         rule = rule._replace(read=tikhonov(damping))
     else:
         decompose = with_eigenvalues(eigh() if decomposition == "eigh" else orthogonal_iteration())
-    return seam(rule, decompose, application, transport="squared", first_step="adam", **options)
+    return preconditioner(rule, decompose, application, transport="squared", first_step="adam", **options)
 
 
 def _on_layers(
-    name: str, method: Seam, of_heads: Any, magnitude: Any, clip: Any, learning_rate: Any, layers: list[Layer]
+    name: str, method: Preconditioner, of_heads: Any, magnitude: Any, clip: Any, learning_rate: Any, layers: list[Layer]
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of a tree of layers: preconditioned, then grafted, then clipped."""
     axes = layer_axes(layers)

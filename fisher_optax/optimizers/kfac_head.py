@@ -20,7 +20,7 @@ import jax.scipy as jsp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .._checks import at
+from .._checks import value_at
 from .._xla import select
 from ..fisher.head.empirical import EmpiricalHead
 from ..fisher.head.softmax import SoftmaxHead
@@ -95,8 +95,8 @@ def scale_by_head(fisher: str, decay: Any, damping: Any, rows: int) -> Freezable
         del params
         new, statistics = state, extra["statistics"]
         if statistics is not None:
-            new = [_seen(s, x, at(decay, s.count), rows) for s, x in zip(state, statistics, strict=True)]
-        out = [_solved(G, s, at(damping, s.count)) for G, s in zip(updates, new, strict=True)]
+            new = [_seen(s, x, value_at(decay, s.count), rows) for s, x in zip(state, statistics, strict=True)]
+        out = [_solved(G, s, value_at(damping, s.count)) for G, s in zip(updates, new, strict=True)]
         return out, select(accept, [s._replace(count=s.count + 1) for s in new], state)
 
     return Freezable(init, update)

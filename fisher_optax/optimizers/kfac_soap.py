@@ -13,9 +13,9 @@ import optax
 from ..capture.to_optimizer import layer_axes, on_layers
 from ..matrices.layers import Layer
 from ..preconditioner.factors import kronecker
-from ..preconditioner.transform import Seam
+from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
-from ..transforms.fallback import by_layers
+from ..transforms.fallback import layers_with_fallback
 from ..transforms.hyperparameters import injectable, takes
 from . import soap as soap_parts
 from ._sides import same_shapes
@@ -25,7 +25,7 @@ from ._sides import same_shapes
 @takes(soap_parts.scale_by_soap)
 def scale_by_kfac_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
     """The direction of `kfac_soap`, in `fo.scale_by_soap`'s arguments."""
-    return soap_parts.direction("kfac_soap", route=by_layers, on=_on_layers, factors=kronecker, **options)
+    return soap_parts.direction("kfac_soap", route=layers_with_fallback, on=_on_layers, factors=kronecker, **options)
 
 
 @injectable
@@ -46,10 +46,10 @@ def kfac_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
       >>> value, grads, stats = fo.value_and_grad(loss)(params)
       >>> updates, state = tx.update(grads, tx.init(params), params, statistics=stats)
     """
-    return soap_parts.complete("kfac_soap", route=by_layers, on=_on_layers, factors=kronecker, **options)
+    return soap_parts.complete("kfac_soap", route=layers_with_fallback, on=_on_layers, factors=kronecker, **options)
 
 
-def _on_layers(name: str, method: Seam, layers: list[Layer]) -> optax.GradientTransformationExtraArgs:
+def _on_layers(name: str, method: Preconditioner, layers: list[Layer]) -> optax.GradientTransformationExtraArgs:
     def fits(*given: Any) -> None:
         same_shapes(name, method.storage, False, *given)
 

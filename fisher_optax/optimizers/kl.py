@@ -15,9 +15,9 @@ import optax
 
 from ..preconditioner.applications import inverse_root_of_eigenvalues
 from ..preconditioner.factors import kullback_leibler
-from ..preconditioner.transform import Seam
+from ..preconditioner.transform import Preconditioner
 from ..transforms.hyperparameters import injectable, takes
-from .soap import complete, direction, scale_by_soap, soap, soap_seam
+from .soap import complete, direction, scale_by_soap, soap, soap_preconditioner
 
 BETAS = {"b1": 0.9, "b2": 0.98}  # the authors'
 
@@ -87,12 +87,12 @@ def kl_shampoo(*, init: str = "gradient", **options: Any) -> optax.GradientTrans
     return complete("kl_shampoo", parts=_kl_shampoo(init), **options)
 
 
-def _kl_soap(init: str) -> Callable[..., Seam]:
-    return functools.partial(soap_seam, factors=functools.partial(kullback_leibler, init=init))
+def _kl_soap(init: str) -> Callable[..., Preconditioner]:
+    return functools.partial(soap_preconditioner, factors=functools.partial(kullback_leibler, init=init))
 
 
-def _kl_shampoo(init: str) -> Callable[..., Seam]:
-    def parts(*, b1: Any, eps: Any, **options: Any) -> Seam:
+def _kl_shampoo(init: str) -> Callable[..., Preconditioner]:
+    def parts(*, b1: Any, eps: Any, **options: Any) -> Preconditioner:
         if options["normalize_updates"] or options["transport"] != "permute":
             raise ValueError("kl_shampoo has no Adam in its basis: leave normalize_updates and transport alone.")
         application = inverse_root_of_eigenvalues(b1, eps, options["bias_correction"], options["momentum_dtype"])

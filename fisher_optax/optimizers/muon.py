@@ -16,10 +16,10 @@ import optax
 from .._checks import in_range
 from ..matrices.resolve import resolve_axes
 from ..preconditioner.applications import orthogonal
-from ..preconditioner.precondition import seam
-from ..preconditioner.transform import Seam
+from ..preconditioner.precondition import preconditioner
+from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask, decayed_weights
-from ..transforms.fallback import Build, by_axes, is_matrix
+from ..transforms.fallback import Build, is_matrix, with_fallback
 from ..transforms.freeze import chain
 from ..transforms.hyperparameters import injectable
 from ..transforms.momentum import with_momentum
@@ -123,14 +123,16 @@ def muon(
     return _routed(build, fallback, axes, polar)
 
 
-def _polar(scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None) -> Seam:
+def _polar(
+    scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None
+) -> Preconditioner:
     rule = orthogonal(polynomial, scale, method=method, dtype=dtype)
-    return seam(None, None, rule, max_stack=max_stack, mesh_axis=mesh_axis)
+    return preconditioner(None, None, rule, max_stack=max_stack, mesh_axis=mesh_axis)
 
 
-def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, polar: Seam) -> Any:
+def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, polar: Preconditioner) -> Any:
     # An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares.
     return skip_nonfinite(
-        by_axes("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe, dtypes=DTYPES),
+        with_fallback("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe, dtypes=DTYPES),
         lambda tree: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(tree, axes, DTYPES)],
     )

@@ -17,10 +17,10 @@ from .._checks import in_range
 from ..preconditioner.applications import power
 from ..preconditioner.decompositions import inverse_root
 from ..preconditioner.factors import outer_product
-from ..preconditioner.precondition import seam
-from ..preconditioner.transform import Seam
+from ..preconditioner.precondition import preconditioner
+from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask, decayed_weights
-from ..transforms.fallback import Build, by_axes
+from ..transforms.fallback import Build, with_fallback
 from ..transforms.freeze import chain
 from ..transforms.grafting import graft_on, magnitude_of
 from ..transforms.hyperparameters import injectable, scheduled
@@ -63,7 +63,7 @@ def scale_by_shampoo(
     """
     grafted, method = _parts(**_common(locals()))
     fallback = _adam(b1, b2) if fallback is None else fallback
-    return skip_nonfinite(by_axes("shampoo", grafted, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    return skip_nonfinite(with_fallback("shampoo", grafted, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
 @injectable
@@ -141,7 +141,7 @@ def shampoo(
     after = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
     fallback = optax.chain(_adam(b1, b2), after) if fallback is None else fallback
     return skip_nonfinite(
-        by_axes(
+        with_fallback(
             "shampoo",
             lambda leaf_axes: chain(grafted(leaf_axes), after),
             fallback,
@@ -170,8 +170,8 @@ def _parts(
     start_preconditioning_step: int | None,
     momentum_dtype: Any,
     **options: Any,
-) -> tuple[Build, Seam]:
-    """Shampoo with its grafting on leaves of given axes, and its cell of the seam."""
+) -> tuple[Build, Preconditioner]:
+    """Shampoo with its grafting on leaves of given axes, and its preconditioner."""
     in_range("b1", b1, 0, 1)
     in_range("b2", b2, 0, 1)
     in_range("eps", eps, 0)
@@ -186,7 +186,7 @@ def _parts(
         raise ValueError(
             "refresh must be 'every' or 'staggered'; 'adaptive' measures an eigenbasis, Shampoo has roots."
         )
-    method = seam(
+    method = preconditioner(
         outer_product(b2, kind=accumulate, trace_scaling=trace_scaling),
         inverse_root(exponent, method=root, ridge=eps),
         power(b1, twice_alone=exponent >= -0.25, mu_dtype=momentum_dtype),

@@ -20,10 +20,10 @@ from ..preconditioner.applications import adam, in_eigenbasis
 from ..preconditioner.contracts import Application, FactorRule
 from ..preconditioner.decompositions import eigh, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import outer_product
-from ..preconditioner.precondition import seam
-from ..preconditioner.transform import Seam
+from ..preconditioner.precondition import preconditioner
+from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask, decay_after_step, decayed_weights
-from ..transforms.fallback import by_axes
+from ..transforms.fallback import with_fallback
 from ..transforms.first_step import skip_first_call
 from ..transforms.freeze import Freezable, chain
 from ..transforms.hyperparameters import injectable, scheduled
@@ -159,13 +159,13 @@ def direction(
     eps: Any,
     fallback: Any,
     axes: Any,
-    parts: Callable[..., Seam] | None = None,
-    route: Callable[..., Any] = by_axes,
+    parts: Callable[..., Preconditioner] | None = None,
+    route: Callable[..., Any] = with_fallback,
     on: Callable[..., Any] = lambda name, method, axes: method.on_matrices(axes),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_soap`, or with other ``parts`` one of its relatives; ``route`` and ``on`` say what its matrices are."""
-    method = (parts or soap_seam)(b1=b1, b2=b2, eps=eps, **options)
+    method = (parts or soap_preconditioner)(b1=b1, b2=b2, eps=eps, **options)
     fallback = method.with_first(_adam(b1, b2, eps) if fallback is None else fallback)
 
     def build(matrices: list[Any]) -> Freezable:
@@ -185,13 +185,13 @@ def complete(
     fallback: Any,
     axes: Any,
     first_step: str,
-    parts: Callable[..., Seam] | None = None,
-    route: Callable[..., Any] = by_axes,
+    parts: Callable[..., Preconditioner] | None = None,
+    route: Callable[..., Any] = with_fallback,
     on: Callable[..., Any] = lambda name, method, axes: method.on_matrices(axes),
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """`soap`, or with other ``parts`` one of its relatives; ``route`` and ``on`` say what its matrices are."""
-    method = (parts or soap_seam)(b1=b1, b2=b2, eps=eps, first_step=first_step, **options)
+    method = (parts or soap_preconditioner)(b1=b1, b2=b2, eps=eps, first_step=first_step, **options)
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
 
@@ -210,7 +210,7 @@ def complete(
     return skip_nonfinite(route(name, build, fallback, axes=axes, kinds=KINDS, describe=method.describe))
 
 
-def soap_seam(
+def soap_preconditioner(
     b1: Any,
     b2: Any,
     eps: Any,
@@ -223,8 +223,8 @@ def soap_seam(
     inner: optax.GradientTransformation | None = None,
     application: Application | None = None,
     **options: Any,
-) -> Seam:
-    """SOAP's cell of the seam; ``factors`` makes other factors of their decay, ``inner`` runs in the basis in Adam's
+) -> Preconditioner:
+    """SOAP's preconditioner; ``factors`` makes other factors of their decay, ``inner`` runs in the basis in Adam's
     place, or ``application`` does all.
     """
     in_range("b1", b1, 0, 1)
@@ -236,7 +236,7 @@ def soap_seam(
     rule, decompose = factors(b2 if shampoo_beta is None else shampoo_beta), DECOMPOSITIONS[decomposition]()
     decompose = decompose if rule.track is None else with_eigenvalues(decompose)
     inner = adam(b1, b2, eps, bias_correction, momentum_dtype, normalize_updates) if inner is None else inner
-    return seam(rule, decompose, application or in_eigenbasis(inner), **options)
+    return preconditioner(rule, decompose, application or in_eigenbasis(inner), **options)
 
 
 def _adam(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:

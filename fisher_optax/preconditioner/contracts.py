@@ -1,5 +1,5 @@
 """What travels between the parts: Kronecker factors, what a decomposition makes of them, and the three contracts of
-the seam.
+a preconditioner.
 
 All three act on one matrix gradient ``G: (m, n)``, ``m`` inputs by ``n`` outputs. Everything about its left (input)
 and right (output) side comes in pairs; a side that is not
@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 class Kronecker(NamedTuple):
     """Running factors of ``F ≈ left ⊗ right`` for one matrix (row-major ``vec``)."""
 
-    left: Any  # (*stack, m, m), `Rows`, or None
-    right: Any  # (*stack, n, n), `Rows`, or None
+    left: Any  # (*stack, m, m), `LowRank`, or None
+    right: Any  # (*stack, n, n), `LowRank`, or None
     seen: Any = ()  # what a rule counts: calls, or the sum of its weights
 
 
@@ -28,7 +28,7 @@ class Eigenbasis(NamedTuple):
 
 
 class Eigenpairs(NamedTuple):
-    """An `Eigenbasis` with the eigenvalues of its columns; of `Rows`, only the columns whose values are not 0."""
+    """An `Eigenbasis` with the eigenvalues of its columns; of `LowRank`, only the columns whose values are not 0."""
 
     left: Float[Array, "*stack m j"] | None
     right: Float[Array, "*stack n k"] | None

@@ -1,4 +1,4 @@
-"""The seam: factors x decomposition x application. Every named optimizer is one call of it and a chain around.
+"""Factors x decomposition x application. Every named optimizer is one call of it and a chain around.
 
 At call t, for each matrix G of the gradient tree:
 
@@ -17,7 +17,7 @@ from ..transforms.skip_nonfinite import skip_nonfinite
 from .contracts import Application, Decomposition, Eigenpairs, FactorRule
 from .refresh import Policy
 from .storage import Storage
-from .transform import Seam
+from .transform import Preconditioner
 
 
 def precondition(
@@ -56,11 +56,13 @@ def precondition(
     """
     fallback = optax.scale_by_adam() if fallback is None else fallback
     return skip_nonfinite(
-        seam(factors, decomposition, application, **options).directions(application.name, fallback, axes, kinds)
+        preconditioner(factors, decomposition, application, **options).directions(
+            application.name, fallback, axes, kinds
+        )
     )
 
 
-def seam(
+def preconditioner(
     factors: FactorRule | None,
     decomposition: Decomposition | None,
     application: Application,
@@ -77,8 +79,8 @@ def seam(
     factor_storage: str = "full",
     max_stack: int = 256,
     mesh_axis: str | None = None,
-) -> Seam:
-    """A checked `Seam`."""
+) -> Preconditioner:
+    """A checked `Preconditioner`."""
     check_cell(factors, decomposition, application)
     for name, value, known in (
         ("first_step", first_step, ("skip", "adam")),
@@ -89,7 +91,7 @@ def seam(
     storage = Storage(factor_dtype, factor_storage == "packed", sides, max_precond_dim, block_size).check()
     policy = Policy(refresh, precondition_frequency, adaptive_tolerance, transport).check()
     skip_first = first_step == "skip" and not application.sees_itself
-    return Seam(factors, decomposition, application, storage, policy, skip_first, max_stack, mesh_axis)
+    return Preconditioner(factors, decomposition, application, storage, policy, skip_first, max_stack, mesh_axis)
 
 
 def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, application: Application) -> None:

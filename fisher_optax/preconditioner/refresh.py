@@ -14,9 +14,9 @@ from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import linalg
-from .._xla import after, branch
+from .._xla import branch, sequenced_after
 from ..matrices.stacks import member_of, put, repeat
-from ..statistics import Rows
+from ..statistics import LowRank
 from . import transport
 from .contracts import Application, Decomposition, Due, Eigenpairs, Kronecker, MatrixState, Refreshed
 
@@ -93,7 +93,7 @@ def renew(
     failed = jnp.zeros([], jnp.int32)
     for group in by_length(states, read):
         # Not before the moments are out.
-        total = after(straight, sum((due[key].count for key, _ in group), jnp.zeros([], jnp.int32)), count)
+        total = sequenced_after(straight, sum((due[key].count for key, _ in group), jnp.zeros([], jnp.int32)), count)
         done, bad = _renewed(group, total, step, read, states, due, follow)
         turned, failed = turned | done, failed + bad
     new = {}
@@ -200,7 +200,7 @@ def _step_of(
     def step(A: Any, Q: Array, values: Any) -> tuple[Any, Array, Array]:
         same = jnp.arange(Q.shape[-1])
 
-        if isinstance(A, Rows):
+        if isinstance(A, LowRank):
             result = Refreshed(linalg.range_of_rows(A.rows), same)
         else:
             result = decomposition.renew(A, Q.astype(A.dtype), first, tolerance)
@@ -216,7 +216,7 @@ def _step_of(
 
 def _measured(A: Any, Q: Array, old: Array) -> Array:
     """The values ``diag(Qᵀ A Q)``; the old ones where these are not finite."""
-    if isinstance(A, Rows):
+    if isinstance(A, LowRank):
         new = jnp.sum(jnp.square(jnp.matmul(A.rows, Q, precision=Precision.HIGHEST)), 0, keepdims=True)
     else:
         new = jnp.sum(Q.astype(A.dtype) * linalg.project(A, Q), 0, keepdims=True).astype(old.dtype)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .. import linalg
-from ..statistics import Rows
+from ..statistics import LowRank
 from .contracts import Eigenpairs, Kronecker
 
 
@@ -42,8 +42,8 @@ class Storage(NamedTuple):
         """Full symmetric factors as they are kept."""
 
         def kept(A: Any) -> Any:
-            if isinstance(A, Rows):
-                return A if self.dtype is None else Rows(A.rows.astype(self.dtype))
+            if isinstance(A, LowRank):
+                return A if self.dtype is None else LowRank(A.rows.astype(self.dtype))
             return self._pack(A if self.dtype is None else A.astype(self.dtype))
 
         return each_side(kept, factors)
@@ -54,13 +54,13 @@ class Storage(NamedTuple):
         def whole(A: Any, d: int) -> Any:
             if A is None:
                 return None
-            return Rows(A.rows.astype(dtype)) if isinstance(A, Rows) else self._unpack(A, d).astype(dtype)
+            return LowRank(A.rows.astype(dtype)) if isinstance(A, LowRank) else self._unpack(A, d).astype(dtype)
 
         return factors._replace(left=whole(factors.left, m), right=whole(factors.right, n))
 
     def identity(self, factors: Kronecker, returns: type) -> Any:
         """The basis before there is any: the identity on each side that has a factor, as far as its rank goes."""
-        sides = [A.rows if isinstance(A, Rows) else A for A in (factors.left, factors.right)]
+        sides = [A.rows if isinstance(A, LowRank) else A for A in (factors.left, factors.right)]
         eyes = [None if A is None else jnp.eye(A.shape[-1], len(A), dtype=self.dtype or A.dtype) for A in sides]
         ones = [None if A is None else jnp.ones(len(A), A.dtype) for A in sides]
         return returns(*eyes, *ones) if returns is Eigenpairs else returns(*eyes)

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._xla import after, numbers
+from .._xla import dynamic_indices, sequenced_after
 from ..matrices.axes import LeafAxes, MatrixAxes
 from ..matrices.blocks import by_shape, canonical_shape, from_stacks, matrix_shapes, sides_to_stacks, stack_key
 from ..matrices.layout import Layout, matrix_layout, place, share_out, spread
-from ..transforms.fallback import by_axes
+from ..transforms.fallback import with_fallback
 from ..transforms.first_step import skip_first_call
 from ..transforms.freeze import Freezable, counted
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
@@ -25,15 +25,15 @@ from .storage import Storage
 
 
 class PreconditionState(NamedTuple):
-    """State of the seam."""
+    """State of a preconditioner."""
 
     count: Int[Array, ""]  # calls so far
-    kept: Int[Array, ""]  # decompositions that failed, so that the last good one was kept
+    failures: Int[Array, ""]  # of decompositions: the last good one stayed
     matrices: dict[str, MatrixState]  # by shape, e.g. "384x1536"
 
 
 @dataclasses.dataclass(frozen=True)
-class Seam:
+class Preconditioner:
     """One cell of factors x decomposition x application with its options."""
 
     factors: FactorRule | None
@@ -48,8 +48,8 @@ class Seam:
     def directions(
         self, method: str, fallback: optax.GradientTransformation, axes: Any, kinds: tuple[str, ...]
     ) -> optax.GradientTransformationExtraArgs:
-        """The seam on matrices and ``fallback`` on the rest, without learning rate and decay."""
-        return by_axes(
+        """The preconditioner on matrices and ``fallback`` on the rest, without learning rate and decay."""
+        return with_fallback(
             method, self.on_matrices, self.with_first(fallback), axes=axes, kinds=kinds, describe=self.describe
         )
 
@@ -154,15 +154,15 @@ class Seam:
             directions, matrices, failed = done
             failures = jnp.sum(failed, dtype=jnp.int32)
         longest = max(len(U) for U in directions.values())
-        places = numbers(longest, state.count >= 0 if accept is None else accept)
+        places = dynamic_indices(longest, state.count >= 0 if accept is None else accept)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
         count = counted(accept, state.count)
         count = (
             count
             if accept is None or self.decomposition is not None
-            else after(list(directions.values())[-1], count, state.count)
+            else sequenced_after(list(directions.values())[-1], count, state.count)
         )
-        return treedef.unflatten(out), PreconditionState(count, state.kept + failures, matrices)
+        return treedef.unflatten(out), PreconditionState(count, state.failures + failures, matrices)
 
     def _actions(self, stacks: dict[str, Array], count: Array, accept: Any) -> dict[str, Int[Array, " N"]]:
         """What is to be done with the bases of each matrix at the call after so many."""
@@ -178,7 +178,7 @@ class Seam:
         """Directions and state of an application alone, one stack after another, as they are what takes memory."""
         directions, matrices, last = {}, {}, None
         for key, Gs in pieces.items():
-            Gs = Gs if step.accept is None else after(last, Gs, state.count)
+            Gs = Gs if step.accept is None else sequenced_after(last, Gs, state.count)
             operands = (jnp.concatenate(Gs), state.matrices[key], jnp.zeros(sum(map(len, Gs)), jnp.int32))
             of_stack = step.apply_stack
             done = of_stack(*operands) if self.mesh_axis is None else spread(of_stack, self.mesh_axis, *operands)

@@ -30,7 +30,7 @@ class Health(NamedTuple):
     version: int
     steps: int  # carried out
     skipped: int  # not carried out: a gradient, or its square, was not finite
-    kept: int  # decompositions that failed, so that the last good one was kept
+    failures: int  # of decompositions: the last good one stayed
 
 
 def health(state: Any) -> Health:
@@ -64,9 +64,11 @@ def health(state: Any) -> Health:
             f"health: state of version {versions}, this release reads {STATE_VERSION}; restore it with the "
             "release that saved it."
         )
-    kept = [_number(x) for path, x in arrays.items() if path[-1] == "kept" and _is_counter(x) and _within(path, guards)]
+    failures = [
+        _number(x) for path, x in arrays.items() if path[-1] == "failures" and _is_counter(x) and _within(path, guards)
+    ]
     steps = max(int(x.max(initial=0)) for x in counts["steps"])
-    return Health(STATE_VERSION, steps, *(sum(int(x.sum()) for x in found) for found in (counts["skipped"], kept)))
+    return Health(STATE_VERSION, steps, *(sum(int(x.sum()) for x in found) for found in (counts["skipped"], failures)))
 
 
 def check_state(tx: Any, state: Any, params: Any) -> None:

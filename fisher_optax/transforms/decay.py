@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._checks import at
+from .._checks import value_at
 from ..matrices.trees import floating, is_function, made
 from .hyperparameters import injectable
 
@@ -59,7 +59,7 @@ def decay_after_step(
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
         del extra
         _require_params(params, "add_decay_after_step")
-        shrink = at(learning_rate, state.count) * at(weight_decay, state.count)
+        shrink = value_at(learning_rate, state.count) * value_at(weight_decay, state.count)
         happened = moved(updates)
 
         def one(u: Any, W: Any, decays: Any) -> Array:
@@ -94,7 +94,7 @@ def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.Gra
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
         del extra
         _require_params(params, "add_cautious_decay")
-        decay = at(weight_decay, state.count)
+        decay = value_at(weight_decay, state.count)
 
         def one(u: Any, W: Any, decays: Any) -> Array:
             u, W = floating(u), floating(W)

@@ -47,7 +47,7 @@ def marked() -> Iterator[None]:
         _marking.reset(token)
 
 
-def by_axes(
+def with_fallback(
     method: str,
     build: Build,
     fallback: optax.GradientTransformation,
@@ -71,7 +71,7 @@ def by_axes(
     )
 
 
-def by_layers(
+def layers_with_fallback(
     method: str,
     build: BuildLayers,
     fallback: optax.GradientTransformation,
@@ -80,7 +80,7 @@ def by_layers(
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
 ) -> Freezable:
-    """`by_axes`, where a matrix takes its bias along: ``build`` gets the layers among the leaves that are its own."""
+    """`with_fallback`, where a matrix takes its bias along: ``build`` gets the layers among the leaves that are its own."""
     return _routed(method, build, fallback, axes, lambda leaves: layers_of(leaves, kinds), describe)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from .._checks import at
+from .._checks import value_at
 from .freeze import Freezable, counted, freezable
 
 P = ParamSpec("P")
@@ -117,7 +117,7 @@ def scheduled(factory: Callable[..., Any], **options: Any) -> Freezable:
     """
 
     def now(count: Any) -> Freezable:
-        return freezable(factory(**{name: at(value, count) for name, value in options.items()}))
+        return freezable(factory(**{name: value_at(value, count) for name, value in options.items()}))
 
     def init(params: Any) -> ScheduledState:
         count = jnp.zeros([], jnp.int32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._checks import at
+from .._checks import value_at
 from .._xla import select
 from .freeze import Freezable, counted, freezable
 
@@ -37,8 +37,8 @@ def once_seen(inner: optax.GradientTransformation, clip: Any, learning_rate: Any
         ν: Any = 1.0
         if clip is not None:
             dots = (jnp.vdot(u, g.astype(u.dtype)) for u, g in zip(jax.tree.leaves(U), jax.tree.leaves(G), strict=True))
-            change = at(learning_rate, state.count) ** 2 * jnp.abs(sum(dots, jnp.zeros([])))
-            ν = jnp.minimum(1, jnp.sqrt(at(clip, state.count) / jnp.where(change > 0, change, 1)))
+            change = value_at(learning_rate, state.count) ** 2 * jnp.abs(sum(dots, jnp.zeros([])))
+            ν = jnp.minimum(1, jnp.sqrt(value_at(clip, state.count) / jnp.where(change > 0, change, 1)))
             ν = jnp.where(change > 0, ν, 1)
         U = jax.tree.map(lambda u: jnp.where(seen > 0, (ν * u).astype(u.dtype), 0), U)
         return U, ClipState(counted(accept, state.count), select(accept, seen, state.seen), new)

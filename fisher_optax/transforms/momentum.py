@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .._checks import at
-from .._xla import after, select
+from .._checks import value_at
+from .._xla import select, sequenced_after
 from .freeze import Freezable, counted, freezable
 
 
@@ -51,7 +51,7 @@ def with_momentum(inner: optax.GradientTransformation, beta: Any, nesterov: bool
         (now, ahead), s = _weights(beta, old)
         u = _means(now * ahead if nesterov else now, old.mean, updates)
         u, inside = tx.update(u, inside, params, accept=accept, **extra)
-        return u, (_next(old, s, _means(after(inside, now, old.count), old.mean, updates), accept), inside)
+        return u, (_next(old, s, _means(sequenced_after(inside, now, old.count), old.mean, updates), accept), inside)
 
     return Freezable(init, update)
 
@@ -68,7 +68,7 @@ def _start(params: Any, dtype: Any) -> MomentumState:
 
 def _weights(beta: Any, state: MomentumState) -> tuple[tuple[Array, Array], Array]:
     """The share of the old mean in the new one, and of that in the one after it; the sum of all weights."""
-    β = at(beta, state.count)
+    β = value_at(beta, state.count)
     s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
     now, ahead = (w / (w + 1) for w in (β * state.weight, β * s))
     return (now, ahead), s

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .._checks import in_range
 from ..matrices.blocks import from_matrices, matrix_shapes, to_matrices
-from .fallback import by_axes
+from .fallback import with_fallback
 from .hyperparameters import injectable, scheduled
 from .skip_nonfinite import skip_nonfinite
 
@@ -44,7 +44,9 @@ def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> op
     def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
         return scheduled(functools.partial(_per_neuron, leaf_axes), b2=b2, eps=eps)
 
-    return skip_nonfinite(by_axes("normuon", build, optax.identity(), axes=axes, kinds=("matrix",), dtypes=jnp.inexact))
+    return skip_nonfinite(
+        with_fallback("normuon", build, optax.identity(), axes=axes, kinds=("matrix",), dtypes=jnp.inexact)
+    )
 
 
 def _per_neuron(leaf_axes: list[Any], b2: Any, eps: Any) -> optax.GradientTransformation:

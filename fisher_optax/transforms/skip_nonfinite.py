@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from .. import linalg
 from .._sharding import in_auto_mode, on_mesh
-from .._xla import once, select
+from .._xla import materialized, select
 from ..matrices.trees import arrays, step_dtype
 from ..statistics import LayerFactors
 from .freeze import counted, freezable
@@ -74,11 +74,11 @@ def skip_nonfinite(
             return like_grads(jax.tree.map(jnp.zeros_like, updates)), state._replace(skipped=state.skipped + 1)
 
         def either(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
-            seen = list(_witnesses(extra.get("statistics")))
+            seen = list(_finite_probes(extra.get("statistics")))
             finite = is_finite([*jax.tree.leaves(updates), *seen], [*squared, *[False] * len(seen)])
             if not isinstance(finite, Tracer):
                 return (step if finite else skip)(updates, state, params, extra)
-            accept = once(finite, state.steps)
+            accept = materialized(finite, state.steps)
             new, inner = tx.update(updates, state.inner, params, accept=accept, **extra)
             new = select(accept, new, jax.tree.map(jnp.zeros_like, new))
             steps = counted(accept, state.steps)
@@ -91,7 +91,7 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _witnesses(statistics: Any) -> Iterator[Array]:
+def _finite_probes(statistics: Any) -> Iterator[Array]:
     """Arrays that are finite only where all of the statistics are: of a second moment, its diagonal."""
     for x in jax.tree.leaves(statistics, is_leaf=lambda x: isinstance(x, LayerFactors)):
         if not isinstance(x, LayerFactors):

@@ -67,7 +67,7 @@ def test_a_bad_gradient_skips_the_whole_step(row: Row, bad: str) -> None:
     updates, state = c.update(spoiled(grads[3], *BAD[bad]), before.state, before.params)
     assert_same_bits(updates, zeros_like(updates))
     health = fo.health(state)
-    assert (int(health.skipped), int(health.kept)) == (1, 0)
+    assert (int(health.skipped), int(health.failures)) == (1, 0)
     if row.one_guard:
         [(count, counted)] = changed(before.state, state)
         assert int(counted) == int(count) + 1
@@ -138,8 +138,8 @@ def test_matrix_statistics_that_overflow_skip_the_step(row: Row) -> None:
 @each()
 def test_health_of_a_good_run(row: Row) -> None:
     health = fo.health(trajectory(row)[-1].state)
-    assert set(health._fields) >= {"version", "steps", "skipped", "kept"}
-    assert (int(health.skipped), int(health.kept)) == (0, 0)
+    assert set(health._fields) >= {"version", "steps", "skipped", "failures"}
+    assert (int(health.skipped), int(health.failures)) == (0, 0)
 
 
 @each()
@@ -170,7 +170,7 @@ def test_rank_one_gradients(row: Row) -> None:
     points = run(c.update, c.init(params), params, [jax.tree.map(rank_one, params)] * 5)
     assert_finite(points)
     assert all(bool(jnp.any(u)) for point in points[1:] for u in jax.tree.leaves(point.updates))
-    assert int(fo.health(points[-1].state).kept) == 0
+    assert int(fo.health(points[-1].state).failures) == 0
 
 
 @pytest.mark.parametrize("exponent", [-50, 50])
@@ -184,7 +184,7 @@ def test_gradients_of_1e15_and_of_its_inverse(row: Row, exponent: int) -> None:
     if exponent > 0 and row.scale_free:
         assert_updates_close(points, trajectory(row), row.tolerance)
     assert all(bool(jnp.any(u)) for u in jax.tree.leaves(points[-1].updates))
-    assert (int(fo.health(points[-1].state).skipped), int(fo.health(points[-1].state).kept)) == (0, 0)
+    assert (int(fo.health(points[-1].state).skipped), int(fo.health(points[-1].state).failures)) == (0, 0)
 
 
 @pytest.mark.parametrize("exponent", [-100, 100, 120])

@@ -23,7 +23,7 @@ from jax.lax import Precision
 from jaxtyping import Array
 
 from ... import linalg
-from ...statistics import LayerFactors, Rows
+from ...statistics import LayerFactors, LowRank
 from ..program.leaves import LeafPlan, in_leaf_order
 from ..program.sites import Site
 from . import rows
@@ -209,7 +209,7 @@ class KroneckerFactors:
                 continue
             if side in by_rows:
                 x = rows.sorted_side(times(raw[side], jnp.sqrt(scale)), -1, atoms, ends)
-                done[side] = Rows(in_leaf_order(x, plan))
+                done[side] = LowRank(in_leaf_order(x, plan))
             else:
                 diagonal = site.how == "embedding" and side == "left"
                 scaled = functools.partial(times, scale=scale)

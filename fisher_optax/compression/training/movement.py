@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ..._checks import at, in_range
+from ..._checks import in_range, value_at
 from ...transforms.hyperparameters import injectable
 from .keeping import masked, transformation, wrapper
 from .targets import Pruning, as_leaves, as_matrices
@@ -107,7 +107,10 @@ def movement(
         done = state.count + 1
         W = jax.tree.map(_whole, params, state.masks, state.hidden)
         u, inner = tx.update(masked(grads, state.masks), state.inner, W, **extra)
-        η, λ = at(score_learning_rate, state.count), 0 if kind == "hard" else at(regularization, state.count)
+        η, λ = (
+            value_at(score_learning_rate, state.count),
+            0 if kind == "hard" else value_at(regularization, state.count),
+        )
 
         def scored(S: Array, g: Array, W: Array) -> Array:
             σ = jax.nn.sigmoid(S)
@@ -117,7 +120,7 @@ def movement(
         if kind == "hard":
             M = _hard(pruning, S, params, done)
         else:
-            M = jax.tree.map(lambda s: jax.nn.sigmoid(s) > at(threshold, done), S)
+            M = jax.tree.map(lambda s: jax.nn.sigmoid(s) > value_at(threshold, done), S)
         updates = jax.tree.map(_to_visible, u, params, W, state.masks, M)
         hidden = jax.tree.map(_hidden, u, W, M)
         return updates, MovementState(done, S, hidden, M, inner)

@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ..._checks import at
+from ..._checks import value_at
 from ...matrices.axes import path_names
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
 from ...matrices.resolve import resolve_axes
@@ -126,7 +126,7 @@ class Pruning(NamedTuple):
 
     def share(self, count: Any) -> Float[Array, ""]:
         """Of the weights that are gone after so many steps."""
-        s = self.sparsity.share if isinstance(self.sparsity, Pattern) else at(self.sparsity, count)
+        s = self.sparsity.share if isinstance(self.sparsity, Pattern) else value_at(self.sparsity, count)
         return jnp.asarray(s, jnp.float32)
 
     def masks(self, scores: Any, share: Any) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
-from ..._checks import at
+from ..._checks import value_at
 from ...statistics import LayerFactors
 from ..contracts import Application, Eigenpairs, InverseRoot, Moments
 from .eigenbasis import into, out_of
@@ -44,7 +44,7 @@ def damped(damping: Any = 1e-3, exponent: float = -1.0) -> Application:
         done = DampedState(state.count + 1)
         if isinstance(basis, InverseRoot):
             return _between(G, basis), done
-        return _power(G, basis, kronecker_values(basis, G), at(damping, state.count), exponent), done
+        return _power(G, basis, kronecker_values(basis, G), value_at(damping, state.count), exponent), done
 
     nothing = Moments((), ())
     return Application(
@@ -84,7 +84,7 @@ def eigenvalue_corrected(damping: Any = 1e-3, exponent: float = -1.0, decay: Any
     def observe(state: Any, seen: LayerFactors, basis: Eigenpairs) -> CorrectedState:
         del basis
         assert seen.squares is not None
-        β = jnp.where(state.count == 0, 1, at(decay, state.count))
+        β = jnp.where(state.count == 0, 1, value_at(decay, state.count))
         nu = β * state.nu + (1 - β) * seen.squares.astype(state.nu.dtype)
         weight = β * state.weight + (1 - β)
         return CorrectedState(state.count, weight.astype(state.weight.dtype), nu.astype(state.nu.dtype))
@@ -93,7 +93,7 @@ def eigenvalue_corrected(damping: Any = 1e-3, exponent: float = -1.0, decay: Any
         del extra
         seen = state.weight > 0
         S = jnp.where(seen, state.nu / jnp.where(seen, state.weight, 1), kronecker_values(basis, G))
-        return _power(G, basis, S, at(damping, state.count), exponent), state._replace(count=state.count + 1)
+        return _power(G, basis, S, value_at(damping, state.count), exponent), state._replace(count=state.count + 1)
 
     return Application(
         "eigenvalue-corrected power",

@@ -15,7 +15,7 @@ import optax
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
-from ..._checks import at
+from ..._checks import value_at
 from ..contracts import Application, Eigenbasis, Eigenpairs, Moments
 from .rounding import counts, ratio
 
@@ -127,7 +127,7 @@ def adam(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
         del params
         t = state.count + 1
-        β1, β2, ε = (at(value, state.count) for value in (b1, b2, eps))
+        β1, β2, ε = (value_at(value, state.count) for value in (b1, b2, eps))
         mu = jax.tree.map(lambda g, m: β1 * m.astype(g.dtype) + (1 - β1) * g, updates, state.mu)
         nu = jax.tree.map(lambda g, v: β2 * v + (1 - β2) * jnp.square(g), updates, state.nu)
         scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._checks import at
+from ..._checks import value_at
 from ..contracts import Application, Eigenpairs, Moments
 from .eigenbasis import into, out_of
 from .rounding import counts, ratio
@@ -38,12 +38,12 @@ def inverse_root_of_eigenvalues(
 
     def update(G: Float[Array, "m n"], state: Any, basis: Eigenpairs, **extra: Any) -> tuple[Array, EigenvaluesState]:
         del extra
-        β, t = at(b1, state.count), state.count + 1
+        β, t = value_at(b1, state.count), state.count + 1
         m = β * state.mu.astype(G.dtype) + (1 - β) * into(G, basis)
         λ_L = 1.0 if basis.left_values is None else basis.left_values[:, None]
         λ_R = 1.0 if basis.right_values is None else basis.right_values[None, :]
         # Two roots, since the product of two eigenvalues has the scale of a fourth power.
-        root = jnp.sqrt(λ_L) * jnp.sqrt(λ_R) + at(eps, state.count)
+        root = jnp.sqrt(λ_L) * jnp.sqrt(λ_R) + value_at(eps, state.count)
         # The root is zero before the first gradient that is not.
         u = ratio(m, root) / ((1 - β**t) if bias_correction else 1.0)
         u = jnp.where(counts(jnp.broadcast_to(_in_units(λ_L) * _in_units(λ_R), m.shape)), u, 0)

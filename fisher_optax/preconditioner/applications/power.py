@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
-from ..._checks import at
+from ..._checks import value_at
 from ..contracts import Application, InverseRoot, Moments
 
 
@@ -33,7 +33,7 @@ def power(b1: Any = 0.0, *, twice_alone: bool = False, mu_dtype: Any = None) -> 
 
     def update(G: Float[Array, "m n"], state: Any, roots: InverseRoot, **extra: Any) -> tuple[Array, PowerState]:
         del extra
-        m = at(b1, state.count) * state.mu.astype(G.dtype) + G
+        m = value_at(b1, state.count) * state.mu.astype(G.dtype) + G
         U, (L, R) = m, roots
         for _ in range(2 if twice_alone and (L is None or R is None) else 1):
             U = U if L is None else jnp.matmul(L.astype(G.dtype), U, precision=Precision.HIGHEST)

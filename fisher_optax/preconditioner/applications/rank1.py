@@ -8,7 +8,7 @@ import optax
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
-from ..._checks import at
+from ..._checks import value_at
 from .rounding import ratio
 
 
@@ -47,7 +47,7 @@ def rank1_adam(
 
         def side(axis: int) -> Any:
             # Zero would stay zero.
-            start = lambda x: jnp.maximum(jnp.asarray(at(eps, 0), x.dtype), jnp.finfo(x.dtype).tiny)  # noqa: E731
+            start = lambda x: jnp.maximum(jnp.asarray(value_at(eps, 0), x.dtype), jnp.finfo(x.dtype).tiny)  # noqa: E731
             return jax.tree.map(lambda x: jnp.full(x.shape[axis], start(x), x.dtype), params)
 
         return Rank1AdamState(jnp.zeros([], jnp.int32), mu, side(-2), side(-1))
@@ -55,7 +55,7 @@ def rank1_adam(
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Rank1AdamState]:
         del params
         t = state.count + 1
-        β1, β2, ε = (at(value, state.count) for value in (b1, b2, eps))
+        β1, β2, ε = (value_at(value, state.count) for value in (b1, b2, eps))
         scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
 
         def one(g: Array, m: Array, l: Array, r: Array) -> tuple[Array, ...]:

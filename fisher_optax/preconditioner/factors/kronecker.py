@@ -5,9 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from ... import linalg
-from ..._checks import at
+from ..._checks import value_at
 from ..._xla import select
-from ...statistics import LayerFactors, Rows
+from ...statistics import LayerFactors, LowRank
 from ..contracts import FactorRule, Kronecker
 
 
@@ -25,21 +25,21 @@ def kronecker(decay: Any = 0.95, *, rank: int | None = None) -> FactorRule:
         def side(d: int, wanted: bool) -> Any:
             if wanted:
                 return jnp.zeros((d, d), dtype)
-            return None if rank is None else Rows(jnp.zeros((rank, d), dtype))
+            return None if rank is None else LowRank(jnp.zeros((rank, d), dtype))
 
         return Kronecker(side(m, left), side(n, right), (jnp.zeros([], jnp.int32), jnp.zeros([], dtype)))
 
     def follow(seen: LayerFactors, factors: Kronecker, apply: Any, accept: Any) -> Kronecker:
         count, weight = factors.seen
-        β = at(decay, count)
+        β = value_at(decay, count)
 
         def blend(A: Any, S: Any) -> Any:
             return select(accept, β * A + (1 - β) * S.astype(A.dtype), A)
 
         def side(A: Any, new: Any) -> Any:
-            if isinstance(A, Rows):
+            if isinstance(A, LowRank):
                 S = jnp.concatenate([jnp.sqrt(β) * A.rows, jnp.sqrt(1 - β) * new.rows.astype(A.rows.dtype)])
-                return select(accept, Rows(linalg.strongest_rows(S, len(A.rows))), A)
+                return select(accept, LowRank(linalg.strongest_rows(S, len(A.rows))), A)
             return None if A is None else apply(blend, A, new)
 
         seen_now = select(accept, (count + 1, (β * weight + (1 - β)).astype(weight.dtype)), factors.seen)
@@ -61,7 +61,7 @@ def mean_factors(factors: Kronecker) -> Kronecker:
     weight = jnp.where(weight == 0, 1, weight)
 
     def mean(A: Any) -> Any:
-        return None if A is None else Rows(A.rows / jnp.sqrt(weight)) if isinstance(A, Rows) else A / weight
+        return None if A is None else LowRank(A.rows / jnp.sqrt(weight)) if isinstance(A, LowRank) else A / weight
 
     return factors._replace(left=mean(factors.left), right=mean(factors.right))
 
@@ -75,7 +75,7 @@ def tikhonov(damping: Any) -> Any:
 
     def read(factors: Kronecker) -> Kronecker:
         A, B, _ = mean_factors(factors)
-        λ = jnp.asarray(at(damping, factors.seen[0]))
+        λ = jnp.asarray(value_at(damping, factors.seen[0]))
         mean_A, mean_B = (1.0 if X is None else jnp.trace(X) / len(X) for X in (A, B))
         known = (mean_A > 0) & (mean_B > 0)
         π = jnp.sqrt(jnp.where(known, mean_A, 1) / jnp.where(known, mean_B, 1))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
-from ..._checks import at
+from ..._checks import value_at
 from ..contracts import Eigenpairs, FactorRule, Kronecker
 
 # Of the largest eigenvalue: smaller ones count as this much where they divide.
@@ -55,7 +55,7 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
         return Kronecker(*eyes, seen=jnp.zeros([], jnp.int32))
 
     def update(G: Float[Array, "m n"], factors: Kronecker, basis: Eigenpairs) -> Kronecker:
-        β = jnp.asarray(at(decay, factors.seen), G.dtype)
+        β = jnp.asarray(value_at(decay, factors.seen), G.dtype)
         factors, basis = _begun(G, factors, basis)
 
         def follow(A: Any, G: Array, Q: Any, values: Any) -> Any:
@@ -73,7 +73,7 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
         )
 
     def track(G: Float[Array, "m n"], factors: Kronecker, basis: Eigenpairs) -> Eigenpairs:
-        β = jnp.asarray(at(decay, factors.seen), G.dtype)
+        β = jnp.asarray(value_at(decay, factors.seen), G.dtype)
         _, basis = _begun(G, factors, basis)
         H = G if basis.left is None else jnp.matmul(basis.left.astype(G.dtype).mT, G, precision=Precision.HIGHEST)
         H = H if basis.right is None else jnp.matmul(H, basis.right.astype(G.dtype), precision=Precision.HIGHEST)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
-from ..._checks import at
+from ..._checks import value_at
 from ..contracts import FactorRule, Kronecker
 
 KINDS = ("ema", "mean", "sum")
@@ -50,7 +50,7 @@ def outer_product(decay: Any = 0.95, *, kind: str = "ema", trace_scaling: bool =
     def update(G: Float[Array, "m n"], factors: Kronecker, bases: Any) -> Kronecker:
         del bases
         count, weight = factors.seen
-        now = at(decay, count)
+        now = value_at(decay, count)
         β, new = (1, 1) if kind == "sum" else (now, 1 - now)
 
         def follow(A: Any, G: Array) -> Any:

@@ -19,7 +19,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from ... import linalg
-from ..._checks import at
+from ..._checks import value_at
 from ..._xla import branch
 from ..contracts import FactorRule, Kronecker
 
@@ -67,7 +67,7 @@ def projector_splitting(
     def update(G: Float[Array, "m n"], factors: Kronecker, basis: Any) -> Kronecker:
         del basis
         L, R, count = factors
-        β, seen = at(decay, count), count + 1 if callable(decay) else ()
+        β, seen = value_at(decay, count), count + 1 if callable(decay) else ()
         if L is None or R is None:
             return one_sided(G, factors, β)._replace(seen=seen)
 
