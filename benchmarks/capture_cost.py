@@ -97,7 +97,7 @@ ROWS: dict[str, Callable[[Model], Row]] = {
     "kfac": lambda model: Row(fo.KroneckerFactors(), optimizer=lambda: fo.kfac(RATE, precondition_frequency=PERIOD)),
     "kfac_inverse": lambda model: Row(
         fo.KroneckerFactors(),
-        optimizer=lambda: fo.kfac(RATE, decomposition="inverse", precondition_frequency=PERIOD),
+        optimizer=lambda: fo.kfac(RATE, precondition_frequency=PERIOD, refresh=fo.Refresh(by="inverse")),
     ),
     "ekfac": lambda model: Row(
         fo.KroneckerFactors(squares=True),

@@ -71,7 +71,9 @@ CONTENDERS = {
     "fo_soap_staggered": Row("`fo.soap`, staggered", of_package(fo.soap, refresh="staggered")),
     "soap_plain": Row("SOAP leaf by leaf, QR", soap_plain),
     "fo_dykaf": Row("`fo.dykaf`, every 10", of_package(fo.dykaf)),
-    "fo_shampoo_128": Row("`fo.shampoo`, blocks of 128, every 10", of_package(fo.shampoo, block_size=128)),
+    "fo_shampoo_128": Row(
+        "`fo.shampoo`, blocks of 128, every 10", of_package(fo.shampoo, storage=fo.Storage(block_size=128))
+    ),
     **{name: of_peer(name) for name in peers.PEERS},
 }
 

@@ -44,7 +44,11 @@ COLUMNS = {
 SHARES = {"gflop_share": "gflop", "state_share": "state_mb", "memory_share": "memory_mb"}
 METHODS = {
     "fo_muon": (lambda axis: fo.muon(RATE, mesh_axis=axis), None, ()),
-    "fo_soap": (lambda axis: fo.soap(RATE, precondition_frequency=PERIOD, mesh_axis=axis), PERIOD, ("eigh",)),
+    "fo_soap": (
+        lambda axis: fo.soap(RATE, precondition_frequency=PERIOD, storage=fo.Storage(mesh_axis=axis)),
+        PERIOD,
+        ("eigh",),
+    ),
 }
 COLLECTIVE = re.compile(r" = (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\]")

@@ -45,7 +45,9 @@ METHODS = {
     "fo_soap": Method(lambda: fo.soap(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh",)),
     "fo_dykaf": Method(lambda: fo.dykaf(RATE, precondition_frequency=PERIOD), PERIOD, ("eigh",)),
     "fo_shampoo_128": Method(
-        lambda: fo.shampoo(RATE, block_size=BLOCK, precondition_frequency=PERIOD), PERIOD - 1, block=BLOCK
+        lambda: fo.shampoo(RATE, precondition_frequency=PERIOD, storage=fo.Storage(block_size=BLOCK)),
+        PERIOD - 1,
+        block=BLOCK,
     ),
 }
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from matplotlib.figure import Figure
 
+import fisher_optax as fo
 import optimizers
 import train_gpt
 from benchmarks import harness, peers, run_tables
@@ -36,9 +37,9 @@ RATES = {
 PROMISES = {"soap": 0.55, "muon": 0.65}  # the share of AdamW's steps that the project promises
 SMALL_RATE = 6e-3  # the smaller states are compared with the full one at one rate
 SMALLER = {
-    "soap_packed": {"factor_storage": "packed"},
-    "soap_bfloat16": {"factor_dtype": jnp.bfloat16},
-    "soap_shorter": {"sides": "shorter"},
+    "soap_packed": {"storage": fo.Storage(packed=True)},
+    "soap_bfloat16": {"storage": fo.Storage(factor_dtype=jnp.bfloat16)},
+    "soap_shorter": {"storage": fo.Storage(sides="shorter")},
 }
 KFAC_JAX = {"kfac_jax": (1e-2, 3e-2, 1e-1)}
 WITHOUT = {"kfac_jax": "; without weight decay, of which it has no decoupled one"}
@@ -47,9 +48,9 @@ LABELS = {
     "muon": "`fo.muon`",
     "soap": "`fo.soap`",
     "optax_muon": "`optax.contrib.muon`",
-    "soap_packed": '`fo.soap(factor_storage="packed")`',
-    "soap_bfloat16": "`fo.soap(factor_dtype=jnp.bfloat16)`",
-    "soap_shorter": '`fo.soap(sides="shorter")`',
+    "soap_packed": "`fo.soap(storage=fo.Storage(packed=True))`",
+    "soap_bfloat16": "`fo.soap(storage=fo.Storage(factor_dtype=jnp.bfloat16))`",
+    "soap_shorter": '`fo.soap(storage=fo.Storage(sides="shorter"))`',
     "kfac_jax": "K-FAC (kfac-jax)",
 }
 COLUMNS = {

@@ -12,8 +12,9 @@ from .matrices.axes import MatrixAxes
 from .matrices.recording import Row
 from .matrices.resolve import label_params
 from .optimizers.dykaf import dykaf, scale_by_dykaf
+from .optimizers.ekfac import ekfac, scale_by_ekfac
 from .optimizers.frog import frog, kfrog, scale_by_frog, scale_by_kfrog
-from .optimizers.kfac import ekfac, kfac, scale_by_ekfac, scale_by_kfac
+from .optimizers.kfac import kfac, scale_by_kfac
 from .optimizers.kfac_soap import kfac_soap, scale_by_kfac_soap
 from .optimizers.kl import kl_shampoo, kl_soap, scale_by_kl_shampoo, scale_by_kl_soap
 from .optimizers.muon import muon, scale_by_muon
@@ -23,6 +24,7 @@ from .preconditioner import applications as applications
 from .preconditioner import decompositions as decompositions
 from .preconditioner import factors as factors
 from .preconditioner.applications import in_eigenbasis
+from .preconditioner.options import Refresh, Storage
 from .preconditioner.precondition import precondition
 from .states.eigenbases import eigenbases
 from .states.health import Health, check_state, health
@@ -51,8 +53,10 @@ __all__ = [
     "KroneckerFactors",
     "LayerSamples",
     "MatrixAxes",
+    "Refresh",
     "Report",
     "Row",
+    "Storage",
     "accumulate_statistics",
     "add_cautious_decay",
     "add_decay_after_step",

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from tests.grouped import grouped
 from tests.standins import factors, fed, samples
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -70,7 +71,7 @@ def normuon(weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
 
 
 def soap_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
-    options = {"learning_rate": 0.01, "precondition_frequency": 2, "weight_decay": 0.1} | options
+    options = {"learning_rate": 0.01, "precondition_frequency": 2, "weight_decay": 0.1} | grouped(**options)
     scheduled, undecayed = ("learning_rate", "weight_decay", "b1", "b2", "eps"), {"weight_decay": 0.0}
     return Row(
         name, fo.soap, options, static_args="soap", scheduled=scheduled, undecayed=undecayed, tolerance=tolerance
@@ -98,7 +99,7 @@ def like_soap(make: Callable[..., Any], name: str, tolerance: float = SINGLE_PRE
 
 
 def shampoo_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
-    options = {"learning_rate": 0.01, "weight_decay": 0.1, "precondition_frequency": 2} | options
+    options = {"learning_rate": 0.01, "weight_decay": 0.1, "precondition_frequency": 2} | grouped(**options)
     scheduled, undecayed = ("learning_rate", "weight_decay", "b1", "b2"), {"weight_decay": 0.0}
     return Row(
         name, fo.shampoo, options, static_args="shampoo", scheduled=scheduled, undecayed=undecayed, tolerance=tolerance
@@ -106,7 +107,7 @@ def shampoo_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) 
 
 
 def kfac_row(make: Callable[..., Any], name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
-    options = {"learning_rate": 0.01, "weight_decay": 0.1, "precondition_frequency": 2} | options
+    options = {"learning_rate": 0.01, "weight_decay": 0.1, "precondition_frequency": 2} | grouped(**options)
     scheduled = ("learning_rate", "weight_decay", "momentum", "damping", "curvature_decay")
     return Row(
         name,
@@ -139,7 +140,7 @@ def frog_row(make: Callable[..., Any], name: str, **options: Any) -> Row:
 
 ROWS = (
     soap_row("soap"),
-    soap_row("soap-adaptive-packed", refresh="adaptive", adaptive_tolerance=0.01, factor_storage="packed"),
+    soap_row("soap-adaptive-packed", refresh="adaptive", adaptive_tolerance=0.01, packed=True),
     soap_row(
         "soap-staggered-bf16",
         refresh="staggered",
@@ -157,7 +158,7 @@ ROWS = (
     ),
     muon_row("muon-own-cubic", polynomial=((1.5, -0.5, 0.0),) * 12, scale=0.2),
     shampoo_row("shampoo"),
-    shampoo_row("shampoo-newton-blocks-packed", root="newton", block_size=4, factor_storage="packed"),
+    shampoo_row("shampoo-newton-blocks-packed", root="newton", block_size=4, packed=True),
     shampoo_row(
         "shampoo-half-polynomial-sgd", exponent=-0.5, root="polynomial", grafting="sgd", accumulate="sum"
     )._replace(scale_free=False),
@@ -165,7 +166,7 @@ ROWS = (
         "shampoo-traced-staggered",
         exponent=-0.5,
         grafting=None,
-        trace_scaling=True,
+        accumulate="scaled_mean",
         refresh="staggered",
         start_preconditioning_step=0,
     ),
@@ -200,7 +201,7 @@ ROWS = (
         scheduled=("b1",),
     ),
     kfac_row(fo.kfac, "kfac"),
-    kfac_row(fo.kfac, "kfac-inverse-packed-clipped", decomposition="inverse", factor_storage="packed", kl_clip=0.1),
+    kfac_row(fo.kfac, "kfac-inverse-packed-clipped", decomposition="inverse", packed=True, kl_clip=0.1),
     kfac_row(
         fo.kfac, "kfac-half-grafted-staggered", exponent=-0.5, grafting="adam", decomposition="qr", refresh="staggered"
     ),

@@ -93,6 +93,6 @@ def test_shampoo_in_blocks_is_a_short_program() -> None:
     factors of 128, where blocks that are written out one by one take 134,000.
     """
     params = make_params(TREES["small"])
-    tx = fo.shampoo(1e-3, block_size=128)
+    tx = fo.shampoo(1e-3, storage=fo.Storage(block_size=128))
     text = jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params).as_text()
     assert len(text.splitlines()) <= 6000

@@ -67,7 +67,9 @@ def test_normuon_evens_out_the_neurons_and_keeps_the_norm() -> None:
 def test_soap_then_orthogonalise_is_a_chain() -> None:
     """What the docstring of `scale_by_soap` shows: the last direction has singular values near the scale."""
     polar = fo.precondition(None, None, fo.applications.orthogonal(fo.polar_express(8)), fallback=optax.identity())
-    tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0, first_step="adam"), polar)
+    tx = optax.chain(
+        optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0, refresh=fo.Refresh(first_step="adam")), polar
+    )
     params = {"dense": {"kernel": jnp.ones((4, 4))}}
     G = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (4, 4))}}
     state = tx.init(params)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from tests.grouped import grouped
 from tests.reference import dykaf as reference
 from tests.test_soap import gradients, trajectory
 
@@ -55,7 +56,7 @@ def test_the_authors_trajectories(case: str) -> None:
     grads, W, wanted = (TRAJECTORIES[f"{case}/{name}"] for name in ("grads", "params0", "params"))
     options = {"init": "identity", "variant": "parallel", "factor_dtype": jnp.float64, **TRAJECTORY_CASES[case]}
     # The authors' matrices are out x in.
-    path = trajectory(fo.dykaf(3e-3, **options), W.T, grads.transpose(0, 2, 1)).transpose(0, 2, 1)
+    path = trajectory(fo.dykaf(3e-3, **grouped(**options)), W.T, grads.transpose(0, 2, 1)).transpose(0, 2, 1)
     moved = np.linalg.norm(wanted - W, axis=(1, 2))
     assert moved[-1] > 0.1
     assert (np.linalg.norm(path - wanted, axis=(1, 2)) <= 1e-4 * moved).all()

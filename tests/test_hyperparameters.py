@@ -34,11 +34,18 @@ def wrapped(name: str, **options: Any) -> tuple[Callable[..., Any], dict[str, An
     return getattr(fo.compression, name), {"tx": optax.sgd(0.1), **options}
 
 
+FROM_THE_START = {"refresh": fo.Refresh(first_step="adam")}
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "soap": (fo.soap, {"max_precond_dim": 6, "axes": axes_of, "mask": matrices_only, "first_step": "adam"}),
+    "soap": (fo.soap, {"max_precond_dim": 6, "axes": axes_of, "mask": matrices_only} | FROM_THE_START),
     "muon": (fo.muon, {"learning_rate": 0.1, "scale": 0.3, "mask": matrices_only, "weight_decay": 0.1}),
-    "shampoo": (fo.shampoo, {"learning_rate": 0.1, "exponent": -0.5, "momentum_dtype": jnp.bfloat16}),
-    "dykaf": (fo.dykaf, {"rank1_second_moment": True, "block_size": 3, "init": "identity", "first_step": "adam"}),
+    "shampoo": (
+        fo.shampoo,
+        {"learning_rate": 0.1, "exponent": -0.5, "storage": fo.Storage(momentum_dtype=jnp.bfloat16)},
+    ),
+    "dykaf": (
+        fo.dykaf,
+        {"rank1_second_moment": True, "storage": fo.Storage(block_size=3), "init": "identity"} | FROM_THE_START,
+    ),
     "normuon": (fo.scale_by_normuon, {"b2": 0.9, "axes": axes_of}),
     "decay-after-step": (fo.add_decay_after_step, {"learning_rate": 0.1, "mask": matrices_only}),
     "cautious-decay": (fo.add_cautious_decay, {"weight_decay": 0.2, "mask": matrices_only}),
@@ -58,8 +65,8 @@ def test_periods_sizes_and_functions_are_not_traced(name: str) -> None:
 
 
 def test_partial_and_nested_factories_are_taken_too() -> None:
-    wanted = a_step(fo.soap(0.1, b1=0.8, max_precond_dim=6, first_step="adam"))
-    some = functools.partial(fo.soap, max_precond_dim=6, first_step="adam")
+    wanted = a_step(fo.soap(0.1, b1=0.8, max_precond_dim=6, refresh=fo.Refresh(first_step="adam")))
+    some = functools.partial(fo.soap, max_precond_dim=6, **FROM_THE_START)
     twice = optax.inject_hyperparams(optax.inject_hyperparams(some))
     assert_close(a_step(optax.inject_hyperparams(some)(0.1, b1=0.8)), wanted, 1e-6)
     assert_close(a_step(twice(0.1, b1=0.8)), wanted, 1e-6)
@@ -72,7 +79,7 @@ def test_schedules_of_eps_and_b2_give_the_numbers_they_are(make: Callable[..., A
     """Different ones at the first call and the second."""
     numbers = {"b2": (0.9, 0.5), "eps": (1e-3, 0.5)}
     schedules = {name: optax.piecewise_constant_schedule(a, {1: b / a}) for name, (a, b) in numbers.items()}
-    options = {} if make is fo.scale_by_normuon else {"first_step": "adam"}
+    options = {} if make is fo.scale_by_normuon else FROM_THE_START
     tx, injected = make(**schedules, **options), optax.inject_hyperparams(make)(**schedules, **options)
     states = [x.init(PARAMS) for x in (tx, injected)]
     for _ in range(2):

@@ -14,6 +14,7 @@ import fisher_optax as fo
 from fisher_optax.preconditioner.applications import damped, eigenvalue_corrected
 from fisher_optax.preconditioner.contracts import Eigenpairs
 from fisher_optax.statistics import LayerFactors, LowRank
+from tests.grouped import grouped
 from tests.reference.kfac import Kfac, power
 from tests.reference.soap import Soap
 
@@ -98,7 +99,7 @@ def test_the_reference(shared: dict[str, Any], own: dict[str, Any]) -> None:
     ours = {k: v[0] for k, v in own.items() if v[0] is not None}
     theirs = {k: v[1] for k, v in own.items() if v[1] is not None}
     wanted = reference(Kfac(np.ones((M + 1, N)), 0.01, **shared, **theirs), without=(4, 5))
-    np.testing.assert_allclose(run(fo.kfac(0.01, **shared, **ours), without=(4, 5)), wanted, atol=1e-9)
+    np.testing.assert_allclose(run(fo.kfac(0.01, **grouped(**shared, **ours)), without=(4, 5)), wanted, atol=1e-9)
 
 
 @pytest.mark.parametrize("exponent", [-1.0, -0.5])
@@ -162,7 +163,7 @@ def test_sides_of_low_rank(shape: tuple[int, int], exponent: float) -> None:
     rows = [rng.normal(size=(2 if d > 4 else d, d)) for d in shape]
     A, B = (R.T @ R for R in rows)
     left, right = (LowRank(jnp.asarray(R)) if len(R) == 2 else jnp.asarray(R.T @ R) for R in rows)
-    tx = fo.scale_by_kfac(damping=0.1, exponent=exponent, max_precond_dim=4, rank=3)
+    tx = fo.scale_by_kfac(damping=0.1, exponent=exponent, max_precond_dim=4, storage=fo.Storage(rank=3))
     params = {"kernel": jnp.asarray(rng.normal(size=shape))}
     stats = {"kernel": LayerFactors(left, right, None, jnp.asarray(2.0))}
     updates = jax.jit(tx.update)(params, tx.init(params), params, statistics=stats)[0]
@@ -180,7 +181,7 @@ def test_a_large_vocabulary_needs_no_square_of_it() -> None:
         lambda p: fo.losses.softmax_cross_entropy(x @ p["head"]["kernel"], y),
         fo.KroneckerFactors(max_dim=100, rank=16),
     )
-    tx = fo.kfac(1.0, damping=1e-3, max_precond_dim=100, rank=16)
+    tx = fo.kfac(1.0, damping=1e-3, max_precond_dim=100, storage=fo.Storage(rank=16))
     first, grads, stats = grad_fn(params)
     updates, state = tx.update(grads, tx.init(params), params, statistics=stats)
     after = grad_fn(optax.apply_updates(params, updates))[0]
@@ -201,7 +202,7 @@ def test_a_large_vocabulary_needs_no_square_of_it() -> None:
 def test_blocks_are_blocks_of_the_factors() -> None:
     """``block_size`` cuts A and B into diagonal blocks, each pair damped alone."""
     A, B, G = layer()
-    tx = fo.scale_by_kfac(damping=0.1, block_size=3)
+    tx = fo.scale_by_kfac(damping=0.1, storage=fo.Storage(block_size=3))
     params = {"kernel": jnp.asarray(G)}
     stats = {"kernel": LayerFactors(jnp.asarray(A), jnp.asarray(B), None, jnp.asarray(9.0))}
     updates = jax.jit(tx.update)(params, tx.init(params), params, statistics=stats)[0]["kernel"]

@@ -62,7 +62,7 @@ def with_bias(grads: Any) -> np.ndarray:
 @pytest.mark.parametrize("fisher", ("true", "empirical"))
 def test_steps_are_dense_solves_of_moving_averages(fisher: str) -> None:
     """With room for every token: three batches, whose averages weigh .95 less a step."""
-    tx = fo.scale_by_kfac(damping=1e-2, head=fisher, rank=3 * T + 3)
+    tx = fo.scale_by_kfac(damping=1e-2, head=fisher, storage=fo.Storage(rank=3 * T + 3))
     grad_fn = jax.jit(fo.value_and_grad(loss, fo.KroneckerFactors(head_rows=T)))
     params = arrays(PARAMS)
     state, sides = tx.init(params), []
@@ -98,7 +98,15 @@ def test_it_trains_skips_bad_steps_and_stays_finite(fisher: str, labels: str) ->
     params, (x, y, w) = arrays(PARAMS), arrays(BATCHES[0])
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     y = y if labels == "numbers" else jax.nn.one_hot(y, V)
-    tx = fo.kfac(0.02, damping=1e-3, exponent=-0.5, grafting="adam", head=fisher, rank=8, precondition_frequency=3)
+    tx = fo.kfac(
+        0.02,
+        damping=1e-3,
+        exponent=-0.5,
+        grafting="adam",
+        head=fisher,
+        precondition_frequency=3,
+        storage=fo.Storage(rank=8),
+    )
     grad_fn, update = jax.jit(fo.value_and_grad(loss, fo.KroneckerFactors(head_rows=16, rank=8))), jax.jit(tx.update)
     state, values = tx.init(params), []
     for _ in range(40):

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from tests.grouped import grouped
 
 RNG = np.random.default_rng(0)
 X, Y = jnp.asarray(RNG.normal(size=(12, 4)), jnp.float32), jnp.asarray(RNG.normal(size=(12, 3)), jnp.float32)
@@ -62,7 +63,7 @@ def test_statistics_of_another_tree() -> None:
     ("options", "message"),
     [
         ({"exponent": -2.0}, "exponent must lie between -1 and 0"),
-        ({"decomposition": "lu"}, "decomposition must be one of 'eigh', 'qr', 'inverse'"),
+        ({"decomposition": "lu"}, "refresh.by must be one of 'eigh', 'qr', 'inverse'"),
         ({"damping": -1.0}, "damping must be at least 0"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"grafting": "lion"}, "grafting must be one of"),
@@ -72,7 +73,7 @@ def test_statistics_of_another_tree() -> None:
 )
 def test_errors_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fo.kfac(0.1, **options)
+        fo.kfac(0.1, **grouped(**options))
 
 
 def test_rows_that_are_not_finite_skip_the_step() -> None:
@@ -84,7 +85,7 @@ def test_rows_that_are_not_finite_skip_the_step() -> None:
     rows = stats["w"].left.rows
     assert rows.shape == (6, 6)
     bad = dataclasses.replace(stats["w"], left=stats["w"].left._replace(rows=rows.at[0, 1].set(jnp.nan)))
-    tx = fo.kfac(0.1, max_precond_dim=5, rank=6)
+    tx = fo.kfac(0.1, max_precond_dim=5, storage=fo.Storage(rank=6))
     _, state = tx.update(grads, tx.init(p), p, statistics={"w": bad})
     assert fo.health(state).skipped == 1
 
@@ -95,7 +96,7 @@ def test_a_side_too_long_for_a_matrix_is_reported() -> None:
     loss = lambda p, x: fo.losses.gaussian(x @ p["dense"]["kernel"] + p["dense"]["bias"], jnp.zeros((20, 3)))  # noqa: E731
     captured = fo.report(loss, p, jnp.ones((20, 50)), statistics=fo.KroneckerFactors(max_dim=40, rank=8))
     assert captured.rows[1].reason == "51 > max_dim=40: 8 sampled rows"
-    kept = fo.report(fo.kfac(0.1, max_precond_dim=40, rank=8), p)
+    kept = fo.report(fo.kfac(0.1, max_precond_dim=40, storage=fo.Storage(rank=8)), p)
     assert kept.rows[1].reason == "Dense kernel; 50 > max_precond_dim=40: 8 rows"
     alone = fo.report(fo.soap(0.1, max_precond_dim=40), p)
     assert alone.rows[1].reason == "Dense kernel; 50 > max_precond_dim=40: as it is"
@@ -235,7 +236,7 @@ def test_bases_of_another_state() -> None:
     with pytest.raises(ValueError, match="has no bases of 5 x 4 matrices"):
         fo.eigenbases(optax.adam(1e-3).init(p), p)
     with pytest.raises(ValueError, match="has no bases"):
-        fo.eigenbases(fo.ekfac(0.1, block_size=2).init(p), p)
+        fo.eigenbases(fo.ekfac(0.1, storage=fo.Storage(block_size=2)).init(p), p)
 
 
 def test_bases_of_other_layers_of_one_shape() -> None:

@@ -25,7 +25,10 @@ def test_plain_soap_is_the_packages_soap(x64: None) -> None:
     """Over three refreshes, on shapes whose first factors leave no choice of eigenvectors but signs."""
     rng = np.random.default_rng(0)
     params = {name: {"kernel": jnp.zeros(shape)} for name, shape in (("a", (5, 5)), ("b", (5, 4)), ("c", (3, 4)))}
-    plain, ours = scale_by_soap_plain(every=3), fo.scale_by_soap(precondition_frequency=3, factor_dtype=jnp.float64)
+    plain, ours = (
+        scale_by_soap_plain(every=3),
+        fo.scale_by_soap(precondition_frequency=3, storage=fo.Storage(factor_dtype=jnp.float64)),
+    )
     states = [plain.init(params), ours.init(params)]
     steps = [jax.jit(plain.update), jax.jit(ours.update)]
     for t in range(12):

@@ -51,7 +51,7 @@ def test_asking_twice_answers_twice() -> None:
 
 def test_state_bytes_are_those_of_the_state() -> None:
     """All arrays but the counters; a matrix's own counters are four bytes each and not the point."""
-    for tx in (fo.soap(1e-3), fo.muon(1e-3), fo.soap(1e-3, block_size=4)):
+    for tx in (fo.soap(1e-3), fo.muon(1e-3), fo.soap(1e-3, storage=fo.Storage(block_size=4))):
         held = sum(x.nbytes for x in jax.tree.leaves(tx.init(PARAMS)) if x.ndim > 1)
         held += sum(x.nbytes for x in jax.tree.leaves(tx.init(PARAMS)) if x.shape == (10,))
         reported = sum(row.state_bytes for row in fo.report(tx, PARAMS).rows)
@@ -59,7 +59,7 @@ def test_state_bytes_are_those_of_the_state() -> None:
 
 
 def test_the_table_is_readable() -> None:
-    lines = str(fo.report(fo.soap(1e-3, block_size=4), PARAMS)).splitlines()
+    lines = str(fo.report(fo.soap(1e-3, storage=fo.Storage(block_size=4)), PARAMS)).splitlines()
     assert lines[0].split() == ["leaf", "shape", "method", "matrices", "state", "refresh", "why"]
     assert any("Dense_0/kernel" in line and "3x4" in line for line in lines)
     assert lines[-1].startswith("total")
@@ -80,7 +80,7 @@ def test_check_state_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="another optimizer"):
         fo.check_state(fo.muon(1e-3), state, PARAMS)
     with pytest.raises(ValueError, match="bfloat16"):
-        fo.check_state(fo.soap(1e-3, factor_dtype=jnp.bfloat16), state, PARAMS)
+        fo.check_state(fo.soap(1e-3, storage=fo.Storage(factor_dtype=jnp.bfloat16)), state, PARAMS)
 
 
 def test_a_factor_made_non_finite_is_survived_and_counted() -> None:

@@ -13,6 +13,7 @@ import pytest
 import fisher_optax as fo
 from fisher_optax.linalg import eigenbasis, orthogonal_iteration
 from fisher_optax.preconditioner.applications.rounding import counts
+from tests.grouped import grouped
 from tests.test_linalg_eigenbasis import assert_orthonormal, random_basis
 
 M, N, RANK = 12, 9, 3
@@ -29,7 +30,7 @@ def lion_inside(decomposition: str) -> optax.GradientTransformationExtraArgs:
 
 
 def in_a_basis(make: Callable[..., Any], **options: Any) -> Callable[[str], Any]:
-    return lambda decomposition: make(decomposition=decomposition, precondition_frequency=3, **options)
+    return lambda decomposition: make(**grouped(decomposition=decomposition, precondition_frequency=3, **options))
 
 
 METHODS: dict[str, Callable[[str], Any]] = {
@@ -44,7 +45,9 @@ METHODS: dict[str, Callable[[str], Any]] = {
     "lion": lion_inside,
 }
 ROOTS = {
-    f"shampoo{exponent}-{root}": functools.partial(fo.scale_by_shampoo, exponent=exponent, root=root, grafting=None)
+    f"shampoo{exponent}-{root}": functools.partial(
+        fo.scale_by_shampoo, exponent=exponent, refresh=fo.Refresh(by=root), grafting=None
+    )
     for exponent in (-0.25, -0.5)
     for root in ("eigh", "newton", "polynomial")
 }

@@ -166,7 +166,7 @@ def test_a_device_has_its_share_of_the_products_and_of_the_state() -> None:
     tree = {f"layer_{i}": one_kernel(8)["layer"] for i in range(3)}
 
     def place(axis: str | None, devices: int) -> scaling_devices.Placed:
-        build = lambda: fo.scale_by_soap(mesh_axis=axis, fallback=optax.identity())  # noqa: E731
+        build = lambda: fo.scale_by_soap(fallback=optax.identity(), storage=fo.Storage(mesh_axis=axis))  # noqa: E731
         return scaling_devices.place(Method(build, PERIOD, ("eigh",)), tree, devices, shared=axis is not None)
 
     alone, shared = place(None, 1), place("data", 2)

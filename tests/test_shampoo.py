@@ -10,6 +10,7 @@ import pytest
 
 import fisher_optax as fo
 from tests.comparisons import types
+from tests.grouped import grouped
 from tests.reference.shampoo import Shampoo
 from tests.test_soap import gradients, trajectory, tree_run
 
@@ -20,7 +21,7 @@ OPTIONS = {
     "half-alone": {"exponent": -0.5, "grafting": None, "precondition_frequency": 2, "eps": 1e-3},
     "any-exponent": {"exponent": -0.3, "precondition_frequency": 2},
     "sum": {"accumulate": "sum", "precondition_frequency": 2},
-    "traced": {"exponent": -0.5, "grafting": None, "trace_scaling": True, "precondition_frequency": 2},
+    "traced": {"exponent": -0.5, "grafting": None, "accumulate": "scaled_mean", "precondition_frequency": 2},
     "rmsprop": {"grafting": "rmsprop", "precondition_frequency": 2},
     "sgd-decay": {"grafting": "sgd", "weight_decay": 0.3, "precondition_frequency": 2},
     "blocks": {"block_size": 3, "precondition_frequency": 2},
@@ -32,7 +33,7 @@ OPTIONS = {
 
 
 def shampoo(learning_rate: float, **options: Any) -> optax.GradientTransformationExtraArgs:
-    return fo.shampoo(learning_rate, factor_dtype=jnp.float64, **options)
+    return fo.shampoo(learning_rate, **grouped(factor_dtype=jnp.float64, **options))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -64,7 +65,13 @@ def test_without_memory_it_is_the_polar_factor(root: str) -> None:
     G = np.random.default_rng(0).normal(size=(6, 6))
     U, _, V = np.linalg.svd(G)
     tx = fo.scale_by_shampoo(
-        0.0, 0.0, 1e-14, grafting=None, root=root, precondition_frequency=1, factor_dtype=jnp.float64
+        0.0,
+        0.0,
+        1e-14,
+        grafting=None,
+        precondition_frequency=1,
+        refresh=fo.Refresh(by=root),
+        storage=fo.Storage(factor_dtype=jnp.float64),
     )
     params = {"kernel": jnp.asarray(G)}
     updates, _ = tx.update(params, tx.init(params), params)
@@ -112,7 +119,13 @@ def test_before_the_start_it_is_the_graft(grafting: str, graft: optax.GradientTr
 @pytest.mark.parametrize("root", ["eigh", "newton", "polynomial"])
 def test_a_failed_root_keeps_the_last_good_one(root: str) -> None:
     """A factor made NaN: the step goes on with the old root, and `fo.health` counts both sides' failures."""
-    tx = fo.shampoo(0.1, root=root, grafting=None, precondition_frequency=1, factor_dtype=jnp.float32)
+    tx = fo.shampoo(
+        0.1,
+        grafting=None,
+        precondition_frequency=1,
+        refresh=fo.Refresh(by=root),
+        storage=fo.Storage(factor_dtype=jnp.float32),
+    )
     params = {"kernel": jnp.asarray(gradients((4, 5), steps=1)[0], jnp.float32)}
     state = tx.init(params)
     for _ in range(2):
@@ -179,7 +192,7 @@ def test_arguments_are_checked() -> None:
     )
     for options, error, words in wrong:
         with pytest.raises(error, match=words):
-            fo.shampoo(0.1, **options)
+            fo.shampoo(0.1, **grouped(**options))
 
 
 def test_momentum_before_the_first_root_keeps_half_precision_under_a_float32_decay() -> None:

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import fisher_optax as fo
 from tests.comparisons import assert_close, assert_finite, assert_same_bits, assert_updates_close
+from tests.grouped import grouped
 from tests.optimizers_table import SHAPES, SOME, STATES, Row, build, each, run, updater
 
 # A kernel (8, 8) and a bias in every layout of a 2-D mesh.
@@ -142,7 +142,11 @@ def test_matrices_shared_out_over_a_mesh_axis(method: str, count: int, kind: Axi
     """Four devices, four matrices or one too few: the updates of one device, and each stack's state in equal parts from
     `init` on.
     """
-    make = functools.partial(SHARED[method], 1e-2, **({} if method == "muon" else {"precondition_frequency": 2}))
+
+    def make(**words: Any) -> Any:
+        options = words if method == "muon" else grouped(precondition_frequency=2, **words)
+        return SHARED[method](1e-2, **options)
+
     params, gradients = stack_of(count, 1), [stack_of(count, seed) for seed in range(10, 10 + STEPS)]
     tx = make()
     alone = run(jax.jit(updater(tx)), tx.init(params), params, gradients)
@@ -172,7 +176,7 @@ def test_only_gradients_and_directions_travel(spec: P, wanted: dict[str, int]) -
         params = jax.tree.map(
             lambda s: jax.device_put(jnp.ones(s), NamedSharding(mesh, spec)), shapes, is_leaf=lambda x: type(x) is tuple
         )
-        tx = fo.soap(1e-2, mesh_axis="data")
+        tx = fo.soap(1e-2, storage=fo.Storage(mesh_axis="data"))
         text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text() or ""
     found = collections.Counter(re.findall(r" (all-[a-z-]+|collective-permute|reduce-scatter)\(", text))
     del found["all-reduce"]  # of scalars: are all finite, how many failed
@@ -184,7 +188,7 @@ def test_adams_state_fits_matrices_that_are_shared_out() -> None:
     adam = optax.scale_by_adam().init(params)
     wanted = fo.from_adam(fo.soap(1e-2), adam, params)
     with in_mesh(AxisType.Auto):
-        tx = fo.soap(1e-2, mesh_axis="data")
+        tx = fo.soap(1e-2, storage=fo.Storage(mesh_axis="data"))
         shared = fo.from_adam(tx, adam, params)
         updates, _ = jax.jit(tx.update)(params, shared, params)
     assert_close(updates, jax.jit(fo.soap(1e-2).update)(params, wanted, params)[0], ROUNDING)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from tests.grouped import grouped
 from tests.reference.adam import Adam
 from tests.reference.soap import Soap
 
@@ -77,7 +78,7 @@ def trajectory(tx: optax.GradientTransformationExtraArgs, W: np.ndarray, grads: 
 
 
 def soap(**options: Any) -> optax.GradientTransformationExtraArgs:
-    return fo.soap(factor_dtype=jnp.float64, **options)
+    return fo.soap(**grouped(factor_dtype=jnp.float64, **options))
 
 
 def reference(W: np.ndarray, grads: np.ndarray, **options: Any) -> np.ndarray:
@@ -250,7 +251,7 @@ def test_blocks_are_separate_matrices(sides: tuple[slice, slice]) -> None:
 @pytest.mark.usefixtures("x64")
 def test_packed_factors_give_the_same_run_from_less_state() -> None:
     W, grads = start((6, 6)), gradients((6, 6))
-    full, packed = (soap(precondition_frequency=2, factor_storage=storage) for storage in ("full", "packed"))
+    full, packed = (soap(precondition_frequency=2, packed=packed) for packed in (False, True))
     assert_same_run(trajectory(packed, W, grads), trajectory(full, W, grads), W)
     sizes = [sum(x.nbytes for x in jax.tree.leaves(tx.init({"kernel": jnp.asarray(W)}))) for tx in (full, packed)]
     assert sizes[0] - sizes[1] == 2 * (36 - 21) * 8
@@ -272,8 +273,8 @@ def test_cholesky_iteration_finds_the_eigenbasis() -> None:
 
 def test_storage_options_are_honoured() -> None:
     params = {"kernel": jnp.ones((6, 6))}
-    half = {"factor_dtype": jnp.bfloat16, "momentum_dtype": jnp.bfloat16}
-    default, small = fo.soap().init(params), fo.soap(**half).init(params)
+    half = fo.Storage(factor_dtype=jnp.bfloat16, momentum_dtype=jnp.bfloat16)
+    default, small = fo.soap().init(params), fo.soap(storage=half).init(params)
 
     def dtypes(state: Any) -> list[str]:
         return sorted(str(x.dtype) for x in jax.tree.leaves(state) if x.size >= 36)
@@ -283,17 +284,33 @@ def test_storage_options_are_honoured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
+    ("make", "value", "known"),
     [
-        ("refresh", "often"),
-        ("transport", "cubed"),
-        ("decomposition", "svd"),
-        ("factor_storage", "sparse"),
-        ("sides", "left"),
-        ("first_step", "sgd"),
+        (lambda word: fo.soap(refresh=word), "often", "refresh must be one of 'every', 'adaptive', 'staggered'"),
+        (lambda word: fo.Refresh(transport=word), "cubed", "transport must be one of None, 'permute', 'squared'"),
+        (lambda word: fo.Refresh(first_step=word), "sgd", "first_step must be one of None, 'skip', 'adam'"),
+        (
+            lambda word: fo.soap(refresh=fo.Refresh(by=word)),
+            "svd",
+            "refresh.by must be one of 'qr', 'cholesky', 'eigh'",
+        ),
+        (lambda word: fo.Storage(sides=word), "left", "sides must be one of 'both', 'shorter'"),
     ],
 )
-def test_unknown_words_are_refused_with_the_known_ones(option: str, value: str) -> None:
-    with pytest.raises(ValueError, match=option) as error:
-        fo.soap(**{option: value})
-    assert value in str(error.value)
+def test_unknown_words_are_refused_with_the_known_ones(make: Any, value: str, known: str) -> None:
+    with pytest.raises(ValueError, match=known) as error:
+        make(value)
+    assert repr(value) in str(error.value)
+
+
+def test_what_a_method_does_not_take_is_refused_with_what_it_takes() -> None:
+    with pytest.raises(ValueError, match=r"fo.soap takes no rank; got Storage\(rank=8\). It takes factor_dtype, "):
+        fo.soap(storage=fo.Storage(rank=8))
+    with pytest.raises(ValueError, match=r"fo.kfac takes no transport.*It takes when, by, tolerance\."):
+        fo.kfac(0.1, refresh=fo.Refresh(transport="permute"))
+    with pytest.raises(ValueError, match=r"fo\.precondition takes no by"):
+        fo.precondition(None, None, fo.applications.orthogonal(), refresh=fo.Refresh(by="eigh"))
+    with pytest.raises(TypeError, match=r"refresh must be a fo\.Refresh or one of 'every'.*got 3"):
+        fo.soap(refresh=3)
+    with pytest.raises(TypeError, match=r"storage must be a fo\.Storage; got 'packed'"):
+        fo.soap(storage="packed")

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import fisher_optax as fo
+from tests.grouped import grouped
 
 PARAMS: dict[str, Any] = {"Dense_0": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
 
@@ -35,7 +36,7 @@ def adam_of(state: Any) -> Any:
 
 def test_soap_without_bases_goes_on_as_adam() -> None:
     """With no side rotated SOAP is Adam, so the next direction is Adam's up to its place of eps."""
-    options = {"b1": 0.9, "b2": 0.95, "max_precond_dim": 0, "first_step": "adam"}
+    options = {"b1": 0.9, "b2": 0.95, "max_precond_dim": 0, "refresh": fo.Refresh(first_step="adam")}
     tx, adam = fo.scale_by_soap(**options), optax.scale_by_adam(0.9, 0.95)
     state = fo.from_adam(tx, after_adam(), PARAMS)
     adam_state = adam_of(after_adam())
@@ -44,9 +45,9 @@ def test_soap_without_bases_goes_on_as_adam() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"block_size": 3}, {"factor_storage": "packed"}, {"sides": "shorter"}])
+@pytest.mark.parametrize("options", [{}, {"block_size": 3}, {"packed": True}, {"sides": "shorter"}])
 def test_factors_have_the_diagonals_that_adam_knows(options: dict[str, Any]) -> None:
-    tx = fo.soap(1e-3, **options)
+    tx = fo.soap(1e-3, **grouped(**options))
     state = fo.from_adam(tx, after_adam(), PARAMS)
     fo.check_state(tx, state, PARAMS)
     if not options:
@@ -158,7 +159,7 @@ def test_relatives_of_soap_start_from_adam(make: Any) -> None:
     adam, state = optax.adam(1e-3), optax.adam(1e-3).init(params)
     for _ in range(3):
         _, state = adam.update(params, state, params)
-    started = fo.from_adam(make(1e-3, first_step="adam"), state, params)
+    started = fo.from_adam(make(1e-3, refresh=fo.Refresh(first_step="adam")), state, params)
     matrix = next(
         node.matrices["4x6"]
         for node in jax.tree.leaves(started, is_leaf=lambda x: hasattr(x, "matrices"))
@@ -170,6 +171,6 @@ def test_relatives_of_soap_start_from_adam(make: Any) -> None:
         np.testing.assert_allclose(size, jnp.sum(state[0].nu["kernel"]), rtol=1e-5)
         values = jnp.sum(matrix.basis.left_values) * jnp.sum(matrix.basis.right_values)
         np.testing.assert_allclose(values, size, rtol=1e-5)
-    updates, _ = make(1e-3, first_step="adam").update(params, started, params)
+    updates, _ = make(1e-3, refresh=fo.Refresh(first_step="adam")).update(params, started, params)
     assert bool(jnp.isfinite(updates["kernel"]).all())
     assert bool(updates["kernel"].any())

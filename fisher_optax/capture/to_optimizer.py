@@ -1,7 +1,7 @@
 """How statistics of layers reach an optimizer: the extra argument ``statistics`` of `update`, matched by path."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,18 @@ REMEDY = (
     "the fallback, and a head is a matrix, unless None is put there; fo.report with the same arguments says why"
 )
 
+T = TypeVar("T", bound=optax.GradientTransformationExtraArgs)
+
 
 def on_layers(
-    inner: optax.GradientTransformationExtraArgs,
+    inner: T,
     layers: list[Layer],
     *,
     method: str,
     wants: type[LayerStatistics],
     check: Callable[[Layer, Any, tuple[int, ...]], None] = lambda layer, statistics, shape: None,
     check_shape: Callable[[Layer, tuple[int, ...]], None] = lambda layer, shape: None,
-) -> optax.GradientTransformationExtraArgs:
+) -> T:
     """``inner`` on the joined matrices of a tree of layers, with each one's statistics in the same order.
 
     ``inner.update(matrices, state, params, statistics=[...])`` gets lists, or None for statistics. The result is of

@@ -1,11 +1,11 @@
 """Which sides of a layer's statistics a preconditioner must have whole."""
 
 from ..matrices.layers import Layer
-from ..preconditioner.storage import Storage
+from ..preconditioner.storage import Store
 from ..statistics import LayerFactors, Logits, LowRank
 
 
-def whole_sides(method: str, storage: Storage, layer: Layer, shape: tuple[int, ...]) -> None:
+def whole_sides(method: str, storage: Store, layer: Layer, shape: tuple[int, ...]) -> None:
     """A ValueError unless both sides of a matrix of that shape have a basis."""
     *_, m, n = shape
     if not all(storage.wanted(m, n)):
@@ -16,7 +16,7 @@ def whole_sides(method: str, storage: Storage, layer: Layer, shape: tuple[int, .
 
 
 def same_shapes(
-    method: str, storage: Storage, squares: bool, layer: Layer, given: LayerFactors, shape: tuple[int, ...]
+    method: str, storage: Store, squares: bool, layer: Layer, given: LayerFactors, shape: tuple[int, ...]
 ) -> None:
     """A ValueError unless the statistics are of a matrix of that shape, each side kept as the optimizer keeps it."""
     *_, m, n = shape

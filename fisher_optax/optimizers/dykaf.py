@@ -1,66 +1,97 @@
-"""DyKAF: SOAP whose factors follow the nearest Kronecker product of the Fisher.
+"""DyKAF: SOAP whose factors follow the nearest Kronecker product of the Fisher."""
 
-SOAP's step in the eigenbases of L and R, where ``L ⊗ R`` follows ``F ← β F + (1-β) g gᵀ`` by projector splitting
-(`fo.factors.projector_splitting` has the step).
-
-Source: Yudin et al. 2025 (arXiv 2511.06477). F is the mean outer product of mini-batch gradients, as in SOAP and
-Shampoo: neither the true nor the empirical Fisher. Read honestly: on gradients that are independent draws, Shampoo's
-factors divided by their trace are already optimal; DyKAF's are better where gradients drift or have structure.
-"""
-
-import functools
 from typing import Any
 
 import optax
 
-from ..preconditioner.applications import rank1_adam
+from ..preconditioner.applications import adam, in_eigenbasis, rank1_adam
 from ..preconditioner.factors import projector_splitting
+from ..preconditioner.options import Refresh, Storage, one_of, storage_of
 from ..preconditioner.transform import Preconditioner
-from ..transforms.hyperparameters import injectable, takes
-from .soap import complete, direction, scale_by_soap, soap, soap_preconditioner
+from ..transforms.decay import Mask
+from ..transforms.hyperparameters import injectable
+from . import _complete
+from .soap import STORAGE, check_moments, decay_of, in_bases_of
+
+VARIANTS = {
+    "inputs_first": {"variant": "sequential", "first": "inputs"},
+    "outputs_first": {"variant": "sequential", "first": "outputs"},
+    "parallel": {"variant": "parallel"},
+}
 
 
 @injectable
-@takes(scale_by_soap)
 def scale_by_dykaf(
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    eps: Any = 1e-8,
     *,
     init: str = "dominant",
-    variant: str = "sequential",
-    first: str = "inputs",
+    variant: str = "inputs_first",
     rank1_second_moment: bool = False,
-    **options: Any,
+    shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of `dykaf`, without learning rate and decay; arguments of `scale_by_soap` and `dykaf`.
+    """The direction of `dykaf`, without learning rate and decay; ``fallback`` is a direction too, default
+    ``optax.scale_by_adam(b1, b2, eps)``.
 
     Example:
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_dykaf(), optax.scale_by_learning_rate(3e-3))
     """
-    return direction("dykaf", parts=_parts(init, variant, first, rank1_second_moment), **options)
+    parts = (shampoo_beta, precondition_frequency, max_precond_dim, refresh, storage)
+    method = _preconditioner(b1, b2, eps, init, variant, rank1_second_moment, *parts)
+    return _complete.direction("dykaf", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
 
 
 @injectable
-@takes(soap)
 def dykaf(
+    learning_rate: optax.ScalarOrSchedule = 3e-3,
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.01,
     *,
     init: str = "dominant",
-    variant: str = "sequential",
-    first: str = "inputs",
+    variant: str = "inputs_first",
     rank1_second_moment: bool = False,
-    **options: Any,
+    shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    mask: Mask = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """DyKAF (see the top of this file). Takes every argument of `soap`, with the same defaults, and:
+    """DyKAF: SOAP's step in the eigenbases of L and R, where ``L ⊗ R`` follows ``F ← βs F + (1-βs) g gᵀ``, g = vec G.
+
+        L, R ← one step of projector splitting       `fo.factors.projector_splitting` has it
+        g = Q_Lᵀ G Q_R;   U = Q_L Adam(g) Q_Rᵀ;   W ← W - lr U;   W ← W - lr wd W
+
+    F is the mean outer product of mini-batch gradients, as in SOAP and Shampoo: neither the true nor the empirical
+    Fisher. Read honestly: on gradients that are independent draws, Shampoo's factors divided by their trace are already
+    optimal; DyKAF's are better where gradients drift or have structure.
 
     Args:
       init: of the factors, from the first gradient that is not zero: "dominant" (its largest singular triple, at the
         scale of ``g gᵀ``), "dominant_released" (the authors' code: the square root of that scale, which takes some 100
         steps to forget), or "identity".
-      variant: "sequential" (the integrator: each side from the other's new value) or "parallel" (the authors' code).
-      first: which side a sequential step updates first, "inputs" or "outputs".
+      variant: "inputs_first" or "outputs_first" (the integrator: each side from the other's new value, this one before
+        the other), or "parallel" (the authors' code).
       rank1_second_moment: keep ``v ≈ l rᵀ``, m + n numbers; for fine-tuning: it is worse in pre-training.
+      learning_rate, b1, b2, eps, weight_decay, shampoo_beta, precondition_frequency, max_precond_dim, refresh, storage,
+        mask, fallback, axes: as in `fo.soap`.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.
+
+    Source: Yudin et al. 2025 (arXiv 2511.06477).
 
     Example:
       >>> import jax, jax.numpy as jnp, fisher_optax as fo
@@ -68,18 +99,39 @@ def dykaf(
       >>> tx = fo.dykaf(3e-3, weight_decay=0.1, refresh="staggered")
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    return complete("dykaf", parts=_parts(init, variant, first, rank1_second_moment), **options)
+    parts = (shampoo_beta, precondition_frequency, max_precond_dim, refresh, storage)
+    method = _preconditioner(b1, b2, eps, init, variant, rank1_second_moment, *parts)
+    return _complete.optimizer(
+        "dykaf",
+        method,
+        fallback,
+        axes,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        adam=_complete.adam(b1, b2, eps),
+    )
 
 
-def _parts(init: str, variant: str, first: str, rank1: bool) -> Any:
-    factors = functools.partial(projector_splitting, init=init, variant=variant, first=first)
-
-    def parts(*, b1: Any, b2: Any, eps: Any, normalize_updates: bool, **options: Any) -> Preconditioner:
-        if rank1 and normalize_updates:
-            raise ValueError("dykaf: normalize_updates goes with the full second moment; got rank1_second_moment=True.")
-        inner = rank1_adam(b1, b2, eps, options["bias_correction"], options["momentum_dtype"]) if rank1 else None
-        return soap_preconditioner(
-            b1=b1, b2=b2, eps=eps, normalize_updates=normalize_updates, factors=factors, inner=inner, **options
-        )
-
-    return parts
+def _preconditioner(
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    init: str,
+    variant: str,
+    rank1: bool,
+    shampoo_beta: Any,
+    precondition_frequency: int,
+    max_precond_dim: int,
+    refresh: Refresh | str,
+    storage: Storage | None,
+) -> Preconditioner:
+    """Projector splitting x orthogonal iteration x Adam in the eigenbasis, its second moment whole or of rank one."""
+    check_moments(b1, b2, eps)
+    storage = storage_of("dykaf", storage, STORAGE)
+    one_of("variant", variant, tuple(VARIANTS))
+    factors = projector_splitting(decay_of(shampoo_beta, b2), init=init, **VARIANTS[variant])
+    inner = (rank1_adam if rank1 else adam)(b1, b2, eps, True, storage.momentum_dtype)
+    return in_bases_of(
+        "dykaf", factors, in_eigenbasis(inner), precondition_frequency, max_precond_dim, refresh, storage
+    )

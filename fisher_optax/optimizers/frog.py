@@ -1,14 +1,4 @@
-"""FROG and K-FROG: natural gradients by a few steps of conjugate gradients on this step's sampled examples.
-
-    M ← μ M + G
-    Z = F⁻¹ M, about: k steps of conjugate gradients, a Fisher F for each output (K-FROG: one for all)
-    W ← (1 - lr wd) W - lr Z
-
-`applications/conjugate_gradient.py` says what F is, and how Z is scaled. A layer's bias is the last row of its matrix.
-Samples come from `update(grads, state, params, statistics=...)`; nothing of them is kept.
-
-Source: FROG: Fisher row-wise preconditioning, technical overview (fullfix.github.io/notes/2026/01/25/frog-optimizer).
-"""
+"""FROG and K-FROG: natural gradients by a few steps of conjugate gradients on this step's sampled examples."""
 
 from typing import Any, NamedTuple, cast
 
@@ -64,7 +54,8 @@ def scale_by_frog(
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_frog(damping=1e-3), optax.scale_by_learning_rate(1e-2))
     """
-    return _scale_by("frog", **locals())
+    direction = _direction("frog", momentum, damping, iterations, momentum_dtype)
+    return _scale_by("frog", direction, fallback, axes)
 
 
 @injectable
@@ -83,7 +74,8 @@ def scale_by_kfrog(
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_kfrog(), optax.scale_by_learning_rate(1e-3))
     """
-    return _scale_by("kfrog", **locals())
+    direction = _direction("kfrog", momentum, damping, iterations, momentum_dtype)
+    return _scale_by("kfrog", direction, fallback, axes)
 
 
 @injectable
@@ -99,7 +91,15 @@ def frog(
     axes: Any = None,
     momentum_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """FROG (see the top of this file for the rule): a step of about one size whatever the gradient's and the loss's.
+    """FROG: natural gradients by a few steps of conjugate gradients on this step's sampled examples.
+
+        M ← μ M + G
+        Z = F⁻¹ M, about: k steps of conjugate gradients, a Fisher F for each output
+        W ← (1 - lr wd) W - lr Z
+
+    A step is of about one size whatever the gradient's and the loss's. A layer's bias is the last row of its matrix.
+    Samples come from ``update(grads, state, params, statistics=...)``; nothing of them is kept.
+    `fo.applications.conjugate_gradient` says what F is, and how Z is scaled.
 
     Args:
       learning_rate: number or schedule.
@@ -119,6 +119,9 @@ def frog(
         ``statistics`` of every layer, or with some that do not fit it or are of other axes; then pass
         ``axes=fo.infer_axes(..., statistics=fo.LayerSamples())``.
 
+    Source: FROG: Fisher row-wise preconditioning, technical overview
+      (fullfix.github.io/notes/2026/01/25/frog-optimizer).
+
     Example (16 to 64 samples of a batch are usual):
       >>> import jax.numpy as jnp, fisher_optax as fo
       >>> params, x, y = {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}, jnp.ones((8, 4)), jnp.ones((8, 3))
@@ -127,7 +130,8 @@ def frog(
       >>> value, grads, stats = fo.value_and_grad(loss, fo.LayerSamples(4))(params)
       >>> updates, state = tx.update(grads, tx.init(params), params, statistics=stats)
     """
-    return _complete("frog", **locals())
+    direction = _direction("frog", momentum, damping, iterations, momentum_dtype)
+    return _complete("frog", direction, learning_rate, weight_decay, mask, fallback, axes)
 
 
 @injectable
@@ -143,7 +147,9 @@ def kfrog(
     axes: Any = None,
     momentum_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """K-FROG (see the top of this file), FROG's forerunner: cheaper, since one Fisher of the inputs serves all outputs.
+    """K-FROG, FROG's forerunner: cheaper, since one Fisher of the inputs serves all outputs.
+
+        M ← μ M + G;   Z = F⁻¹ M, about: k steps of conjugate gradients, one F;   W ← (1 - lr wd) W - lr Z
 
     Its step grows with M, and so with ``1 / (1 - momentum)``.
 
@@ -154,59 +160,55 @@ def kfrog(
     Raises:
       ValueError, TypeError: as in `frog`.
 
+    Source: FROG: Fisher row-wise preconditioning, technical overview
+      (fullfix.github.io/notes/2026/01/25/frog-optimizer).
+
     Example (used as `frog` is):
       >>> import fisher_optax as fo
       >>> tx = fo.kfrog(1e-3, weight_decay=1e-2)
     """
-    return _complete("kfrog", **locals())
+    direction = _direction("kfrog", momentum, damping, iterations, momentum_dtype)
+    return _complete("kfrog", direction, learning_rate, weight_decay, mask, fallback, axes)
 
 
 def _scale_by(
-    method: str, *, fallback: optax.GradientTransformation | None, axes: Any, **options: Any
+    method: str, direction: Freezable, fallback: optax.GradientTransformation | None, axes: Any
 ) -> optax.GradientTransformationExtraArgs:
-    direction = _direction(method, **options)
-    fallback = optax.scale_by_adam() if fallback is None else fallback
-
-    def build(layers: list[Layer]) -> optax.GradientTransformation:
+    def build(layers: list[Layer]) -> Freezable:
         return _on_samples(direction, method, layers)
 
-    return skip_nonfinite(layers_with_fallback(method, build, fallback, axes=axes, kinds=LAYERS))
+    rest = optax.scale_by_adam() if fallback is None else fallback
+    return skip_nonfinite(layers_with_fallback(method, build, rest, axes=axes, kinds=LAYERS))
 
 
 def _complete(
     method: str,
-    *,
+    direction: Freezable,
     learning_rate: Any,
     weight_decay: Any,
     mask: Mask,
     fallback: optax.GradientTransformation | None,
     axes: Any,
-    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
-    direction = _direction(method, **options)
     decay, rate = decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
 
-    def build(layers: list[Layer]) -> optax.GradientTransformation:
+    def build(layers: list[Layer]) -> Freezable:
         return chain(_on_samples(direction, method, layers), decay, rate)
 
-    fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
-    return skip_nonfinite(layers_with_fallback(method, build, fallback, axes=axes, kinds=LAYERS))
+    rest = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
+    return skip_nonfinite(layers_with_fallback(method, build, rest, axes=axes, kinds=LAYERS))
 
 
-def _on_samples(
-    direction: optax.GradientTransformationExtraArgs, method: str, layers: list[Layer]
-) -> optax.GradientTransformationExtraArgs:
+def _on_samples(direction: Freezable, method: str, layers: list[Layer]) -> Freezable:
     def check(layer: Layer, samples: Any, shape: tuple[int, ...]) -> None:
         check_samples(layer.path, samples, shape, bias=layer.bias is not None)
 
     return on_layers(direction, layers, method=method, wants=Samples, check=check)
 
 
-def _direction(
-    method: str, momentum: Any, damping: Any, iterations: int, momentum_dtype: Any
-) -> optax.GradientTransformationExtraArgs:
+def _direction(method: str, momentum: Any, damping: Any, iterations: int, momentum_dtype: Any) -> Freezable:
     """Z of lists of matrices and their samples."""
     in_range("momentum", momentum, 0, 1)
     in_range("damping", damping, 0)

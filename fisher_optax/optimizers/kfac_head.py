@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.scipy as jsp
-import optax
 from jaxtyping import Array, Float, Int
 
 from .._checks import value_at
@@ -46,10 +45,12 @@ class ForHeads(NamedTuple):
     """What heads get, and the word for it."""
 
     fisher: str
-    transformation: optax.GradientTransformationExtraArgs
+    transformation: Freezable
 
 
-def for_heads(name: str, head: str | None, grafting: Any, exponent: float, **options: Any) -> ForHeads | None:
+def for_heads(
+    head: str | None, grafting: Any, exponent: float, curvature_decay: Any, damping: Any, rank: int
+) -> ForHeads | None:
     """Of K-FAC's arguments; None: heads get what all layers get.
 
     Raises:
@@ -59,11 +60,9 @@ def for_heads(name: str, head: str | None, grafting: Any, exponent: float, **opt
         return None
     if head not in FISHERS:
         raise ValueError(f"head must be None, 'true' or 'empirical'; got {head!r}.")
-    if name == "ekfac":
-        raise ValueError("fo.ekfac needs a basis for every layer, and head= has none: use fo.kfac.")
     if exponent != -1 and grafting is None:
         raise ValueError(f"head={head!r} is solved with exponent -1; with exponent={exponent} pass grafting='adam'.")
-    return ForHeads(head, scale_by_head(head, options["curvature_decay"], options["damping"], options["rank"]))
+    return ForHeads(head, scale_by_head(head, curvature_decay, damping, rank))
 
 
 def describing(

@@ -1,42 +1,108 @@
-"""KFAC-SOAP: Adam in the eigenbases of K-FAC's factors instead of Shampoo's.
+"""KFAC-SOAP: Adam in the eigenbases of K-FAC's factors instead of Shampoo's."""
 
-    A ← β A + (1-β) a aᵀ,  B ← β B + (1-β) δ δᵀ   of the layer's inputs and output gradients, the bias an input of 1
-    g = Q_Aᵀ G Q_B,  and all else as in SOAP
-
-Sources: Vyas et al. 2024 (arXiv 2409.11321) for SOAP, Martens and Grosse 2015 (arXiv 1503.05671) for A and B.
-"""
-
+from collections.abc import Callable
 from typing import Any
 
 import optax
 
 from ..capture.to_optimizer import layer_axes, on_layers
 from ..matrices.layers import Layer
+from ..preconditioner.applications import adam, in_eigenbasis
 from ..preconditioner.factors import kronecker
+from ..preconditioner.options import Refresh, Storage, storage_of
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
+from ..transforms.decay import Mask
 from ..transforms.fallback import layers_with_fallback
-from ..transforms.hyperparameters import injectable, takes
-from . import soap as soap_parts
+from ..transforms.freeze import Freezable
+from ..transforms.hyperparameters import injectable
+from . import _complete
 from ._sides import same_shapes
+from .soap import STORAGE, check_moments, decay_of, in_bases_of
 
 
 @injectable
-@takes(soap_parts.scale_by_soap)
-def scale_by_kfac_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
-    """The direction of `kfac_soap`, in `fo.scale_by_soap`'s arguments."""
-    return soap_parts.direction("kfac_soap", route=layers_with_fallback, on=_on_layers, factors=kronecker, **options)
+def scale_by_kfac_soap(
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    eps: Any = 1e-8,
+    *,
+    shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    bias_correction: bool = True,
+    normalize_updates: bool = False,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of `kfac_soap`, without learning rate and decay; ``fallback`` is a direction too, default
+    ``optax.scale_by_adam(b1, b2, eps)``.
+
+    Example:
+      >>> import optax, fisher_optax as fo
+      >>> tx = optax.chain(fo.scale_by_kfac_soap(), optax.scale_by_learning_rate(3e-3))
+    """
+    parts = (
+        shampoo_beta,
+        bias_correction,
+        normalize_updates,
+        precondition_frequency,
+        max_precond_dim,
+        refresh,
+        storage,
+    )
+    method = _preconditioner(b1, b2, eps, *parts)
+    return _complete.direction(
+        "kfac_soap",
+        method,
+        fallback,
+        axes,
+        adam=_complete.adam(b1, b2, eps),
+        route=layers_with_fallback,
+        on_matrices=_on_layers(method),
+    )
 
 
 @injectable
-@takes(soap_parts.soap)
-def kfac_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
-    """KFAC-SOAP (see the top of this file for the rule), in `fo.soap`'s arguments; ``shampoo_beta`` is the decay of A
-    and B.
+def kfac_soap(
+    learning_rate: optax.ScalarOrSchedule = 3e-3,
+    b1: Any = 0.95,
+    b2: Any = 0.95,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.01,
+    *,
+    shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    bias_correction: bool = True,
+    normalize_updates: bool = False,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    mask: Mask = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """KFAC-SOAP: Adam in the eigenbases of K-FAC's factors instead of Shampoo's.
+
+        A ← βs A + (1-βs) a aᵀ,  B ← βs B + (1-βs) δ δᵀ   of the layer's inputs and output gradients, the bias an input
+        of 1;   g = Q_Aᵀ G Q_B, and all else as in `fo.soap`
 
     ``update(grads, state, params, statistics=stats)`` takes the statistics of `fo.value_and_grad` with
     `fo.KroneckerFactors`; with ``statistics=None`` factors stay as they are. A side longer than ``max_precond_dim`` is
     left unrotated.
+
+    Args:
+      shampoo_beta: βs; None: ``b2``.
+      learning_rate, b1, b2, eps, weight_decay, precondition_frequency, max_precond_dim, bias_correction,
+        normalize_updates, refresh, storage, mask, fallback, axes: as in `fo.soap`.
+
+    Raises:
+      ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without
+        ``statistics``, or with those of another kind, shape or axes.
+
+    Sources: Vyas et al. 2024 (arXiv 2409.11321) for SOAP, Martens and Grosse 2015 (arXiv 1503.05671) for A and B.
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
@@ -46,12 +112,62 @@ def kfac_soap(**options: Any) -> optax.GradientTransformationExtraArgs:
       >>> value, grads, stats = fo.value_and_grad(loss)(params)
       >>> updates, state = tx.update(grads, tx.init(params), params, statistics=stats)
     """
-    return soap_parts.complete("kfac_soap", route=layers_with_fallback, on=_on_layers, factors=kronecker, **options)
+    parts = (
+        shampoo_beta,
+        bias_correction,
+        normalize_updates,
+        precondition_frequency,
+        max_precond_dim,
+        refresh,
+        storage,
+    )
+    method = _preconditioner(b1, b2, eps, *parts)
+    return _complete.optimizer(
+        "kfac_soap",
+        method,
+        fallback,
+        axes,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        adam=_complete.adam(b1, b2, eps),
+        route=layers_with_fallback,
+        on_matrices=_on_layers(method),
+    )
 
 
-def _on_layers(name: str, method: Preconditioner, layers: list[Layer]) -> optax.GradientTransformationExtraArgs:
+def _preconditioner(
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    shampoo_beta: Any,
+    bias_correction: bool,
+    normalize_updates: bool,
+    precondition_frequency: int,
+    max_precond_dim: int,
+    refresh: Refresh | str,
+    storage: Storage | None,
+) -> Preconditioner:
+    """Captured factors x orthogonal iteration x Adam in the eigenbasis."""
+    check_moments(b1, b2, eps)
+    storage = storage_of("kfac_soap", storage, STORAGE)
+    return in_bases_of(
+        "kfac_soap",
+        kronecker(decay_of(shampoo_beta, b2)),
+        in_eigenbasis(adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates)),
+        precondition_frequency,
+        max_precond_dim,
+        refresh,
+        storage,
+    )
+
+
+def _on_layers(method: Preconditioner) -> Callable[[list[Layer]], Freezable]:
     def fits(*given: Any) -> None:
-        same_shapes(name, method.storage, False, *given)
+        same_shapes("kfac_soap", method.storage, False, *given)
 
-    inner = method.on_matrices(layer_axes(layers))
-    return on_layers(inner, layers, method=name, wants=LayerFactors, check=fits)
+    def build(layers: list[Layer]) -> Freezable:
+        inner = method.on_matrices(layer_axes(layers))
+        return on_layers(inner, layers, method="kfac_soap", wants=LayerFactors, check=fits)
+
+    return build

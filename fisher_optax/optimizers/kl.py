@@ -1,50 +1,91 @@
-"""KL-Shampoo and KL-SOAP: preconditioners in the eigenbases of the factors nearest in Kullback-Leibler divergence.
+"""KL-Shampoo and KL-SOAP: preconditioners in the eigenbases of the factors nearest in Kullback-Leibler divergence."""
 
-    KL-Shampoo   U = Q_L [m / (sqrt(λ_L λ_Rᵀ) + eps)] Q_Rᵀ       m, λ in the basis of the last refresh
-    KL-SOAP      SOAP's step in the same bases: Adam's v in place of λ_L λ_Rᵀ
-
-`fo.factors.kullback_leibler` has the factors, and says how they start and why: not as in the paper, at the identity,
-unless ``init="identity"``. Source: Lin et al. 2025 (arXiv 2509.03378).
-"""
-
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import optax
 
-from ..preconditioner.applications import inverse_root_of_eigenvalues
+from ..preconditioner.applications import adam, in_eigenbasis, inverse_root_of_eigenvalues
 from ..preconditioner.factors import kullback_leibler
+from ..preconditioner.options import Refresh, Storage, storage_of
 from ..preconditioner.transform import Preconditioner
-from ..transforms.hyperparameters import injectable, takes
-from .soap import complete, direction, scale_by_soap, soap, soap_preconditioner
-
-BETAS = {"b1": 0.9, "b2": 0.98}  # the authors'
+from ..transforms.decay import Mask
+from ..transforms.hyperparameters import injectable
+from . import _complete
+from .soap import STORAGE, check_moments, decay_of, in_bases_of
 
 
 @injectable
-@takes(scale_by_soap, **BETAS)
-def scale_by_kl_soap(*, init: str = "gradient", **options: Any) -> optax.GradientTransformationExtraArgs:
-    """The direction of `kl_soap`, without learning rate and decay; arguments of `scale_by_soap`.
+def scale_by_kl_soap(
+    b1: Any = 0.9,
+    b2: Any = 0.98,
+    eps: Any = 1e-8,
+    *,
+    init: str = "gradient",
+    shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    bias_correction: bool = True,
+    normalize_updates: bool = False,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of `kl_soap`, without learning rate and decay; ``fallback`` is a direction too, default
+    ``optax.scale_by_adam(b1, b2, eps)``.
 
     Example:
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_kl_soap(), optax.scale_by_learning_rate(3e-3))
     """
-    return direction("kl_soap", parts=_kl_soap(init), **options)
+    parts = (
+        shampoo_beta,
+        bias_correction,
+        normalize_updates,
+        precondition_frequency,
+        max_precond_dim,
+        refresh,
+        storage,
+    )
+    method = _kl_soap(b1, b2, eps, init, *parts)
+    return _complete.direction("kl_soap", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
 
 
 @injectable
-@takes(soap, **BETAS)
-def kl_soap(*, init: str = "gradient", **options: Any) -> optax.GradientTransformationExtraArgs:
-    """KL-SOAP (see the top of this file). Takes the arguments of `soap`; the betas are the authors', (.9, .98).
+def kl_soap(
+    learning_rate: optax.ScalarOrSchedule = 3e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.98,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.01,
+    *,
+    init: str = "gradient",
+    shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    bias_correction: bool = True,
+    normalize_updates: bool = False,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    mask: Mask = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """KL-SOAP: SOAP's step in the eigenbases of the factors nearest in Kullback-Leibler divergence.
+
+        g = Q_Lᵀ G Q_R;   U = Q_L Adam(g) Q_Rᵀ;   W ← W - lr U;   W ← W - lr wd W
 
     Args:
+      b1, b2: the authors' .9 and .98; ``b2`` (or ``shampoo_beta``) is the decay of factors and eigenvalues too.
       init: of the factors, "gradient" (``s I`` each, s² the mean square of the first gradient that is not zero) or
-        "identity" (the paper's).
+        "identity" (the paper's). `fo.factors.kullback_leibler` says why, and has the factors' rule.
+      learning_rate, eps, weight_decay, shampoo_beta, precondition_frequency, max_precond_dim, bias_correction,
+        normalize_updates, refresh, storage, mask, fallback, axes: as in `fo.soap`.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.
+
+    Source: Lin et al. 2025 (arXiv 2509.03378).
 
     Example:
       >>> import jax, jax.numpy as jnp, fisher_optax as fo
@@ -52,31 +93,93 @@ def kl_soap(*, init: str = "gradient", **options: Any) -> optax.GradientTransfor
       >>> tx = fo.kl_soap(3e-3)
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    return complete("kl_soap", parts=_kl_soap(init), **options)
+    parts = (
+        shampoo_beta,
+        bias_correction,
+        normalize_updates,
+        precondition_frequency,
+        max_precond_dim,
+        refresh,
+        storage,
+    )
+    method = _kl_soap(b1, b2, eps, init, *parts)
+    return _complete.optimizer(
+        "kl_soap",
+        method,
+        fallback,
+        axes,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        adam=_complete.adam(b1, b2, eps),
+    )
 
 
 @injectable
-@takes(scale_by_soap, **BETAS)
-def scale_by_kl_shampoo(*, init: str = "gradient", **options: Any) -> optax.GradientTransformationExtraArgs:
-    """The direction of `kl_shampoo`, without learning rate and decay; arguments of `scale_by_soap`.
+def scale_by_kl_shampoo(
+    b1: Any = 0.9,
+    b2: Any = 0.98,
+    eps: Any = 1e-8,
+    *,
+    init: str = "gradient",
+    shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    bias_correction: bool = True,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of `kl_shampoo`, without learning rate and decay; ``fallback`` is a direction too, default
+    ``optax.scale_by_adam(b1, b2, eps)``.
 
     Example:
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_kl_shampoo(), optax.scale_by_learning_rate(3e-3))
     """
-    return direction("kl_shampoo", parts=_kl_shampoo(init), **options)
+    parts = (shampoo_beta, bias_correction, precondition_frequency, max_precond_dim, refresh, storage)
+    method = _kl_shampoo(b1, b2, eps, init, *parts)
+    return _complete.direction("kl_shampoo", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
 
 
 @injectable
-@takes(soap, **BETAS)
-def kl_shampoo(*, init: str = "gradient", **options: Any) -> optax.GradientTransformationExtraArgs:
-    """KL-Shampoo (see the top of this file). Takes the arguments of `soap`, which mean the same: ``b2`` (or
-    ``shampoo_beta``) is the decay of factors and eigenvalues, there is no v, and so no ``transport`` of it. ``init`` is
-    that of `kl_soap`.
+def kl_shampoo(
+    learning_rate: optax.ScalarOrSchedule = 3e-3,
+    b1: Any = 0.9,
+    b2: Any = 0.98,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.01,
+    *,
+    init: str = "gradient",
+    shampoo_beta: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    bias_correction: bool = True,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    mask: Mask = None,
+    fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """KL-Shampoo: the root of the factors nearest in Kullback-Leibler divergence, in the basis of the last refresh.
+
+        g = Q_Lᵀ G Q_R;   m ← b1 m + (1-b1) g;   U = Q_L [m / (sqrt(λ_L λ_Rᵀ) + eps)] Q_Rᵀ;   λ the factors' eigenvalues
+        W ← W - lr U;   W ← W - lr wd W
+
+    There is no v, and so no ``transport`` of it.
+
+    Args:
+      b1, b2: the authors' .9 and .98; ``b2`` (or ``shampoo_beta``) is the decay of factors and eigenvalues too.
+      init: of the factors, "gradient" (``s I`` each, s² the mean square of the first gradient that is not zero) or
+        "identity" (the paper's). `fo.factors.kullback_leibler` says why, and has the factors' rule.
+      learning_rate, eps, weight_decay, shampoo_beta, precondition_frequency, max_precond_dim, bias_correction,
+        refresh, storage, mask, fallback, axes: as in `fo.soap`.
 
     Raises:
-      ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; with
-        ``normalize_updates`` or ``transport="squared"``, which are about Adam in the basis.
+      ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.
+
+    Source: Lin et al. 2025 (arXiv 2509.03378).
 
     Example:
       >>> import jax, jax.numpy as jnp, fisher_optax as fo
@@ -84,18 +187,58 @@ def kl_shampoo(*, init: str = "gradient", **options: Any) -> optax.GradientTrans
       >>> tx = fo.kl_shampoo(3e-3)
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    return complete("kl_shampoo", parts=_kl_shampoo(init), **options)
+    parts = (shampoo_beta, bias_correction, precondition_frequency, max_precond_dim, refresh, storage)
+    method = _kl_shampoo(b1, b2, eps, init, *parts)
+    return _complete.optimizer(
+        "kl_shampoo",
+        method,
+        fallback,
+        axes,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        mask=mask,
+        adam=_complete.adam(b1, b2, eps),
+    )
 
 
-def _kl_soap(init: str) -> Callable[..., Preconditioner]:
-    return functools.partial(soap_preconditioner, factors=functools.partial(kullback_leibler, init=init))
+def _kl_soap(
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    init: str,
+    shampoo_beta: Any,
+    bias_correction: bool,
+    normalize_updates: bool,
+    precondition_frequency: int,
+    max_precond_dim: int,
+    refresh: Refresh | str,
+    storage: Storage | None,
+) -> Preconditioner:
+    """Factors nearest in divergence x orthogonal iteration x Adam in the eigenbasis."""
+    check_moments(b1, b2, eps)
+    storage = storage_of("kl_soap", storage, STORAGE)
+    factors = kullback_leibler(decay_of(shampoo_beta, b2), init=init)
+    inner = adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates)
+    what = (precondition_frequency, max_precond_dim, refresh, storage)
+    return in_bases_of("kl_soap", factors, in_eigenbasis(inner), *what)
 
 
-def _kl_shampoo(init: str) -> Callable[..., Preconditioner]:
-    def parts(*, b1: Any, eps: Any, **options: Any) -> Preconditioner:
-        if options["normalize_updates"] or options["transport"] != "permute":
-            raise ValueError("kl_shampoo has no Adam in its basis: leave normalize_updates and transport alone.")
-        application = inverse_root_of_eigenvalues(b1, eps, options["bias_correction"], options["momentum_dtype"])
-        return _kl_soap(init)(b1=b1, eps=eps, application=application, **options)
-
-    return parts
+def _kl_shampoo(
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    init: str,
+    shampoo_beta: Any,
+    bias_correction: bool,
+    precondition_frequency: int,
+    max_precond_dim: int,
+    refresh: Refresh | str,
+    storage: Storage | None,
+) -> Preconditioner:
+    """Factors nearest in divergence x orthogonal iteration x the root of their eigenvalues."""
+    check_moments(b1, b2, eps)
+    storage = storage_of("kl_shampoo", storage, STORAGE)
+    factors = kullback_leibler(decay_of(shampoo_beta, b2), init=init)
+    roots = inverse_root_of_eigenvalues(b1, eps, bias_correction, storage.momentum_dtype)
+    what = (precondition_frequency, max_precond_dim, refresh, storage)
+    return in_bases_of("kl_shampoo", factors, roots, *what, transports=False)

@@ -1,12 +1,4 @@
-"""Muon: momentum, orthogonalised.
-
-    m ← β m + G;   u = β m + G if nesterov else m
-    W ← W - lr (scale(m, n) · polar(u) + wd W)
-
-The polar factor comes from a Newton-Schulz iteration. Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon),
-Moonlight's scale from Liu et al. 2025 (arXiv 2502.16982),
-the default polynomials from Amsel et al. 2025 (arXiv 2505.16932), Gram iterations from Zhang et al. 2026.
-"""
+"""Muon: momentum, orthogonalised."""
 
 from typing import Any
 
@@ -16,6 +8,7 @@ import optax
 from .._checks import in_range
 from ..matrices.resolve import resolve_axes
 from ..preconditioner.applications import orthogonal
+from ..preconditioner.options import Refresh, Storage
 from ..preconditioner.precondition import preconditioner
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask, decayed_weights
@@ -80,7 +73,12 @@ def muon(
     max_stack: int = 256,
     mesh_axis: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon (see the top of this file for the rule).
+    """Muon: momentum, orthogonalised.
+
+        m ← β m + G;   u = β m + G if nesterov else m
+        W ← W - lr (scale(m, n) · polar(u) + wd W)
+
+    The polar factor comes from a Newton-Schulz iteration.
 
     Args:
       learning_rate: number or schedule. With the default scale, AdamW's rates are a good start.
@@ -103,6 +101,10 @@ def muon(
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.
+
+    Sources: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), Moonlight's scale from Liu et al. 2025 (arXiv
+      2502.16982), the default polynomials from Amsel et al. 2025 (arXiv 2505.16932), Gram iterations from Zhang et al.
+      2026.
 
     Example:
       >>> import jax, jax.numpy as jnp, fisher_optax as fo
@@ -127,7 +129,8 @@ def _polar(
     scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None
 ) -> Preconditioner:
     rule = orthogonal(polynomial, scale, method=method, dtype=dtype)
-    return preconditioner(None, None, rule, max_stack=max_stack, mesh_axis=mesh_axis)
+    options = {"refresh": Refresh(), "storage": Storage(mesh_axis=mesh_axis), "max_stack": max_stack}
+    return preconditioner(None, None, rule, **options)
 
 
 def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, polar: Preconditioner) -> Any:

@@ -15,9 +15,13 @@ import optax
 
 from ..transforms.skip_nonfinite import skip_nonfinite
 from .contracts import Application, Decomposition, Eigenpairs, FactorRule
+from .options import Refresh, Storage, refresh_of, storage_of, whole
 from .refresh import Policy
-from .storage import Storage
+from .storage import Store
 from .transform import Preconditioner
+
+# What of `fo.Storage` is about factors and bases, whatever is done with them.
+FACTORS = ("factor_dtype", "packed", "sides", "block_size", "mesh_axis")
 
 
 def precondition(
@@ -25,10 +29,14 @@ def precondition(
     decomposition: Decomposition | None,
     application: Application,
     *,
-    axes: Any = None,
+    precondition_frequency: int = 10,
+    max_precond_dim: int = 10_000,
+    refresh: Refresh | str = "every",
+    storage: Storage | None = None,
+    max_stack: int = 256,
     fallback: optax.GradientTransformation | None = None,
+    axes: Any = None,
     kinds: tuple[str, ...] = ("matrix", "head"),
-    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition matrix gradients with any combination of factors, decomposition and application.
 
@@ -38,12 +46,15 @@ def precondition(
       decomposition: what turns factors into bases, e.g. ``fo.decompositions.orthogonal_iteration()``; None likewise.
       application: what is done with them, e.g. ``fo.in_eigenbasis(optax.scale_by_lion())`` or
         ``fo.applications.orthogonal()``.
-      axes: which axes of each leaf are inputs, outputs and batch. None: rules by Flax path and shape, see `fo.report`;
-        else a tree of `fo.MatrixAxes`
-        (None at a leaf: fallback), or a function of params that makes one.
+      precondition_frequency: steps between refreshes.
+      max_precond_dim: a longer side has no factor.
+      refresh: when bases are renewed; all of `fo.Refresh` but ``by``.
+      storage: what is kept; all of `fo.Storage` but ``momentum_dtype`` and ``rank``, which belong to the parts.
+      max_stack: at most so many matrices of one shape go in one batch.
       fallback: a direction for the leaves that are no matrices, default ``optax.scale_by_adam()``.
+      axes: which axes of each leaf are inputs, outputs and batch. None: rules by Flax path and shape, see `fo.report`;
+        else a tree of `fo.MatrixAxes` (None at a leaf: fallback), or a function of params that makes one.
       kinds: what the method takes of "matrix", "head" and "embedding" (see `fo.label_params`).
-      **options: those of `fo.soap` from ``precondition_frequency`` on: when bases are renewed, and what is kept.
 
     Raises:
       TypeError: where the application does not accept what the decomposition returns.
@@ -54,12 +65,18 @@ def precondition(
       >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
-    fallback = optax.scale_by_adam() if fallback is None else fallback
-    return skip_nonfinite(
-        preconditioner(factors, decomposition, application, **options).directions(
-            application.name, fallback, axes, kinds
-        )
+    method = preconditioner(
+        factors,
+        decomposition,
+        application,
+        precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+        refresh=refresh_of("precondition", refresh, {"tolerance": 0.01, "transport": "permute", "first_step": "skip"}),
+        storage=storage_of("precondition", storage, FACTORS),
+        max_stack=max_stack,
     )
+    fallback = optax.scale_by_adam() if fallback is None else fallback
+    return skip_nonfinite(method.directions(application.name, fallback, axes, kinds))
 
 
 def preconditioner(
@@ -68,30 +85,20 @@ def preconditioner(
     application: Application,
     *,
     precondition_frequency: int = 10,
-    refresh: str = "every",
-    adaptive_tolerance: float = 0.01,
-    transport: str = "permute",
-    first_step: str = "skip",
     max_precond_dim: int = 10_000,
-    block_size: int | None = None,
-    sides: str = "both",
-    factor_dtype: Any = None,
-    factor_storage: str = "full",
+    refresh: Refresh,
+    storage: Storage,
     max_stack: int = 256,
-    mesh_axis: str | None = None,
 ) -> Preconditioner:
-    """A checked `Preconditioner`."""
+    """A checked `Preconditioner`, from complete options (`refresh_of`)."""
     check_cell(factors, decomposition, application)
-    for name, value, known in (
-        ("first_step", first_step, ("skip", "adam")),
-        ("factor_storage", factor_storage, ("full", "packed")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
-    storage = Storage(factor_dtype, factor_storage == "packed", sides, max_precond_dim, block_size).check()
-    policy = Policy(refresh, precondition_frequency, adaptive_tolerance, transport).check()
-    skip_first = first_step == "skip" and not application.sees_itself
-    return Preconditioner(factors, decomposition, application, storage, policy, skip_first, max_stack, mesh_axis)
+    whole("precondition_frequency", precondition_frequency, 1)
+    whole("max_precond_dim", max_precond_dim, 0)
+    whole("max_stack", max_stack, 1)
+    kept = Store(storage.factor_dtype, storage.packed, storage.sides, max_precond_dim, storage.block_size or None)
+    skip_first = refresh.first_step == "skip" and not application.sees_itself
+    policy = Policy(refresh, precondition_frequency)
+    return Preconditioner(factors, decomposition, application, kept, policy, skip_first, max_stack, storage.mesh_axis)
 
 
 def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, application: Application) -> None:

@@ -19,31 +19,16 @@ from ..matrices.stacks import member_of, put, repeat
 from ..statistics import LowRank
 from . import transport
 from .contracts import Application, Decomposition, Due, Eigenpairs, Kronecker, MatrixState, Refreshed
+from .options import Refresh
 
 KEEP, REFRESH, START = 0, 1, 2
 
 
 class Policy(NamedTuple):
-    """Options of `fo.soap` that say when and how bases are renewed: see there for the words."""
+    """`fo.Refresh` and the number of steps between refreshes."""
 
-    refresh: str = "every"
-    frequency: int = 10
-    tolerance: float = 0.01
-    transport: str = "permute"
-
-    def check(self) -> "Policy":
-        """Itself, or a ValueError that names what is wrong."""
-        for name, value, known in (
-            ("refresh", self.refresh, ("every", "adaptive", "staggered")),
-            ("transport", self.transport, ("permute", "squared")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
-        if isinstance(self.frequency, bool) or not isinstance(self.frequency, int) or self.frequency < 1:
-            raise ValueError(
-                f"precondition_frequency must be a positive integer number of steps; got {self.frequency!r}."
-            )
-        return self
+    options: Refresh
+    frequency: int
 
     def phases(self, costs: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, list[int]]:
         """For each stack the step of the period at which each of its matrices is due: 0, or, staggered, whatever evens
@@ -52,7 +37,7 @@ class Policy(NamedTuple):
         ``costs`` is for one matrix of a stack, ``counts`` how many it holds. The costliest are dealt out first, each
         to the phase with the least so far.
         """
-        if self.refresh != "staggered":
+        if self.options.when != "staggered":
             return {key: [0] * count for key, count in counts.items()}
         load = [0.0] * self.frequency
         due: dict[str, list[int]] = {key: [] for key in counts}
@@ -87,8 +72,8 @@ def renew(
     moments = {key: application.moments(state.application) for key, state in states.items()}
     # Linear moments leave the old bases before these are overwritten.
     straight = {key: transport.out_of_bases(moments[key].linear, states[key].basis, due[key]) for key in states}
-    step = _step_of(decomposition, first, policy.tolerance if policy.refresh == "adaptive" else None)
-    follow = policy.transport == "permute" and any(any(m[1:]) for m in moments.values())
+    step = _step_of(decomposition, first, policy.options.tolerance if policy.options.when == "adaptive" else None)
+    follow = policy.options.transport == "permute" and any(any(m[1:]) for m in moments.values())
     turned: dict[Place, Turned] = {}
     failed = jnp.zeros([], jnp.int32)
     for group in by_length(states, read):
@@ -103,7 +88,7 @@ def renew(
             *(None if side is None else side.Q for side in both),
             *(None if side is None else side.values for side in both if isinstance(state.basis, Eigenpairs)),
         )
-        old = state.basis if policy.transport == "squared" else None
+        old = state.basis if policy.options.transport == "squared" else None
         orders = [None if side is None else side.orders for side in both]
         carried = transport.into_bases(moments[key]._replace(linear=straight[key]), orders, basis, old, due[key])
         carried = jax.tree.map(lambda x, y: x.astype(y.dtype), carried, moments[key])

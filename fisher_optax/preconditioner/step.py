@@ -11,7 +11,7 @@ from .._xla import select
 from ..matrices.stacks import over_stack
 from .contracts import Application, FactorRule, MatrixState
 from .refresh import START
-from .storage import Storage
+from .storage import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Step:
 
     rule: FactorRule | None
     application: Application
-    storage: Storage
+    storage: Store
     skip_first: bool
     max_stack: int
     extra: dict[str, Any]  # more arguments of the application

@@ -10,23 +10,14 @@ from ..statistics import LowRank
 from .contracts import Eigenpairs, Kronecker
 
 
-class Storage(NamedTuple):
-    """Options of `fo.soap` that say what is kept: see there for the words."""
+class Store(NamedTuple):
+    """`fo.Storage`, as far as it is about factors and bases, and the longest side that has one."""
 
     dtype: Any = None
     packed: bool = False
     sides: str = "both"
     max_dim: int = 10_000
     block_size: int | None = None
-
-    def check(self) -> "Storage":
-        """Itself, or a ValueError that names what is wrong."""
-        if self.sides not in ("both", "shorter"):
-            raise ValueError(f"sides must be 'both' or 'shorter'; got {self.sides!r}.")
-        for name, value, least in (("max_precond_dim", self.max_dim, 0), ("block_size", self.block_size, 1)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
-        return self
 
     @property
     def plain(self) -> bool:

@@ -21,7 +21,7 @@ from ..transforms.freeze import Freezable, counted
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
 from .refresh import KEEP, Policy, renew
 from .step import Step
-from .storage import Storage
+from .storage import Store
 
 
 class PreconditionState(NamedTuple):
@@ -39,7 +39,7 @@ class Preconditioner:
     factors: FactorRule | None
     decomposition: Decomposition | None
     application: Application
-    storage: Storage
+    storage: Store
     policy: Policy
     skip_first: bool
     max_stack: int

@@ -80,7 +80,7 @@ def layers_with_fallback(
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
 ) -> Freezable:
-    """`with_fallback`, where a matrix takes its bias along: ``build`` gets the layers among the leaves that are its own."""
+    """`with_fallback`, where a matrix takes its bias along: ``build`` gets the layers among its own leaves."""
     return _routed(method, build, fallback, axes, lambda leaves: layers_of(leaves, kinds), describe)
 
 

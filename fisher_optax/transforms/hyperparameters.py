@@ -80,29 +80,6 @@ def injectable(factory: Callable[P, T]) -> Callable[P, T]:
     return build
 
 
-def takes(other: Callable[..., Any], **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a function of ``**options`` take the arguments of ``other`` too, with their defaults or the ones given here,
-    and show them in its signature.
-    """
-
-    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
-        theirs = inspect.signature(other).parameters.values()
-        own = [p for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        shared = [p.replace(default=defaults.get(p.name, p.default)) for p in theirs]
-        signature = inspect.signature(f).replace(parameters=[*shared, *own])
-
-        @functools.wraps(f)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            return f(**bound.arguments)
-
-        vars(call)["__signature__"] = signature
-        return call
-
-    return wrap
-
-
 class ScheduledState(NamedTuple):
     """State of `scheduled`, where there are schedules."""
 

@@ -1,0 +1,159 @@
+"""What K-FAC and EKFAC share: layers with their statistics, preconditioned, grafted and clipped; momentum, decay."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from .._checks import in_range
+from ..capture.to_optimizer import layer_axes, on_layers
+from ..matrices.layers import Layer
+from ..preconditioner.contracts import Application, Decomposition, FactorRule
+from ..preconditioner.decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
+from ..preconditioner.factors import kronecker, tikhonov
+from ..preconditioner.options import Refresh, Storage, one_of, refresh_of, storage_of
+from ..preconditioner.precondition import preconditioner
+from ..preconditioner.transform import Preconditioner
+from ..statistics import LayerFactors
+from ..transforms.decay import Mask, decayed_weights
+from ..transforms.fallback import layers_with_fallback
+from ..transforms.freeze import Freezable, chain
+from ..transforms.grafting import graft_on, magnitude_of
+from ..transforms.hyperparameters import scheduled
+from ..transforms.kl_clip import once_seen
+from ..transforms.momentum import frozen_trace
+from ..transforms.skip_nonfinite import skip_nonfinite
+from ._sides import same_shapes, whole_sides
+from .kfac_head import ForHeads, apart, check_head, describing, is_head
+
+KINDS = ("matrix", "head")
+STORAGE = ("factor_dtype", "packed", "block_size", "rank", "mesh_axis")
+Build = Callable[[list[Layer]], Freezable]
+
+
+def captured(
+    name: str,
+    curvature_decay: Any,
+    damping: Any,
+    exponent: float,
+    application: Application,
+    precondition_frequency: int,
+    max_precond_dim: int,
+    refresh: Refresh | str,
+    storage: Storage | None,
+    ways: tuple[str, ...],
+) -> Preconditioner:
+    """Captured factors x one of the ``ways`` to decompose them x the application."""
+    in_range("curvature_decay", curvature_decay, 0, 1)
+    in_range("damping", damping, 0)
+    if not -1 <= exponent <= 0:
+        raise ValueError(f"exponent must lie between -1 and 0; got {exponent!r}.")
+    options = refresh_of(name, refresh, {"by": "eigh", "tolerance": 0.01})
+    one_of("refresh.by", options.by, ways)
+    if options.by == "inverse" and options.when == "adaptive":
+        raise ValueError("refresh='adaptive' needs an eigenbasis: refresh.by must be 'eigh' or 'qr'; got 'inverse'.")
+    kept = storage_of(name, storage, STORAGE)
+    factors, decomposition = _parts(curvature_decay, damping, exponent, options.by, kept.rank)
+    return preconditioner(
+        factors,
+        decomposition,
+        application,
+        precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+        refresh=dataclasses.replace(options, transport="squared", first_step="adam"),
+        storage=kept,
+    )
+
+
+def _parts(decay: Any, damping: Any, exponent: float, by: str | None, rank: int) -> tuple[FactorRule, Decomposition]:
+    factors = kronecker(decay, rank=rank)
+    if by == "inverse":
+        root = cholesky_inverse() if exponent == -1 else inverse_root(exponent, ridge=0.0)
+        return factors._replace(read=tikhonov(damping)), root
+    return factors, with_eigenvalues(eigh() if by == "eigh" else orthogonal_iteration())
+
+
+def direction_of(
+    name: str,
+    method: Preconditioner,
+    *,
+    grafting: Any = None,
+    of_heads: ForHeads | None = None,
+    squares: bool = False,
+    kl_clip: Any = None,
+    learning_rate: Any = 0.0,
+) -> Build:
+    """The direction of a tree of layers: preconditioned, then grafted, then clipped.
+
+    Args:
+      of_heads: what heads get, if not what all layers get.
+      squares: whether statistics hold squares, in whole bases.
+      kl_clip, learning_rate: of the clipping, if any.
+    """
+    magnitude = None if grafting is None else magnitude_of(grafting)
+
+    def check(layer: Layer, given: Any, shape: tuple[int, ...]) -> None:
+        if of_heads and is_head(layer.path):
+            check_head(name, of_heads.fisher, layer, given, shape)
+        else:
+            same_shapes(name, method.storage, squares, layer, given, shape)
+
+    def build(layers: list[Layer]) -> Freezable:
+        axes = layer_axes(layers)
+        heads = [i for i, layer in enumerate(layers) if of_heads and is_head(layer.path)]
+        inner = method.on_matrices([a for i, a in enumerate(axes) if i not in heads])
+        if of_heads and heads:
+            inner = apart(heads, of_heads.transformation, inner)
+        if magnitude is not None:
+            inner = graft_on(inner, magnitude, list(axes))
+        return on_layers(
+            once_seen(inner, kl_clip, learning_rate),
+            layers,
+            method=name,
+            wants=LayerFactors,
+            check=check,
+            check_shape=lambda *given: whole_sides(name, method.storage, *given) if squares else None,
+        )
+
+    return build
+
+
+def direction(
+    name: str, method: Preconditioner, build: Build, fallback: Any, axes: Any, of_heads: ForHeads | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """``build`` on layers, and ``fallback``, a direction, on the rest; by default Adam."""
+    rest = optax.scale_by_adam() if fallback is None else fallback
+    describe = describing(method.describe, of_heads)
+    return skip_nonfinite(layers_with_fallback(name, build, rest, axes=axes, kinds=KINDS, describe=describe))
+
+
+def optimizer(
+    name: str,
+    method: Preconditioner,
+    build: Build,
+    fallback: Any,
+    axes: Any,
+    *,
+    learning_rate: Any,
+    momentum: Any,
+    weight_decay: Any,
+    mask: Mask,
+    of_heads: ForHeads | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """`direction` with momentum, decay and rate; ``fallback`` is complete, by default AdamW."""
+    after = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
+
+    def built(layers: list[Layer]) -> Freezable:
+        return chain(build(layers), scheduled(frozen_trace, decay=momentum), after)
+
+    rest = optax.chain(optax.scale_by_adam(), after) if fallback is None else fallback
+    return direction(name, method, built, rest, axes, of_heads)
+
+
+def check_numbers(learning_rate: Any, momentum: Any, weight_decay: Any, kl_clip: Any) -> None:
+    """A ValueError for what is out of range."""
+    in_range("learning_rate", learning_rate, 0)
+    in_range("momentum", momentum, 0, 1)
+    in_range("weight_decay", weight_decay, 0)
+    in_range("kl_clip", 0.0 if kl_clip is None else kl_clip, 0)
