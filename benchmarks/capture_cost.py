@@ -25,18 +25,7 @@ from benchmarks.capture_models import MODELS, Model
 from benchmarks.flops import count_matmul_flops
 from benchmarks.kfac_jax_step import NOTE, KfacJax
 from benchmarks.results import Column, read, result, spread, table
-from benchmarks.steps import (
-    PERIOD,
-    RATE,
-    WARM_UP,
-    flops_between_refreshes,
-    flops_of_a_refresh,
-    means,
-    medians,
-    ratio,
-    slowest,
-    where,
-)
+from benchmarks.steps import PERIOD, RATE, WARM_UP, mean_flops, means, medians, ratio, slowest, where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +40,7 @@ LABELS = {
     "layer_samples": "`fo.LayerSamples(64)`",
     "input_gram": "`fo.InputGram()`",
     "kfac": "`fo.kfac`",
-    "kfac_inverse": '`fo.kfac(decomposition="inverse")`',
+    "kfac_inverse": '`fo.kfac(refresh=fo.Refresh(by="inverse"))`',
     "ekfac": "`fo.ekfac`",
     "kfac_soap": "`fo.kfac_soap`",
     "frog": "`fo.frog`",
@@ -160,9 +149,8 @@ class Contender:
 
     def size(self) -> dict[str, Any]:
         """What is known of it beside its times; ``skipped`` counts steps that the optimizer did not carry out."""
-        between, most = flops_between_refreshes(self.flops), flops_of_a_refresh(self.flops)
         return {
-            "mean_gflop": (between + (most - between) / PERIOD) / 1e9,
+            "mean_gflop": mean_flops(self.flops) / 1e9,
             "memory_mb": peak_bytes(self.program.run) / 1e6,
             "statistics_mb": harness.nbytes(self.shapes) / 1e6,
             "trace_s": self.program.trace_s,

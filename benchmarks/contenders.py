@@ -13,7 +13,7 @@ from benchmarks import harness, peers
 from benchmarks.flops import count_matmul_flops
 from benchmarks.results import spread
 from benchmarks.soap_plain import scale_by_soap_plain
-from benchmarks.steps import PERIOD, RATE, flops_between_refreshes, flops_of_a_refresh
+from benchmarks.steps import PERIOD, RATE, flops_between_refreshes, mean_flops
 from benchmarks.trees import hidden
 
 DECAY = 0.01
@@ -138,7 +138,7 @@ class Contender:
         """Of the products, refreshes spread over all steps; None where a loop's length is not in the program."""
         if self.flops.unread_loops:
             return None
-        return self.between_flops + (flops_of_a_refresh(self.flops) - self.between_flops) / PERIOD
+        return mean_flops(self.flops, self.between_flops)
 
     def size(self) -> dict[str, Any]:
         """What is known of it beside its times."""

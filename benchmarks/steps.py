@@ -19,9 +19,15 @@ def flops_between_refreshes(count: FlopCount) -> int:
 
 
 def flops_of_a_refresh(count: FlopCount) -> int:
-    """The costliest step; where bases follow without an eigendecomposition, which is then the first one's, a later one."""
+    """The costliest step; where bases follow without an eigendecomposition, which then is the first one's, another."""
     later = count.costliest(without=("eigh",))
     return later.products if later is not None and later.factorisations else count.most
+
+
+def mean_flops(count: FlopCount, between: int | None = None) -> float:
+    """Of a step, refreshes spread over all; ``between`` of those that refresh nothing, where that is known better."""
+    between = flops_between_refreshes(count) if between is None else between
+    return between + (flops_of_a_refresh(count) - between) / PERIOD
 
 
 def by_repeat(seconds: Sequence[float]) -> list[list[float]]:

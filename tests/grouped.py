@@ -19,6 +19,8 @@ def grouped(**words: Any) -> dict[str, Any]:
     """The same options, those that belong together in one object."""
     refresh = {REFRESH[name]: words.pop(name) for name in REFRESH if name in words}
     storage = {name: words.pop(name) for name in STORAGE if name in words}
+    if words.pop("trace_scaling", False):
+        words["accumulate"] = "scaled_mean"
     if refresh:
         words["refresh"] = fo.Refresh(**refresh)
     if storage:

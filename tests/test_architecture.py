@@ -13,7 +13,7 @@ PACKAGE = ROOT / "fisher_optax"
 FILES = sorted(
     path for folder in ("fisher_optax", "examples", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
 )
-FILE_LINES, FUNCTION_LINES = 300, 45
+FILE_LINES, FUNCTION_LINES, ARGUMENTS = 300, 45, 16
 EVERYTHING = "*"
 
 # Each module or folder of fisher_optax, and which others it may import. A folder inside has a row of its own where it
@@ -147,6 +147,25 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_few_modules_are_loose_beside_the_folders() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 6
+
+
+def test_a_method_takes_few_arguments_that_are_written_down() -> None:
+    """Where `help`, editors and type checkers see them."""
+    import fisher_optax
+
+    methods = {name: inspect.signature(getattr(fisher_optax, name)) for name in fisher_optax.STATIC_ARGS}
+    assert len(methods) == 22
+    for name, signature in methods.items():
+        kinds = {p.kind for p in signature.parameters.values()}
+        assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}, name
+        assert len(signature.parameters) <= ARGUMENTS, name
+    for path in PACKAGE.rglob("*.py"):
+        assert "locals()" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_page_on_architecture_knows_every_part() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert not [row for row in MAY_IMPORT if row != "__init__" and row.rpartition(".")[2] not in page]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -120,7 +120,7 @@ def test_a_singular_second_moment_raises_the_damping_and_says_so() -> None:
 
 def test_float32_and_narrower_weights_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computed in float32 and returned in their dtype; nothing given is written to. Traced once, whatever the share."""
-    module, traces = importlib.import_module("fisher_optax.compression.sparsegpt"), []
+    module, traces = importlib.import_module("fisher_optax.compression.matrix.sparsegpt"), []
     counted = lambda *args: traces.append(args) or inverse_cholesky(*args)  # noqa: E731
     monkeypatch.setattr(module, "inverse_cholesky", counted)
     W, H = problem(n=4)

@@ -190,11 +190,11 @@ def test_the_rank_one_moment_is_exact_on_products() -> None:
 
 
 def test_words_are_checked() -> None:
-    for options in ({"init": "svd"}, {"variant": "both"}, {"first": "left"}):
+    for options in ({"init": "svd"}, {"variant": "both"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             fo.dykaf(**options)
-    with pytest.raises(ValueError, match="normalize_updates"):
-        fo.dykaf(rank1_second_moment=True, normalize_updates=True)
+    with pytest.raises(ValueError, match="first"):
+        fo.factors.projector_splitting(first="left")
     with pytest.raises(TypeError, match="precondition_frequncy"):
         fo.dykaf(precondition_frequncy=3)
 

@@ -120,7 +120,7 @@ def test_kfac_soap_is_soap_in_the_bases_of_a_and_b() -> None:
 
 def test_nothing_moves_before_the_first_statistics() -> None:
     for options in ({}, {"decomposition": "inverse"}):
-        points = run(fo.kfac(0.1, **options), without=(0, 1))
+        points = run(fo.kfac(0.1, **grouped(**options)), without=(0, 1))
         np.testing.assert_array_equal(points[:2], 1)
         assert not np.array_equal(points[2], points[1])
 

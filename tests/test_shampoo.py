@@ -21,7 +21,7 @@ OPTIONS = {
     "half-alone": {"exponent": -0.5, "grafting": None, "precondition_frequency": 2, "eps": 1e-3},
     "any-exponent": {"exponent": -0.3, "precondition_frequency": 2},
     "sum": {"accumulate": "sum", "precondition_frequency": 2},
-    "traced": {"exponent": -0.5, "grafting": None, "accumulate": "scaled_mean", "precondition_frequency": 2},
+    "traced": {"exponent": -0.5, "grafting": None, "trace_scaling": True, "precondition_frequency": 2},
     "rmsprop": {"grafting": "rmsprop", "precondition_frequency": 2},
     "sgd-decay": {"grafting": "sgd", "weight_decay": 0.3, "precondition_frequency": 2},
     "blocks": {"block_size": 3, "precondition_frequency": 2},

@@ -26,7 +26,7 @@ def spectrum_plot(spectrum: Spectrum, *, title: str = "Largest eigenvalues", pat
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
-      >>> from fisher_optax.fisher.spectra import spectrum
+      >>> from fisher_optax.fisher.spectra.spectrum import spectrum
       >>> A = fo.fisher.Operator.from_dense(jnp.diag(jnp.array([4.0, 1.0, 2.0])), jnp.zeros(3))
       >>> print(spectrum_plot(spectrum(A, 2)).axes[0].get_xlabel())
       rank of the eigenvalue

@@ -6,7 +6,6 @@ from typing import Any
 import optax
 
 from .._checks import in_range
-from ..matrices.axes import MatrixAxes
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask, decay_after_step, decayed_weights
 from ..transforms.fallback import with_fallback
@@ -30,7 +29,7 @@ def direction(
     fallback: optax.GradientTransformation | None,
     axes: Any,
     *,
-    adam: Freezable,
+    adam: optax.GradientTransformation,
     route: Callable[..., Any] = with_fallback,
     on_matrices: OnMatrices | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,7 +52,7 @@ def optimizer(
     learning_rate: Any,
     weight_decay: Any,
     mask: Mask,
-    adam: Freezable,
+    adam: optax.GradientTransformation,
     route: Callable[..., Any] = with_fallback,
     on_matrices: OnMatrices | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,7 +62,7 @@ def optimizer(
     skips = method.policy.options.first_step == "skip"
     build = on_matrices or method.on_matrices
 
-    def built(matrices: list[MatrixAxes]) -> Freezable:
+    def built(matrices: list[Any]) -> Freezable:
         decay = decay_after_step(learning_rate, weight_decay, mask, lambda updates: True)
         decay = skip_first_call(decay, freeze=False) if skips else decay
         return chain(build(matrices), optax.scale_by_learning_rate(learning_rate), decay)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.transforms import fallback as routing
+from fisher_optax.transforms import freeze
 from tests.comparisons import assert_close, assert_finite, assert_same_bits, assert_updates_close, types
 from tests.optimizers_table import (
     METHODS,
@@ -110,7 +110,7 @@ def test_a_large_fallback_is_held_as_a_small_one_is(monkeypatch: pytest.MonkeyPa
         return [before, update(grads[2], state, params)]
 
     selected = steps()
-    monkeypatch.setattr(routing, "COPIED", -1)
+    monkeypatch.setattr(freeze, "COPIED", -1)
     assert_close(steps(), selected, 1e-6)
 
 

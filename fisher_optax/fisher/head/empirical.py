@@ -24,7 +24,7 @@ class EmpiricalHead:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from fisher_optax.fisher.empirical_head import EmpiricalHead
+      >>> from fisher_optax.fisher.head.empirical import EmpiricalHead
       >>> head = EmpiricalHead.from_logits(jnp.zeros((2, 2)), jnp.array([0, 1]))
       >>> print(head.dense().round(3))
       [[ 0.25 -0.25]

@@ -46,7 +46,7 @@ class SoftmaxHead:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from fisher_optax.fisher.head import SoftmaxHead
+      >>> from fisher_optax.fisher.head.softmax import SoftmaxHead
       >>> head = SoftmaxHead.from_logits(jnp.zeros((5, 2)))
       >>> print(head.dense())
       [[ 0.25 -0.25]
