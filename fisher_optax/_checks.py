@@ -20,3 +20,15 @@ def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> N
         raise ValueError(
             f"{name} must be at least {low}{'' if high == float('inf') else f' and below {high}'}; got {value!r}."
         )
+
+
+def one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """A ValueError unless ``value`` is one of those."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    """A ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "preconditioner.contracts": {"matrices", "statistics"},
     "preconditioner.factors": {*BASE, "preconditioner.contracts"},
     "preconditioner.decompositions": {*BASE, "preconditioner.contracts"},
-    "preconditioner.applications": {*BASE, "preconditioner.contracts"},
+    "preconditioner.applications": {*BASE, "preconditioner.contracts", "transforms"},
     "fisher": {*BASE, "_tables", "capture", "preconditioner.factors"},
     "compression": {*BASE, "_tables", "capture", "fisher", "transforms"},
     "states": {

@@ -1,5 +1,6 @@
 """Where stacks of matrices live: the sharding that parameters imply, and sharing them out over a mesh."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._sharding import sharding_of
 from .axes import MatrixAxes
+from .blocks import canonical_shape, matrix_shapes, stack_key
 
 
 class Layout(NamedTuple):
@@ -44,9 +46,31 @@ def matrix_layout(x: Any, axes: MatrixAxes, whole: bool) -> Layout | None:
     return Layout(sharding.mesh, merged(axes.inputs), merged(axes.outputs))
 
 
+class StackLayout(NamedTuple):
+    """What a stack holds, and how the leaves that its matrices come from are laid out."""
+
+    shape: tuple[int, int]
+    dtype: Any  # float32 at least
+    count: int
+    layouts: set[Layout | None]
+
+
+def leaf_layouts(leaves: list[Any], axes: list[MatrixAxes], block_size: int | None) -> dict[str, StackLayout]:
+    """Of each stack that the matrices of these leaves make."""
+    stacks: dict[str, StackLayout] = {}
+    for x, a in zip(leaves, axes, strict=True):
+        dtype, shapes = jnp.promote_types(x.dtype, jnp.float32), matrix_shapes(x.shape, a, block_size)
+        layout = matrix_layout(x, a, shapes == [canonical_shape(x.shape, a)])
+        for shape in shapes:
+            key, (m, n) = stack_key(shape, dtype), shape[-2:]
+            old = stacks.get(key, StackLayout((m, n), dtype, 0, set()))
+            stacks[key] = old._replace(count=old.count + math.prod(shape[:-2]), layouts=old.layouts | {layout})
+    return stacks
+
+
 def place(state: Any, layouts: set[Layout | None]) -> Any:
     """The state of a stack, laid out over devices like the leaves it comes from, if these agree."""
-    layout = layouts.pop() if len(layouts) == 1 else None
+    layout = next(iter(layouts)) if len(layouts) == 1 else None
     if layout is None:
         return state
 
@@ -66,8 +90,16 @@ def place(state: Any, layouts: set[Layout | None]) -> Any:
     return state._replace(
         factors=sides(state.factors),
         basis=sides(state.basis),
-        application=jax.tree.map(lambda x: put(x, "matrix"), state.application),
+        application=place_moments(state.application, layouts),
     )
+
+
+def place_moments(state: Any, layouts: set[Layout | None]) -> Any:
+    """Stacks of matrices, and of what goes with them, laid out like the leaves they come from, if these agree."""
+    layout = next(iter(layouts)) if len(layouts) == 1 else None
+    if layout is None:
+        return state
+    return jax.tree.map(lambda x: jax.device_put(x, layout.of("matrix", x.ndim)), state)
 
 
 def share_out(state: Any, mesh_axis: str | None) -> Any:

@@ -73,5 +73,5 @@ def optimizer(
         rest = skip_first_call(rest, freeze=False) if skips else rest
         fallback = chain(method.with_first(adam), rest)
     else:
-        fallback = method.with_first(adam if fallback is None else fallback)
+        fallback = method.with_first(fallback)
     return skip_nonfinite(route(name, built, fallback, axes=axes, kinds=KINDS, describe=method.describe))

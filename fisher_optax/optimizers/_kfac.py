@@ -6,13 +6,13 @@ from typing import Any
 
 import optax
 
-from .._checks import in_range
+from .._checks import in_range, one_of
 from ..capture.to_optimizer import layer_axes, on_layers
 from ..matrices.layers import Layer
 from ..preconditioner.contracts import Application, Decomposition, FactorRule
 from ..preconditioner.decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import kronecker, tikhonov
-from ..preconditioner.options import Refresh, Storage, one_of, refresh_of, storage_of
+from ..preconditioner.options import Refresh, Storage, refresh_of, storage_of
 from ..preconditioner.precondition import preconditioner
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors

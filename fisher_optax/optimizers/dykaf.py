@@ -4,9 +4,10 @@ from typing import Any
 
 import optax
 
+from .._checks import one_of
 from ..preconditioner.applications import adam, in_eigenbasis, rank1_adam
 from ..preconditioner.factors import projector_splitting
-from ..preconditioner.options import Refresh, Storage, one_of, storage_of
+from ..preconditioner.options import Refresh, Storage, storage_of
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable

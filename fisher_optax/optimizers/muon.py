@@ -5,17 +5,16 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from .._checks import in_range
+from .._checks import in_range, whole
+from ..matrices.axes import MatrixAxes
 from ..matrices.resolve import resolve_axes
-from ..preconditioner.applications import orthogonal
-from ..preconditioner.options import Refresh, Storage
-from ..preconditioner.precondition import preconditioner
-from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask, decayed_weights
 from ..transforms.fallback import Build, is_matrix, with_fallback
-from ..transforms.freeze import chain
+from ..transforms.freeze import Freezable, chain
 from ..transforms.hyperparameters import injectable
 from ..transforms.momentum import with_momentum
+from ..transforms.per_matrix import describe_matrices, per_matrix
+from ..transforms.polar import polar
 from ..transforms.skip_nonfinite import skip_nonfinite
 
 KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
@@ -46,13 +45,13 @@ def scale_by_muon(
       ...                  optax.scale_by_learning_rate(1e-2))
     """
     in_range("beta", beta, 0, 1)
-    polar = _polar(scale, polynomial, method, dtype, max_stack, mesh_axis)
+    orthogonalized = _orthogonalized(scale, polynomial, method, dtype, max_stack, mesh_axis)
     fallback = optax.scale_by_adam() if fallback is None else fallback
 
-    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        return with_momentum(polar.on_matrices(leaf_axes), beta, nesterov, momentum_dtype)
+    def build(matrices: list[MatrixAxes]) -> Freezable:
+        return with_momentum(orthogonalized(matrices), beta, nesterov, momentum_dtype)
 
-    return _routed(build, fallback, axes, polar)
+    return _on_matrices(build, fallback, axes)
 
 
 @injectable
@@ -115,27 +114,28 @@ def muon(
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
     in_range("beta", beta, 0, 1)
-    polar = _polar(scale, polynomial, method, dtype, max_stack, mesh_axis)
+    orthogonalized = _orthogonalized(scale, polynomial, method, dtype, max_stack, mesh_axis)
     decay, rate = decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
 
-    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
-        return chain(with_momentum(polar.on_matrices(leaf_axes), beta, nesterov, momentum_dtype), decay, rate)
+    def build(matrices: list[MatrixAxes]) -> Freezable:
+        return chain(with_momentum(orthogonalized(matrices), beta, nesterov, momentum_dtype), decay, rate)
 
     fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
-    return _routed(build, fallback, axes, polar)
+    return _on_matrices(build, fallback, axes)
 
 
-def _polar(
+def _orthogonalized(
     scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None
-) -> Preconditioner:
-    rule = orthogonal(polynomial, scale, method=method, dtype=dtype)
-    options = {"refresh": Refresh(), "storage": Storage(mesh_axis=mesh_axis), "max_stack": max_stack}
-    return preconditioner(None, None, rule, **options)
+) -> Build:
+    """The polar factor of every matrix, of their axes."""
+    whole("max_stack", max_stack, 1)
+    tx = polar(polynomial, scale, method=method, dtype=dtype)
+    return lambda matrices: per_matrix(tx, matrices, max_stack=max_stack, mesh_axis=mesh_axis)
 
 
-def _routed(build: Build, fallback: optax.GradientTransformation, axes: Any, polar: Preconditioner) -> Any:
+def _on_matrices(build: Build, fallback: optax.GradientTransformation, axes: Any) -> Any:
     # An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares.
     return skip_nonfinite(
-        with_fallback("muon", build, fallback, axes=axes, kinds=KINDS, describe=polar.describe, dtypes=DTYPES),
+        with_fallback("muon", build, fallback, axes=axes, kinds=KINDS, describe=describe_matrices, dtypes=DTYPES),
         lambda tree: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(tree, axes, DTYPES)],
     )

@@ -4,12 +4,12 @@ from typing import Any
 
 import optax
 
-from .._checks import in_range
+from .._checks import in_range, one_of
 from ..preconditioner.applications import adam, in_eigenbasis
 from ..preconditioner.contracts import Application, FactorRule
 from ..preconditioner.decompositions import eigh, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import outer_product
-from ..preconditioner.options import Refresh, Storage, one_of, refresh_of, storage_of
+from ..preconditioner.options import Refresh, Storage, refresh_of, storage_of
 from ..preconditioner.precondition import FACTORS, preconditioner
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from .._checks import one_of, whole
+
 WHEN = ("every", "adaptive", "staggered")
 TRANSPORTS = ("permute", "squared")
 FIRST_STEPS = ("skip", "adam")
@@ -86,18 +88,6 @@ class Storage:
         one_of("sides", self.sides, ("both", "shorter"))
         whole("block_size", self.block_size or 0, 0)
         whole("rank", self.rank, 1)
-
-
-def one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
-    """A ValueError unless ``value`` is one of those."""
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
-
-
-def whole(name: str, value: Any, least: int) -> None:
-    """A ValueError unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
 
 
 def refresh_of(method: str, refresh: Refresh | str, takes: Mapping[str, Any]) -> Refresh:

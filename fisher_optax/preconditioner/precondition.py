@@ -8,14 +8,19 @@ At call t, for each matrix G of the gradient tree:
     new one
 """
 
+import functools
 from types import NoneType
 from typing import Any
 
 import optax
 
+from .._checks import whole
+from ..transforms.fallback import with_fallback
+from ..transforms.freeze import Freezable
+from ..transforms.per_matrix import describe_matrices, per_matrix
 from ..transforms.skip_nonfinite import skip_nonfinite
 from .contracts import Application, Decomposition, Eigenpairs, FactorRule
-from .options import Refresh, Storage, refresh_of, storage_of, whole
+from .options import Refresh, Storage, refresh_of, storage_of
 from .refresh import Policy
 from .storage import Store
 from .transform import Preconditioner
@@ -65,23 +70,46 @@ def precondition(
       >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
+    options = refresh_of("precondition", refresh, {"tolerance": 0.01, "transport": "permute", "first_step": "skip"})
+    kept = storage_of("precondition", storage, FACTORS)
+    rest = optax.scale_by_adam() if fallback is None else fallback
+    check_cell(factors, decomposition, application)
+    if factors is None or decomposition is None:
+        return skip_nonfinite(_alone(application, kept, max_stack, rest, axes, kinds))
     method = preconditioner(
         factors,
         decomposition,
         application,
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
-        refresh=refresh_of("precondition", refresh, {"tolerance": 0.01, "transport": "permute", "first_step": "skip"}),
-        storage=storage_of("precondition", storage, FACTORS),
+        refresh=options,
+        storage=kept,
         max_stack=max_stack,
     )
-    fallback = optax.scale_by_adam() if fallback is None else fallback
-    return skip_nonfinite(method.directions(application.name, fallback, axes, kinds))
+    return skip_nonfinite(method.directions(application.name, rest, axes, kinds))
+
+
+def _alone(
+    application: Application, storage: Storage, max_stack: int, fallback: Any, axes: Any, kinds: tuple[str, ...]
+) -> Freezable:
+    """An application that needs no factors, on matrices, and ``fallback`` on the rest."""
+
+    def update(G: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return application.update(G, state, ())
+
+    tx, size = optax.GradientTransformation(application.init, update), storage.block_size or None
+
+    def build(matrices: list[Any]) -> Freezable:
+        return per_matrix(tx, matrices, block_size=size, max_stack=max_stack, mesh_axis=storage.mesh_axis)
+
+    describe = functools.partial(describe_matrices, block_size=size)
+    return with_fallback(application.name, build, fallback, axes=axes, kinds=kinds, describe=describe)
 
 
 def preconditioner(
-    factors: FactorRule | None,
-    decomposition: Decomposition | None,
+    factors: FactorRule,
+    decomposition: Decomposition,
     application: Application,
     *,
     precondition_frequency: int = 10,

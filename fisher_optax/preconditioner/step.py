@@ -22,7 +22,7 @@ class Step:
     acts in bases of earlier ones (SOAP) is observed and applied at once, and bases are refreshed afterwards.
     """
 
-    rule: FactorRule | None
+    rule: FactorRule
     application: Application
     storage: Store
     skip_first: bool
@@ -35,7 +35,6 @@ class Step:
         layer's statistics, if there are any. ``alone`` in its stack, or one of several.
         """
         rule, new = self.rule, state
-        assert rule is not None
         if self.application.observe is not None and seen is not None:
             inner = self.application.observe(state.application, seen, state.basis)
             new = new._replace(application=select(self.accept, inner, state.application))
@@ -63,7 +62,7 @@ class Step:
 
     def observe_stack(self, G: Array, state: MatrixState, seen: Any) -> MatrixState:
         """`observe`, of all matrices of a stack."""
-        if seen is None and self.rule is not None and self.rule.of_statistics:
+        if seen is None and self.rule.of_statistics:
             return state
 
         def one(factors: Any, copied: Any, read: Any) -> tuple[Any, Any]:
@@ -79,15 +78,6 @@ class Step:
 
     def apply_stack(self, G: Array, state: MatrixState, action: Array) -> tuple[Array, MatrixState]:
         """`apply`, of all matrices of a stack."""
-
-        if state.factors == ():
-
-            def alone(G: Array, inner: Any, read: Any) -> tuple[Array, Any]:
-                return self.apply(G, inner, *read)
-
-            options = {"max_stack": self.max_stack, "grouped": True}
-            U, inner = over_stack(alone, G, state.application, (state.basis, action), **options)
-            return U, state._replace(application=inner)
 
         def one(overwritten: tuple[()], inner: Any, read: Any) -> tuple[tuple[()], Any]:
             return overwritten, self.apply(read[0], inner, *read[1:])

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._xla import dynamic_indices, sequenced_after
+from .._xla import dynamic_indices
 from ..matrices.axes import LeafAxes, MatrixAxes
-from ..matrices.blocks import by_shape, canonical_shape, from_stacks, matrix_shapes, sides_to_stacks, stack_key
-from ..matrices.layout import Layout, matrix_layout, place, share_out, spread
+from ..matrices.blocks import from_stacks, matrix_shapes, sides_to_stacks, to_stacks
+from ..matrices.layout import leaf_layouts, place, share_out, spread
 from ..transforms.fallback import with_fallback
 from ..transforms.first_step import skip_first_call
 from ..transforms.freeze import Freezable, counted
@@ -36,8 +36,8 @@ class PreconditionState(NamedTuple):
 class Preconditioner:
     """One cell of factors x decomposition x application with its options."""
 
-    factors: FactorRule | None
-    decomposition: Decomposition | None
+    factors: FactorRule
+    decomposition: Decomposition
     application: Application
     storage: Store
     policy: Policy
@@ -55,7 +55,7 @@ class Preconditioner:
 
     def with_first(self, fallback: optax.GradientTransformation) -> optax.GradientTransformation:
         """``fallback``, which waits with the matrices where these make no step at the first call."""
-        return skip_first_call(fallback) if self.skip_first and self.decomposition is not None else fallback
+        return skip_first_call(fallback) if self.skip_first else fallback
 
     def on_matrices(self, axes: list[MatrixAxes]) -> Freezable:
         """The bare transformation of a tree whose leaves are all matrices, with these axes."""
@@ -75,8 +75,6 @@ class Preconditioner:
     def _too_long(self, m: int, n: int) -> Iterator[str]:
         """What becomes of a side that is longer than a factor may be."""
         rule, longest = self.factors, self.storage.max_dim
-        if rule is None:
-            return
         kept = jax.eval_shape(lambda: rule.init(m, n, *self.storage.wanted(m, n), jnp.float32))
         for d, A in zip((m, n), kept[:2], strict=True):
             if d > longest:
@@ -84,8 +82,6 @@ class Preconditioner:
 
     def _refresh_flops(self, m: int, n: int) -> int:
         """``A Q`` (2 d³) and a Householder QR with its Q (8/3 d³) a side, 4 mn (m + n) for carrying a momentum."""
-        if self.decomposition is None:
-            return 0
         return sum(
             14 * d**3 // 3 + 4 * m * n * d
             for d, wanted in zip((m, n), self.storage.wanted(m, n), strict=True)
@@ -94,31 +90,19 @@ class Preconditioner:
 
     def _init(self, axes: list[MatrixAxes], params: Any) -> PreconditionState:
         leaves, treedef = jax.tree.flatten(params)
-        count, kept = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
+        zero = lambda: jnp.zeros([], jnp.int32)  # noqa: E731
         if not leaves:  # optax.tree.map_params asks with a placeholder where the parameters would be
-            return PreconditionState(count, kept, treedef.unflatten([]))
-        counts: dict[str, int] = {}
-        layouts: dict[str, set[Layout | None]] = {}
-        for x, a in zip(leaves, axes, strict=True):
-            shapes = matrix_shapes(x.shape, a, self.storage.block_size)
-            for s in shapes:
-                key = stack_key(s, jnp.promote_types(x.dtype, jnp.float32))
-                counts[key] = counts.get(key, 0) + math.prod(s[:-2])
-                layouts.setdefault(key, set()).add(matrix_layout(x, a, shapes == [canonical_shape(x.shape, a)]))
-        states = {
-            key: jax.tree.map(lambda x, n=n: jnp.broadcast_to(x, (n, *x.shape)), self._start(key))
-            for key, n in counts.items()
-        }
-        states = {key: share_out(place(state, layouts[key]), self.mesh_axis) for key, state in states.items()}
-        return PreconditionState(count, kept, states)
+            return PreconditionState(zero(), zero(), treedef.unflatten([]))
+        states = {}
+        for key, stack in leaf_layouts(leaves, axes, self.storage.block_size).items():
+            one = self._start(*stack.shape, stack.dtype)
+            state = jax.tree.map(lambda x, n=stack.count: jnp.broadcast_to(x, (n, *x.shape)), one)
+            states[key] = share_out(place(state, stack.layouts), self.mesh_axis)
+        return PreconditionState(zero(), zero(), states)
 
-    def _start(self, key: str) -> MatrixState:
-        """The state of one matrix of a stack."""
-        shape, _, dtype = key.partition(" ")
-        m, n = map(int, shape.split("x"))
-        zeros = jnp.zeros((m, n), dtype or jnp.float32)
-        if self.factors is None or self.decomposition is None:
-            return MatrixState((), (), self.application.init(zeros))
+    def _start(self, m: int, n: int, dtype: Any) -> MatrixState:
+        """The state of one matrix."""
+        zeros = jnp.zeros((m, n), dtype)
         full = self.factors.init(m, n, *self.storage.wanted(m, n), zeros.dtype)
         return MatrixState(
             self.storage.store(full),
@@ -140,29 +124,18 @@ class Preconditioner:
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
-        pieces = by_shape(leaves, axes, self.storage.block_size)
+        stacks = to_stacks(leaves, axes, self.storage.block_size)
         given = self._given(extra, leaves, axes)
         step = Step(self.factors, self.application, self.storage, self.skip_first, self.max_stack, extra, accept)
-        if self.decomposition is None:
-            directions, matrices = self._applied(step, pieces, state)
-            failures = jnp.zeros([], jnp.int32)
-        else:
-            stacks = {key: jnp.concatenate(Gs) for key, Gs in pieces.items()}
-            of_all = functools.partial(self._renewed, step, state.count)
-            operands = (stacks, state.matrices, given, self._actions(stacks, state.count, accept))
-            done = of_all(*operands) if self.mesh_axis is None else spread(of_all, self.mesh_axis, *operands)
-            directions, matrices, failed = done
-            failures = jnp.sum(failed, dtype=jnp.int32)
+        of_all = functools.partial(self._renewed, step, state.count)
+        operands = (stacks, state.matrices, given, self._actions(stacks, state.count, accept))
+        done = of_all(*operands) if self.mesh_axis is None else spread(of_all, self.mesh_axis, *operands)
+        directions, matrices, failed = done
         longest = max(len(U) for U in directions.values())
         places = dynamic_indices(longest, state.count >= 0 if accept is None else accept)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
-        count = counted(accept, state.count)
-        count = (
-            count
-            if accept is None or self.decomposition is not None
-            else sequenced_after(list(directions.values())[-1], count, state.count)
-        )
-        return treedef.unflatten(out), PreconditionState(count, state.failures + failures, matrices)
+        failures = state.failures + jnp.sum(failed, dtype=jnp.int32)
+        return treedef.unflatten(out), PreconditionState(counted(accept, state.count), failures, matrices)
 
     def _actions(self, stacks: dict[str, Array], count: Array, accept: Any) -> dict[str, Int[Array, " N"]]:
         """What is to be done with the bases of each matrix at the call after so many."""
@@ -174,24 +147,10 @@ class Preconditioner:
         }
         return actions if accept is None else {key: jnp.where(accept, action, KEEP) for key, action in actions.items()}
 
-    def _applied(self, step: Step, pieces: dict[str, list[Array]], state: PreconditionState) -> tuple[Any, Any]:
-        """Directions and state of an application alone, one stack after another, as they are what takes memory."""
-        directions, matrices, last = {}, {}, None
-        for key, Gs in pieces.items():
-            Gs = Gs if step.accept is None else sequenced_after(last, Gs, state.count)
-            operands = (jnp.concatenate(Gs), state.matrices[key], jnp.zeros(sum(map(len, Gs)), jnp.int32))
-            of_stack = step.apply_stack
-            done = of_stack(*operands) if self.mesh_axis is None else spread(of_stack, self.mesh_axis, *operands)
-            directions[key], matrices[key] = done
-            last = directions[key]
-        return directions, matrices
-
     def _renewed(
         self, step: Step, count: Array, stacks: Any, states: Any, given: Any, actions: Any
     ) -> tuple[Any, Any, Any]:
         """Directions and states of all stacks, and how many sides failed on this device."""
-        assert self.factors is not None
-        assert self.decomposition is not None
         rule, itself = self.factors, self.application.sees_itself
 
         def read(key: str, factors: Any) -> Kronecker:
@@ -212,7 +171,7 @@ class Preconditioner:
 
     def _given(self, extra: dict[str, Any], leaves: list[Array], axes: list[MatrixAxes]) -> dict[str, Any]:
         """The statistics of the leaves, taken out of ``extra`` and stacked like their matrices; nothing without any."""
-        if self.factors is None or not self.factors.of_statistics:
+        if not self.factors.of_statistics:
             return {}
         statistics = extra.pop("statistics")
         return {} if statistics is None else sides_to_stacks(statistics, leaves, axes, self.storage.block_size)

@@ -1,13 +1,12 @@
 """Muon's application: the polar factor of the gradient."""
 
-import math
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any
 
 from jaxtyping import Array, Inexact
 
-from ... import linalg
+from ...transforms.polar import polar
 from ..contracts import Application, Moments
 
 
@@ -34,30 +33,11 @@ def orthogonal(
       >>> import optax, fisher_optax as fo
       >>> polar = fo.precondition(None, None, fo.applications.orthogonal(scale="shape"), fallback=optax.identity())
     """
-    coefficients = linalg.polar_express() if polynomial is None else linalg.as_polynomial(polynomial)
-    shape_scale(scale, 1, 1)
-    if method not in ("auto", "direct", "gram"):
-        raise ValueError(f"method must be 'auto', 'direct' or 'gram'; got {method!r}.")
+    tx = polar(polynomial, scale, method=method, dtype=dtype)
 
     def update(G: Inexact[Array, "m n"], state: Any, basis: Any, **extra: Any) -> tuple[Array, Any]:
         del basis, extra
-        return shape_scale(scale, *G.shape) * linalg.orthogonalize(G, coefficients, method=method, dtype=dtype), state
+        return tx.update(G, state)
 
     nothing = Moments((), ())
-    return Application(
-        "orthogonal", (NoneType,), lambda G: (), update, lambda state: nothing, lambda state, moments: state
-    )
-
-
-def shape_scale(scale: str | float, m: int, n: int) -> Any:
-    """The factor in front of the polar factor of an ``m x n`` (in x out) matrix."""
-    if not isinstance(scale, str):
-        return scale
-    scales = {
-        "match_rms_adamw": 0.2 * math.sqrt(max(m, n)),
-        "shape": math.sqrt(max(1.0, n / m)),
-        "unit_rms": math.sqrt(n / m),
-    }
-    if scale not in scales:
-        raise ValueError(f"scale must be a number or one of {', '.join(map(repr, scales))}; got {scale!r}.")
-    return scales[scale]
+    return Application("orthogonal", (NoneType,), tx.init, update, lambda state: nothing, lambda state, moments: state)

@@ -1,0 +1,89 @@
+"""A transformation of one matrix, on every matrix of a tree: in blocks, stacks and batches, over a mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from .._xla import dynamic_indices, select, sequenced_after
+from ..matrices.axes import LeafAxes, MatrixAxes
+from ..matrices.blocks import by_shape, from_stacks, matrix_shapes
+from ..matrices.layout import leaf_layouts, place_moments, share_out, spread
+from ..matrices.stacks import over_stack
+from .freeze import Freezable, counted
+
+
+class PerMatrixState(NamedTuple):
+    """State of `per_matrix`."""
+
+    count: Int[Array, ""]  # calls so far
+    matrices: dict[str, Any]  # of the transformation, stacked by shape, e.g. "384x1536"
+
+
+def per_matrix(
+    tx: optax.GradientTransformation,
+    axes: list[MatrixAxes],
+    *,
+    block_size: int | None = None,
+    max_stack: int = 256,
+    mesh_axis: str | None = None,
+) -> Freezable:
+    """``tx`` of every matrix of a tree whose leaves are all matrices, with these axes.
+
+    Stacks follow one another, so that the directions of one shape alone are in memory beside what they are made of.
+
+    Args:
+      tx: of one matrix; it sees no parameters.
+      axes: of the leaves, in order.
+      block_size: cut longer sides into blocks of at most this.
+      max_stack: at most so many matrices of one shape go in one batch.
+      mesh_axis: share the matrices and their state out over this axis of the mesh in scope.
+    """
+
+    def init(params: Any) -> PerMatrixState:
+        leaves, treedef = jax.tree.flatten(params)
+        count, states = jnp.zeros([], jnp.int32), {}
+        if not leaves:  # optax.tree.map_params asks with a placeholder where the parameters would be
+            return PerMatrixState(count, treedef.unflatten([]))
+        for key, stack in leaf_layouts(leaves, axes, block_size).items():
+            one = tx.init(jnp.zeros(stack.shape, stack.dtype))
+            state = jax.tree.map(lambda x, n=stack.count: jnp.broadcast_to(x, (n, *x.shape)), one)
+            states[key] = share_out(place_moments(state, stack.layouts), mesh_axis)
+        return PerMatrixState(count, states)
+
+    def update(
+        updates: Any, state: PerMatrixState, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, PerMatrixState]:
+        del params, extra
+        leaves, treedef = jax.tree.flatten(updates)
+        if not leaves:
+            return updates, state
+
+        def one(G: Array, inner: Any, read: Any) -> tuple[Array, Any]:
+            U, new = tx.update(G, inner)
+            return U, select(accept, new, inner)
+
+        def of_stack(G: Array, inner: Any) -> tuple[Array, Any]:
+            return over_stack(one, G, inner, (), max_stack=max_stack, grouped=True)
+
+        directions, matrices, last = {}, {}, None
+        for key, Gs in by_shape(leaves, axes, block_size).items():
+            Gs = Gs if accept is None else sequenced_after(last, Gs, state.count)
+            operands = (jnp.concatenate(Gs), state.matrices[key])
+            last, matrices[key] = of_stack(*operands) if mesh_axis is None else spread(of_stack, mesh_axis, *operands)
+            directions[key] = last
+        places = dynamic_indices(max(map(len, directions.values())), state.count >= 0 if accept is None else accept)
+        out = from_stacks(directions, leaves, axes, block_size, places)
+        count = counted(accept, state.count)
+        count = count if accept is None else sequenced_after(last, count, state.count)
+        return treedef.unflatten(out), PerMatrixState(count, matrices)
+
+    return Freezable(init, update)
+
+
+def describe_matrices(leaf: LeafAxes, block_size: int | None = None) -> dict[str, Any]:
+    """What a report says of a leaf: its matrices."""
+    assert leaf.axes is not None
+    return {"matrices": tuple(matrix_shapes(leaf.shape, leaf.axes, block_size)), "block_size": block_size}
