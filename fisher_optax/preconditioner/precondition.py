@@ -74,6 +74,7 @@ def precondition(
     kept = storage_of("precondition", storage, FACTORS)
     rest = optax.scale_by_adam() if fallback is None else fallback
     check_cell(factors, decomposition, application)
+    _check_numbers(precondition_frequency, max_precond_dim, max_stack)
     if factors is None or decomposition is None:
         return skip_nonfinite(_alone(application, kept, max_stack, rest, axes, kinds))
     method = preconditioner(
@@ -94,11 +95,11 @@ def _alone(
 ) -> Freezable:
     """An application that needs no factors, on matrices, and ``fallback`` on the rest."""
 
-    def update(G: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(G: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params
-        return application.update(G, state, ())
+        return application.update(G, state, (), **extra)
 
-    tx, size = optax.GradientTransformation(application.init, update), storage.block_size or None
+    tx, size = optax.GradientTransformationExtraArgs(application.init, update), storage.block_size or None
 
     def build(matrices: list[Any]) -> Freezable:
         return per_matrix(tx, matrices, block_size=size, max_stack=max_stack, mesh_axis=storage.mesh_axis)
@@ -120,13 +121,17 @@ def preconditioner(
 ) -> Preconditioner:
     """A checked `Preconditioner`, from complete options (`refresh_of`)."""
     check_cell(factors, decomposition, application)
-    whole("precondition_frequency", precondition_frequency, 1)
-    whole("max_precond_dim", max_precond_dim, 0)
-    whole("max_stack", max_stack, 1)
+    _check_numbers(precondition_frequency, max_precond_dim, max_stack)
     kept = Store(storage.factor_dtype, storage.packed, storage.sides, max_precond_dim, storage.block_size or None)
     skip_first = refresh.first_step == "skip" and not application.sees_itself
     policy = Policy(refresh, precondition_frequency)
     return Preconditioner(factors, decomposition, application, kept, policy, skip_first, max_stack, storage.mesh_axis)
+
+
+def _check_numbers(precondition_frequency: Any, max_precond_dim: Any, max_stack: Any) -> None:
+    whole("precondition_frequency", precondition_frequency, 1)
+    whole("max_precond_dim", max_precond_dim, 0)
+    whole("max_stack", max_stack, 1)
 
 
 def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, application: Application) -> None:

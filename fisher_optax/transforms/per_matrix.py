@@ -35,12 +35,14 @@ def per_matrix(
     Stacks follow one another, so that the directions of one shape alone are in memory beside what they are made of.
 
     Args:
-      tx: of one matrix; it sees no parameters.
+      tx: of one matrix; it sees no parameters, and whatever other arguments `update` gets.
       axes: of the leaves, in order.
       block_size: cut longer sides into blocks of at most this.
       max_stack: at most so many matrices of one shape go in one batch.
       mesh_axis: share the matrices and their state out over this axis of the mesh in scope.
     """
+
+    step = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> PerMatrixState:
         leaves, treedef = jax.tree.flatten(params)
@@ -56,13 +58,13 @@ def per_matrix(
     def update(
         updates: Any, state: PerMatrixState, params: Any = None, *, accept: Any = None, **extra: Any
     ) -> tuple[Any, PerMatrixState]:
-        del params, extra
+        del params
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
 
         def one(G: Array, inner: Any, read: Any) -> tuple[Array, Any]:
-            U, new = tx.update(G, inner)
+            U, new = step.update(G, inner, None, **extra)
             return U, select(accept, new, inner)
 
         def of_stack(G: Array, inner: Any) -> tuple[Array, Any]:
