@@ -7,9 +7,8 @@ import optax
 
 from ..capture.to_optimizer import layer_axes, on_layers
 from ..matrices.layers import Layer
-from ..preconditioner.applications import adam, in_eigenbasis
 from ..preconditioner.factors import kronecker
-from ..preconditioner.options import Refresh, Storage, storage_of
+from ..preconditioner.options import Refresh, Storage
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
 from ..transforms.decay import Mask
@@ -18,7 +17,7 @@ from ..transforms.freeze import Freezable
 from ..transforms.hyperparameters import injectable
 from . import _complete
 from ._sides import same_shapes
-from .soap import STORAGE, check_moments, decay_of, in_bases_of
+from .soap import adam_in_bases, decay_of
 
 
 @injectable
@@ -44,8 +43,12 @@ def scale_by_kfac_soap(
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_kfac_soap(), optax.scale_by_learning_rate(3e-3))
     """
-    parts = (
-        shampoo_beta,
+    method = adam_in_bases(
+        "kfac_soap",
+        kronecker(decay_of(shampoo_beta, b2)),
+        b1,
+        b2,
+        eps,
         bias_correction,
         normalize_updates,
         precondition_frequency,
@@ -53,7 +56,6 @@ def scale_by_kfac_soap(
         refresh,
         storage,
     )
-    method = _preconditioner(b1, b2, eps, *parts)
     return _complete.direction(
         "kfac_soap",
         method,
@@ -112,8 +114,12 @@ def kfac_soap(
       >>> value, grads, stats = fo.value_and_grad(loss)(params)
       >>> updates, state = tx.update(grads, tx.init(params), params, statistics=stats)
     """
-    parts = (
-        shampoo_beta,
+    method = adam_in_bases(
+        "kfac_soap",
+        kronecker(decay_of(shampoo_beta, b2)),
+        b1,
+        b2,
+        eps,
         bias_correction,
         normalize_updates,
         precondition_frequency,
@@ -121,7 +127,6 @@ def kfac_soap(
         refresh,
         storage,
     )
-    method = _preconditioner(b1, b2, eps, *parts)
     return _complete.optimizer(
         "kfac_soap",
         method,
@@ -133,32 +138,6 @@ def kfac_soap(
         adam=_complete.adam(b1, b2, eps),
         route=layers_with_fallback,
         on_matrices=_on_layers(method),
-    )
-
-
-def _preconditioner(
-    b1: Any,
-    b2: Any,
-    eps: Any,
-    shampoo_beta: Any,
-    bias_correction: bool,
-    normalize_updates: bool,
-    precondition_frequency: int,
-    max_precond_dim: int,
-    refresh: Refresh | str,
-    storage: Storage | None,
-) -> Preconditioner:
-    """Captured factors x orthogonal iteration x Adam in the eigenbasis."""
-    check_moments(b1, b2, eps)
-    storage = storage_of("kfac_soap", storage, STORAGE)
-    return in_bases_of(
-        "kfac_soap",
-        kronecker(decay_of(shampoo_beta, b2)),
-        in_eigenbasis(adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates)),
-        precondition_frequency,
-        max_precond_dim,
-        refresh,
-        storage,
     )
 
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import optax
 
-from ..preconditioner.applications import adam, in_eigenbasis, inverse_root_of_eigenvalues
+from ..preconditioner.applications import inverse_root_of_eigenvalues
 from ..preconditioner.factors import kullback_leibler
 from ..preconditioner.options import Refresh, Storage, storage_of
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable
 from . import _complete
-from .soap import STORAGE, check_moments, decay_of, in_bases_of
+from .soap import STORAGE, adam_in_bases, check_moments, decay_of, in_bases_of
 
 
 @injectable
@@ -38,8 +38,12 @@ def scale_by_kl_soap(
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.scale_by_kl_soap(), optax.scale_by_learning_rate(3e-3))
     """
-    parts = (
-        shampoo_beta,
+    method = adam_in_bases(
+        "kl_soap",
+        kullback_leibler(decay_of(shampoo_beta, b2), init=init),
+        b1,
+        b2,
+        eps,
         bias_correction,
         normalize_updates,
         precondition_frequency,
@@ -47,7 +51,6 @@ def scale_by_kl_soap(
         refresh,
         storage,
     )
-    method = _kl_soap(b1, b2, eps, init, *parts)
     return _complete.direction("kl_soap", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
 
 
@@ -93,8 +96,12 @@ def kl_soap(
       >>> tx = fo.kl_soap(3e-3)
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    parts = (
-        shampoo_beta,
+    method = adam_in_bases(
+        "kl_soap",
+        kullback_leibler(decay_of(shampoo_beta, b2), init=init),
+        b1,
+        b2,
+        eps,
         bias_correction,
         normalize_updates,
         precondition_frequency,
@@ -102,7 +109,6 @@ def kl_soap(
         refresh,
         storage,
     )
-    method = _kl_soap(b1, b2, eps, init, *parts)
     return _complete.optimizer(
         "kl_soap",
         method,
@@ -199,28 +205,6 @@ def kl_shampoo(
         mask=mask,
         adam=_complete.adam(b1, b2, eps),
     )
-
-
-def _kl_soap(
-    b1: Any,
-    b2: Any,
-    eps: Any,
-    init: str,
-    shampoo_beta: Any,
-    bias_correction: bool,
-    normalize_updates: bool,
-    precondition_frequency: int,
-    max_precond_dim: int,
-    refresh: Refresh | str,
-    storage: Storage | None,
-) -> Preconditioner:
-    """Factors nearest in divergence x orthogonal iteration x Adam in the eigenbasis."""
-    check_moments(b1, b2, eps)
-    storage = storage_of("kl_soap", storage, STORAGE)
-    factors = kullback_leibler(decay_of(shampoo_beta, b2), init=init)
-    inner = adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates)
-    what = (precondition_frequency, max_precond_dim, refresh, storage)
-    return in_bases_of("kl_soap", factors, in_eigenbasis(inner), *what)
 
 
 def _kl_shampoo(

@@ -52,8 +52,12 @@ def scale_by_soap(
       >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar,
       ...                  optax.scale_by_learning_rate(3e-3))
     """
-    parts = (
-        shampoo_beta,
+    method = adam_in_bases(
+        "soap",
+        outer_product(decay_of(shampoo_beta, b2)),
+        b1,
+        b2,
+        eps,
         bias_correction,
         normalize_updates,
         precondition_frequency,
@@ -61,7 +65,6 @@ def scale_by_soap(
         refresh,
         storage,
     )
-    method = _preconditioner(b1, b2, eps, *parts)
     return _complete.direction("soap", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
 
 
@@ -128,8 +131,12 @@ def soap(
       >>> tx = fo.soap(optax.cosine_decay_schedule(3e-3, 100), refresh="staggered")
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    parts = (
-        shampoo_beta,
+    method = adam_in_bases(
+        "soap",
+        outer_product(decay_of(shampoo_beta, b2)),
+        b1,
+        b2,
+        eps,
         bias_correction,
         normalize_updates,
         precondition_frequency,
@@ -137,7 +144,6 @@ def soap(
         refresh,
         storage,
     )
-    method = _preconditioner(b1, b2, eps, *parts)
     return _complete.optimizer(
         "soap",
         method,
@@ -150,11 +156,12 @@ def soap(
     )
 
 
-def _preconditioner(
+def adam_in_bases(
+    name: str,
+    factors: FactorRule,
     b1: Any,
     b2: Any,
     eps: Any,
-    shampoo_beta: Any,
     bias_correction: bool,
     normalize_updates: bool,
     precondition_frequency: int,
@@ -162,18 +169,11 @@ def _preconditioner(
     refresh: Refresh | str,
     storage: Storage | None,
 ) -> Preconditioner:
-    """Outer products x orthogonal iteration x Adam in the eigenbasis."""
+    """These factors x orthogonal iteration x Adam in the eigenbasis: SOAP and its nearest relatives."""
     check_moments(b1, b2, eps)
-    storage = storage_of("soap", storage, STORAGE)
-    return in_bases_of(
-        "soap",
-        outer_product(decay_of(shampoo_beta, b2)),
-        in_eigenbasis(adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates)),
-        precondition_frequency,
-        max_precond_dim,
-        refresh,
-        storage,
-    )
+    storage = storage_of(name, storage, STORAGE)
+    application = in_eigenbasis(adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates))
+    return in_bases_of(name, factors, application, precondition_frequency, max_precond_dim, refresh, storage)
 
 
 def in_bases_of(
@@ -209,6 +209,7 @@ def in_bases_of(
 
 def decay_of(shampoo_beta: Any, b2: Any) -> Any:
     """βs, which is b2 unless it is given."""
+    in_range("b2", b2, 0, 1)
     in_range("shampoo_beta", 0.0 if shampoo_beta is None else shampoo_beta, 0, 1)
     return b2 if shampoo_beta is None else shampoo_beta
 
