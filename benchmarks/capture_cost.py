@@ -40,7 +40,7 @@ LABELS = {
     "layer_samples": "`fo.LayerSamples(64)`",
     "input_gram": "`fo.InputGram()`",
     "kfac": "`fo.kfac`",
-    "kfac_inverse": '`fo.kfac(refresh=fo.Refresh(by="inverse"))`',
+    "kfac_inverse": '`fo.kfac(refresh=fo.Refresh(decomposition="inverse"))`',
     "ekfac": "`fo.ekfac`",
     "kfac_soap": "`fo.kfac_soap`",
     "frog": "`fo.frog`",
@@ -86,7 +86,7 @@ ROWS: dict[str, Callable[[Model], Row]] = {
     "kfac": lambda model: Row(fo.KroneckerFactors(), optimizer=lambda: fo.kfac(RATE, precondition_frequency=PERIOD)),
     "kfac_inverse": lambda model: Row(
         fo.KroneckerFactors(),
-        optimizer=lambda: fo.kfac(RATE, precondition_frequency=PERIOD, refresh=fo.Refresh(by="inverse")),
+        optimizer=lambda: fo.kfac(RATE, precondition_frequency=PERIOD, refresh=fo.Refresh(decomposition="inverse")),
     ),
     "ekfac": lambda model: Row(
         fo.KroneckerFactors(squares=True),

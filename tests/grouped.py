@@ -7,8 +7,8 @@ import fisher_optax as fo
 REFRESH = {
     "refresh": "when",
     "adaptive_tolerance": "tolerance",
-    "decomposition": "by",
-    "root": "by",
+    "decomposition": "decomposition",
+    "root": "decomposition",
     "transport": "transport",
     "first_step": "first_step",
 }

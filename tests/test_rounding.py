@@ -46,7 +46,7 @@ METHODS: dict[str, Callable[[str], Any]] = {
 }
 ROOTS = {
     f"shampoo{exponent}-{root}": functools.partial(
-        fo.scale_by_shampoo, exponent=exponent, refresh=fo.Refresh(by=root), grafting=None
+        fo.scale_by_shampoo, exponent=exponent, refresh=fo.Refresh(decomposition=root), grafting=None
     )
     for exponent in (-0.25, -0.5)
     for root in ("eigh", "newton", "polynomial")

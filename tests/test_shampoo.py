@@ -70,7 +70,7 @@ def test_without_memory_it_is_the_polar_factor(root: str) -> None:
         1e-14,
         grafting=None,
         precondition_frequency=1,
-        refresh=fo.Refresh(by=root),
+        refresh=fo.Refresh(decomposition=root),
         storage=fo.Storage(factor_dtype=jnp.float64),
     )
     params = {"kernel": jnp.asarray(G)}
@@ -123,7 +123,7 @@ def test_a_failed_root_keeps_the_last_good_one(root: str) -> None:
         0.1,
         grafting=None,
         precondition_frequency=1,
-        refresh=fo.Refresh(by=root),
+        refresh=fo.Refresh(decomposition=root),
         storage=fo.Storage(factor_dtype=jnp.float32),
     )
     params = {"kernel": jnp.asarray(gradients((4, 5), steps=1)[0], jnp.float32)}

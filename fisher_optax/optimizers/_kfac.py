@@ -49,12 +49,12 @@ def captured(
     in_range("damping", damping, 0)
     if not -1 <= exponent <= 0:
         raise ValueError(f"exponent must lie between -1 and 0; got {exponent!r}.")
-    options = refresh_of(name, refresh, {"by": "eigh", "tolerance": 0.01})
-    one_of("refresh.by", options.by, ways)
-    if options.by == "inverse" and options.when == "adaptive":
-        raise ValueError("refresh='adaptive' needs an eigenbasis: refresh.by must be 'eigh' or 'qr'; got 'inverse'.")
+    options = refresh_of(name, refresh, {"decomposition": "eigh", "tolerance": 0.01})
+    one_of("decomposition", options.decomposition, ways)
+    if options.decomposition == "inverse" and options.when == "adaptive":
+        raise ValueError("refresh='adaptive' needs an eigenbasis: decomposition must be 'eigh' or 'qr'; got 'inverse'.")
     kept = storage_of(name, storage, STORAGE)
-    factors, decomposition = _parts(curvature_decay, damping, exponent, options.by, kept.rank)
+    factors, decomposition = _parts(curvature_decay, damping, exponent, options.decomposition, kept.rank)
     return preconditioner(
         factors,
         decomposition,
@@ -66,12 +66,12 @@ def captured(
     )
 
 
-def _parts(decay: Any, damping: Any, exponent: float, by: str | None, rank: int) -> tuple[FactorRule, Decomposition]:
+def _parts(decay: Any, damping: Any, exponent: float, way: str | None, rank: int) -> tuple[FactorRule, Decomposition]:
     factors = kronecker(decay, rank=rank)
-    if by == "inverse":
+    if way == "inverse":
         root = cholesky_inverse() if exponent == -1 else inverse_root(exponent, ridge=0.0)
         return factors._replace(read=tikhonov(damping)), root
-    return factors, with_eigenvalues(eigh() if by == "eigh" else orthogonal_iteration())
+    return factors, with_eigenvalues(eigh() if way == "eigh" else orthogonal_iteration())
 
 
 def direction_of(

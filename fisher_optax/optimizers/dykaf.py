@@ -87,7 +87,7 @@ def dykaf(
         the other), or "parallel" (the authors' code).
       rank1_second_moment: keep ``v ≈ l rᵀ``, m + n numbers; for fine-tuning: it is worse in pre-training.
       learning_rate, b1, b2, eps, weight_decay, shampoo_beta, precondition_frequency, max_precond_dim, refresh, storage,
-        mask, fallback, axes: as in `fo.soap`.
+        mask, fallback, axes: as in `fo.soap`, whose other options `fo.precondition` has with these factors.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.

@@ -95,10 +95,10 @@ def kfac(
       max_precond_dim: a longer side is kept as ``storage.rank`` rows, which stand for its strongest directions; both as
         in `fo.KroneckerFactors` (``max_dim``, ``rank``). Its other directions are damped alone. A 4096-wide side costs
         seconds of eigh on a CPU: there, smaller is better.
-      refresh: a `fo.Refresh` or a word for its ``when``; by "eigh" (the default), or "qr" (a step of orthogonal
-        iteration, cheaper, follows slowly), both with exact damping at four products a step; "inverse": factored
-        damping, two products, and a Cholesky factorisation a refresh. Squares are carried along exactly, and the first
-        call makes a step: it takes no ``transport`` and no ``first_step``.
+      refresh: a `fo.Refresh` or a word for its ``when``; its decomposition is "eigh" (the default), or "qr" (a step of
+        orthogonal iteration, cheaper, follows slowly), both with exact damping at four products a step; "inverse":
+        factored damping, two products, and a Cholesky factorisation a refresh. Squares are carried along exactly, and
+        the first call makes a step: it takes no ``transport`` and no ``first_step``.
       storage: a `fo.Storage`, without ``momentum_dtype`` and ``sides``.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix (biases go with their kernels) and for embeddings, default

@@ -111,8 +111,8 @@ def soap(
       max_precond_dim: a longer side is left unrotated; with 0 both are, and SOAP is Adam.
       bias_correction: Adam's, of the moments; the factors have none, since a scale does not turn a basis.
       normalize_updates: scale every matrix's direction to root mean square 1.
-      refresh: when and how bases are renewed, a `fo.Refresh` or a word for its ``when``; by "qr" (the default),
-        "cholesky" or "eigh"; ``transport`` and ``first_step`` are the authors' "permute" and "skip".
+      refresh: when and how bases are renewed, a `fo.Refresh` or a word for its ``when``; its decomposition is "qr" (the
+        default), "cholesky" or "eigh"; ``transport`` and ``first_step`` are the authors' "permute" and "skip".
       storage: what is kept, a `fo.Storage`, without ``rank``.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix and for embeddings, default ``optax.adamw`` with the same
@@ -190,12 +190,12 @@ def in_bases_of(
     """SOAP's preconditioner with these factors, and this done in their bases; ``transports`` says whether there are
     squares to carry along.
     """
-    takes = {"by": "qr", "tolerance": 0.01, "transport": "permute", "first_step": "skip"}
+    takes = {"decomposition": "qr", "tolerance": 0.01, "transport": "permute", "first_step": "skip"}
     if not transports:
         del takes["transport"]
     options = refresh_of(name, refresh, takes)
-    one_of("refresh.by", options.by, tuple(DECOMPOSITIONS))
-    decomposition = DECOMPOSITIONS[options.by or "qr"]()
+    one_of("decomposition", options.decomposition, tuple(DECOMPOSITIONS))
+    decomposition = DECOMPOSITIONS[options.decomposition or "qr"]()
     return preconditioner(
         factors,
         decomposition if factors.track is None else with_eigenvalues(decomposition),

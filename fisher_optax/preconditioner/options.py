@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .._checks import one_of, whole
+from .._checks import in_range, one_of, whole
 
 WHEN = ("every", "adaptive", "staggered")
 TRANSPORTS = ("permute", "squared")
@@ -18,8 +18,9 @@ class Refresh:
     Args:
       when: "every" (all of them every ``precondition_frequency`` steps), "adaptive" (of those, the bases with
         off-diagonality above ``tolerance``), or "staggered" (each step its share, so that no step is slow).
-      by: how: of eigenbases "qr" (one step of orthogonal iteration), "cholesky" (the same by shifted CholeskyQR, where
-        QR is slow) or "eigh"; of K-FAC's factors "inverse" too; of Shampoo's roots "eigh", "newton" or "polynomial".
+      decomposition: of eigenbases "qr" (one step of orthogonal iteration), "cholesky" (the same by shifted CholeskyQR,
+        where QR is slow) or "eigh"; of K-FAC's factors "inverse" too; of Shampoo's roots "eigh", "newton" or
+        "polynomial".
       tolerance: τ in ``|B - diag B| > τ |B|``, ``B = Qᵀ L Q``, for "adaptive".
       transport: of second moments when a basis turns: "permute" (the SOAP authors': follow the columns' new order) or
         "squared" (``(C∘C) v (C∘C)ᵀ``, ``C = Q_newᵀ Q_old``).
@@ -35,12 +36,12 @@ class Refresh:
 
     Example:
       >>> import fisher_optax as fo
-      >>> tx = fo.soap(3e-3, refresh=fo.Refresh("adaptive", tolerance=0.05, by="eigh"))
+      >>> tx = fo.soap(3e-3, refresh=fo.Refresh("adaptive", tolerance=0.05, decomposition="eigh"))
       >>> tx = fo.soap(3e-3, refresh="staggered")  # for fo.Refresh("staggered")
     """
 
     when: str = "every"
-    by: str | None = None
+    decomposition: str | None = None
     tolerance: float = 0.01
     transport: str | None = None
     first_step: str | None = None
@@ -49,8 +50,7 @@ class Refresh:
         one_of("refresh", self.when, WHEN)
         one_of("transport", self.transport, (None, *TRANSPORTS))
         one_of("first_step", self.first_step, (None, *FIRST_STEPS))
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance must be at least 0; got {self.tolerance!r}.")
+        in_range("tolerance", self.tolerance, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def precondition(
         ``fo.applications.orthogonal()``.
       precondition_frequency: steps between refreshes.
       max_precond_dim: a longer side has no factor.
-      refresh: when bases are renewed; all of `fo.Refresh` but ``by``.
+      refresh: when bases are renewed; all of `fo.Refresh` but ``decomposition``.
       storage: what is kept; all of `fo.Storage` but ``momentum_dtype`` and ``rank``, which belong to the parts.
       max_stack: at most so many matrices of one shape go in one batch.
       fallback: a direction for the leaves that are no matrices, default ``optax.scale_by_adam()``.

@@ -1,9 +1,10 @@
 """The arguments of factories: which are hyperparameters, to be traced or scheduled, and which shape the program."""
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ class FactorySignature(inspect.Signature):
 
     def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         """The arguments of a call."""
+        refuse_misplaced(self, kwargs)
         bound = super().bind(*args, **kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
@@ -69,15 +71,31 @@ def injectable(factory: Callable[P, T]) -> Callable[P, T]:
     def given(value: Any) -> Any:
         return value.value if isinstance(value, Fixed) else value
 
+    signature = inspect.signature(factory)
+
     @functools.wraps(factory)
     def build(*args: P.args, **kwargs: P.kwargs) -> T:
+        refuse_misplaced(signature, kwargs)
         return make(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
 
-    signature = inspect.signature(factory)
     vars(build)["__signature__"] = FactorySignature(
         [*signature.parameters.values()], return_annotation=signature.return_annotation
     )
     return build
+
+
+def refuse_misplaced(signature: inspect.Signature, names: Iterable[str]) -> None:
+    """A TypeError for an argument that is a field of another one: of `fo.Storage`, say, where there is ``storage``."""
+    for name in names:
+        if name in signature.parameters:
+            continue
+        for parameter in signature.parameters.values():
+            for option in get_args(parameter.annotation):
+                if dataclasses.is_dataclass(option) and name in {field.name for field in dataclasses.fields(option)}:
+                    kind = getattr(option, "__name__", "")
+                    raise TypeError(
+                        f"{name}= is a field of {parameter.name}=: pass {parameter.name}=fo.{kind}({name}=...)."
+                    )
 
 
 class ScheduledState(NamedTuple):
