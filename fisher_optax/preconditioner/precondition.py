@@ -95,11 +95,12 @@ def _alone(
 ) -> Freezable:
     """An application that needs no factors, on matrices, and ``fallback`` on the rest."""
 
-    def update(G: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params
-        return application.update(G, state, (), **extra)
+        return application.update(updates, state, (), **extra)
 
-    tx, size = optax.GradientTransformationExtraArgs(application.init, update), storage.block_size or None
+    init: Any = application.init
+    tx, size = optax.GradientTransformationExtraArgs(init, update), storage.block_size or None
 
     def build(matrices: list[Any]) -> Freezable:
         return per_matrix(tx, matrices, block_size=size, max_stack=max_stack, mesh_axis=storage.mesh_axis)

@@ -56,7 +56,7 @@ def per_matrix(
         return PerMatrixState(count, states)
 
     def update(
-        updates: Any, state: PerMatrixState, params: Any = None, *, accept: Any = None, **extra: Any
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
     ) -> tuple[Any, PerMatrixState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
@@ -64,7 +64,8 @@ def per_matrix(
             return updates, state
 
         def one(G: Array, inner: Any, read: Any) -> tuple[Array, Any]:
-            U, new = step.update(G, inner, None, **extra)
+            stepped: tuple[Any, Any] = step.update(G, inner, None, **extra)
+            U, new = stepped
             return U, select(accept, new, inner)
 
         def of_stack(G: Array, inner: Any) -> tuple[Array, Any]:

@@ -25,9 +25,12 @@ def polar(
     if method not in ("auto", "direct", "gram"):
         raise ValueError(f"method must be 'auto', 'direct' or 'gram'; got {method!r}.")
 
-    def step(G: Inexact[Array, "m n"], params: Any) -> Array:
-        del params
+    def factor(G: Inexact[Array, "m n"]) -> Array:
         return shape_scale(scale, *G.shape) * linalg.orthogonalize(G, coefficients, method=method, dtype=dtype)
+
+    def step(updates: Any, params: Any) -> Any:
+        del params
+        return factor(updates)
 
     return optax.stateless(step)
 

@@ -37,7 +37,8 @@ def orthogonal(
 
     def update(G: Inexact[Array, "m n"], state: Any, basis: Any, **extra: Any) -> tuple[Array, Any]:
         del basis, extra
-        return tx.update(G, state)
+        stepped: Any = tx.update(G, state)
+        return stepped
 
     nothing = Moments((), ())
     return Application("orthogonal", (NoneType,), tx.init, update, lambda state: nothing, lambda state, moments: state)
