@@ -126,12 +126,21 @@ def _count_equation(eqn: JaxprEqn) -> FlopCount:
         return _count(params["jaxpr"].jaxpr).repeated(params["length"])
     if name == "while":
         return _while(eqn)
+    if name == "cond" and params.get("branches_platforms"):
+        return _count(params["branches"][_of_platform(params["branches_platforms"])].jaxpr)
     if name == "cond":
         return FlopCount(branches=(Branches(tuple(_count(branch.jaxpr) for branch in params["branches"]), 1),))
     if name == "custom_linear_solve":
         return _count(params["jaxprs"].solve.jaxpr)  # its other programs are for derivatives
     bodies = sum(map(_count, _jaxprs(params)), FlopCount())
     return bodies.repeated(_devices(params)) if name == "shard_map" else bodies
+
+
+def _of_platform(named: tuple[tuple[str, ...] | None, ...]) -> int:
+    """Which branch of a choice by platform is taken here; None stands for all other platforms."""
+    here = jax.default_backend()
+    others = named.index(None) if None in named else 0
+    return next((i for i, names in enumerate(named) if names and here in names), others)
 
 
 def _jaxprs(params: dict[str, Any]) -> Iterator[Jaxpr]:

@@ -1,13 +1,57 @@
-"""Choices that are made in Python where they can be, and hidden from the compiler where that spares work."""
+"""Choices that are made in Python where they can be, by the platform, or hidden from the compiler."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool
+
+
+class Platform(NamedTuple):
+    """What is done in another way for another kind of device."""
+
+    decomposition: str  # of `fo.Refresh`: how a basis follows its factor
+    symmetric_blocks: int | None  # from this size on, half of a symmetric product is made, in blocks
+    rows_at_once: int | None  # of a product with more rows than that
+    matrices_at_once: tuple[int, ...]  # of a stack, the first of these that divides it; or
+    numbers_at_once: int | None  # as many matrices as have so many entries
+    one_factorisation: bool  # whether a batch of them is a loop
+    roundoff: float  # of a float32 product without a precision
+    working_memory: int  # bytes of what is worked on at once
+
+
+# Measured on two CPU cores: QR of side 768 takes a third of shifted CholeskyQR's time; blocks of symmetric products gain
+# from 384 on; a product of two or three matrices of side 256 or 384 runs at a higher rate than that of one, while whole
+# stacks leave the caches, and so does more than 2 MB of optimal brain surgeon; jaxlib's batched factorisations can hang (`linalg.lapack`).
+# From the compilers for v5e and H200, not from their devices: an eigh of side 768 compiles for a TPU in a minute, a QR
+# of 3072 in two, a float32 product of 3072 at the highest precision in 7.4 s and by 256 rows at once in 1.5; on a GPU
+# the libraries factorise one matrix after another. 2^22 entries are 16 MB, and enough to fill either.
+PLATFORMS: dict[str, Platform] = {
+    "cpu": Platform("qr", 384, None, (2, 3), None, True, 2.0**-24, 2**21),
+    "gpu": Platform("cholesky", None, None, (), 2**22, False, 2.0**-11, 2**28),
+    "tpu": Platform("cholesky", None, 256, (), 2**22, False, 2.0**-9, 2**28),
+}
+
+
+def by_platform(f: Callable[..., Any], setting: Callable[[Platform], Any], *operands: Any) -> Any:
+    """``f(setting(platform), *operands)`` for the `Platform` that a program is lowered for, or where it runs.
+
+    Args:
+      f: is traced once for each setting that differs.
+      setting: what f needs of a platform; hashable.
+    """
+    settings: Mapping[str, Any] = {name: setting(platform) for name, platform in PLATFORMS.items()}
+    leaves = jax.tree.leaves(operands)
+    if len(set(settings.values())) == 1:
+        return f(settings["cpu"], *operands)
+    if not any(isinstance(x, Tracer) for x in leaves):
+        return f(settings[next(iter(jnp.asarray(leaves[0]).devices())).platform], *operands)
+    cases = {value: functools.partial(f, value) for value in settings.values()}
+    named = {name: cases[settings[name]] for name in ("cpu", "tpu") if settings[name] != settings["gpu"]}
+    return jax.lax.platform_dependent(*operands, default=cases[settings["gpu"]], **named)
 
 
 def branch(choice: Array | bool, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "_tables": set(),
     "_xla": set(),
     "linalg": {"_xla"},
-    "matrices": {"_sharding"},
+    "matrices": {"_sharding", "_xla"},
     "statistics": {"matrices"},
     # Wrappers know no preconditioner, and statistics from a model no optimizer.
     "transforms": BASE,

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.flops import count_matmul_flops
 from fisher_optax.linalg import direct_flops, gram_flops, jordan, orthogonalize, polar_express, restart_steps, you
-from fisher_optax.linalg.products import BLOCKED_FROM
+from fisher_optax._xla import PLATFORMS
 from tests.reference.newton_schulz import (
     direct,
     on_singular_values,
@@ -63,7 +63,7 @@ def test_equals_the_reference(polynomial: Any, shape: tuple[int, ...], method: s
 def test_complex_matrices(shape: tuple[int, ...], method: str, blocked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their singular values go through the polynomial, at any scale; in blocks too."""
     if blocked:
-        monkeypatch.setitem(BLOCKED_FROM, jax.default_backend(), 1)
+        monkeypatch.setitem(PLATFORMS, "cpu", PLATFORMS["cpu"]._replace(symmetric_blocks=1))
     X = random(shape) + 1j * random(shape, 1)
     Y = orthogonalize(jnp.asarray(1e-200 * X), you(), method=method)
     assert (Y.shape, Y.dtype) == (X.shape, np.complex128)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from benchmarks.flops import count_matmul_flops
+from fisher_optax._xla import PLATFORMS
 from fisher_optax.linalg import direct_flops, gram_flops, orthogonalize, polar_express
 from fisher_optax.linalg.products import (
-    BLOCKED_FROM,
     Products,
     add_identity,
     combine,
@@ -24,8 +24,8 @@ from tests.reference.newton_schulz import direct
 
 @pytest.fixture
 def blocked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks at every size, not only where `BLOCKED_FROM` asks for them."""
-    monkeypatch.setitem(BLOCKED_FROM, jax.default_backend(), 1)
+    """Blocks at every size, not only where `PLATFORMS` asks for them."""
+    monkeypatch.setitem(PLATFORMS, "cpu", PLATFORMS["cpu"]._replace(symmetric_blocks=1))
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -36,7 +36,7 @@ def test_blocks_hold_what_the_whole_holds(n: int, tall: bool) -> None:
     X = jnp.asarray(np.random.default_rng(n).standard_normal((2, 11, n) if tall else (2, n, 11)))
     wide = np.asarray(X.mT if tall else X)
     A = wide @ np.swapaxes(wide, -1, -2)
-    p = Products(tall, row_sizes(n), jnp.float64, None)
+    p = Products(tall, row_sizes(n, PLATFORMS["cpu"].symmetric_blocks), jnp.float64, None)
     R = p.outer(X)
     S = add_identity(0.5, combine(2.0, R, -1.0, p.product(R, R)))
     np.testing.assert_allclose(whole(S), 0.5 * np.eye(n) + 2 * A - A @ A, atol=1e-10)
@@ -70,7 +70,7 @@ def test_the_polar_factor_in_blocks_in_single_precision() -> None:
 def test_flops_in_blocks_are_counted(n: int) -> None:
     """Exactly, and at most five eighths of the whole, plus what an odd size adds."""
     X = jax.ShapeDtypeStruct((n, 3 * n), jnp.float32)
-    rows = row_sizes(n)
+    rows = row_sizes(n, PLATFORMS["cpu"].symmetric_blocks)
     assert len(rows) == 4
 
     def counted(**options: Any) -> int:

@@ -1,7 +1,15 @@
 """Pure functions of arrays: orthogonalisation, eigenbases that follow a matrix, symmetric storage."""
 
 from .blocks import blockwise, diagonal, overwritten
-from .eigenbasis import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration
+from .cholesky_qr import cholesky_qr
+from .eigenbasis import (
+    descending,
+    eigenbasis,
+    followed_by_products,
+    keep_last_good,
+    off_diagonality,
+    orthogonal_iteration,
+)
 from .following import followed, project
 from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
@@ -9,7 +17,7 @@ from .lapack import sequential
 from .low_rank import range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
-from .products import second_moment
+from .products import second_moment, times
 from .roots import check_exponent, cholesky_inverse, matrix_power
 from .scaling import unit_frobenius, unit_scale
 from .symmetric import pack, unpack
@@ -19,12 +27,14 @@ __all__ = [
     "blockwise",
     "check_exponent",
     "cholesky_inverse",
+    "cholesky_qr",
     "conjugate_gradient",
     "descending",
     "diagonal",
     "direct_flops",
     "eigenbasis",
     "followed",
+    "followed_by_products",
     "gram_flops",
     "inverse_cholesky",
     "jordan",
@@ -42,6 +52,7 @@ __all__ = [
     "second_moment",
     "sequential",
     "strongest_rows",
+    "times",
     "unit_frobenius",
     "unit_scale",
     "unpack",

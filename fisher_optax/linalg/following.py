@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._xla import branch
 from .completion import UNKNOWN, apart, diagonal, known, without_dust
+from .products import times
 from .scaling import unit_scale
 
 # Of a column of the old basis, the part outside the new ones from which on it is kept.
@@ -144,7 +145,7 @@ def project(
     [[2. 0.]
      [0. 2.]]
     """
-    return jnp.matmul(at_least_float32(A), at_least_float32(Q), precision=precision)
+    return times(at_least_float32(A), at_least_float32(Q), precision)
 
 
 def rayleigh(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"]) -> Float[Array, "*batch d"]:

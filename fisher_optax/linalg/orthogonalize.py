@@ -3,12 +3,13 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
+from .._xla import Platform, by_platform
 from .polynomials import Polynomial, as_polynomial, polar_express
 from .products import Products, Symmetric, add_identity, combine, row_sizes, symmetric_flops, trace
 from .scaling import inverse_root, unit_frobenius, unit_scale
@@ -72,23 +73,36 @@ def orthogonalize(
     """
     polynomial = as_polynomial(polynomial)
     dtype = _check(X, method, dtype)
-    if restarts is None:
-        restarts = restart_steps(polynomial, _unit_roundoff(dtype, precision))
-    elif list(restarts) != sorted(set(restarts) & set(range(1, len(polynomial)))):
+    if restarts is not None and list(restarts) != sorted(set(restarts) & set(range(1, len(polynomial)))):
         raise ValueError(
             f"orthogonalize: restarts must be increasing steps from 1 to {len(polynomial) - 1} "
             f"(the polynomial has {len(polynomial)} steps, counted from 0); got {restarts!r}."
         )
     short, long = sorted(X.shape[-2:])
-    rows = row_sizes(short)
-    if method == "auto":
-        steps = len(polynomial)
-        fewer = gram_flops(rows, long, steps, restarts) < direct_flops(rows, long, steps)
-        method = "gram" if fewer else "direct"
-    products = Products(X.shape[-2] > X.shape[-1], rows, dtype, precision)
-    Y = X.astype(_at_least_float32(X.dtype))
-    Y = _gram(Y, polynomial, restarts, products) if method == "gram" else _direct(Y, polynomial, products)
-    return Y.astype(X.dtype)
+
+    def plan(platform: Platform) -> _Plan:
+        rows = row_sizes(short, platform.symmetric_blocks)
+        wanted = restarts
+        if wanted is None:
+            wanted = restart_steps(polynomial, _unit_roundoff(dtype, precision, platform.roundoff))
+        fewer = gram_flops(rows, long, len(polynomial), wanted) < direct_flops(rows, long, len(polynomial))
+        gram = method == "gram" or (method == "auto" and fewer)
+        return _Plan(rows, tuple(wanted) if gram else None)
+
+    def run(plan: _Plan, X: Array) -> Array:
+        products = Products(X.shape[-2] > X.shape[-1], plan.rows, dtype, precision)
+        Y = X.astype(_at_least_float32(X.dtype))
+        direct = plan.restarts is None
+        return _direct(Y, polynomial, products) if direct else _gram(Y, polynomial, plan.restarts, products)
+
+    return by_platform(run, plan, X).astype(X.dtype)
+
+
+class _Plan(NamedTuple):
+    """What is done with a matrix on a platform."""
+
+    rows: tuple[int, ...]  # of blocks of symmetric products
+    restarts: tuple[int, ...] | None  # of a Gram iteration; None: the direct one
 
 
 def direct_flops(rows: tuple[int, ...], long: int, steps: int) -> int:
@@ -197,16 +211,16 @@ def _at_least_float32(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _unit_roundoff(dtype: Any, precision: Any) -> float:
-    """Of products with these operands: off the CPU, float32 is multiplied in TF32 or bfloat16 unless told otherwise."""
+def _unit_roundoff(dtype: Any, precision: Any, default: float) -> float:
+    """Of products with these operands; ``default``: of float32 ones on a platform, where no precision is asked for."""
     dtype = jnp.finfo(dtype).dtype  # of the parts, where it is complex
     if precision is None:
         precision = getattr(jax.config, "jax_default_matmul_precision", None)
     full = (jax.lax.Precision.HIGHEST, "highest", "float32", (jax.lax.Precision.HIGHEST,) * 2)
-    backend = jax.default_backend()
-    if dtype != jnp.float32 or precision in full or (backend == "cpu" and _is_level(precision)):
+    if dtype != jnp.float32 or precision in full:
         return float(jnp.finfo(dtype).eps) / 2
-    return 2.0**-11 if backend == "gpu" and _is_level(precision) else 2.0**-9
+    # An algorithm has operands of its own, on a CPU too; of the others, those that ask for more are as good.
+    return default if _is_level(precision) else 2.0**-9
 
 
 def _is_level(precision: Any) -> bool:

@@ -15,18 +15,46 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-# Into how many rows of blocks, and from which size on: seen on two cores, where products of smaller blocks are too slow
-# to gain anything. Not measured elsewhere, so not done there.
-BLOCKED_FROM = {"cpu": 384}
+from .._xla import by_platform
+
+# Rows of blocks, from `Platform.symmetric_blocks` on: products of smaller ones are too slow to gain anything.
 BLOCKS = 4
 
 # A symmetric matrix by its rows of blocks (one row: whole).
 Symmetric = tuple[Inexact[Array, "..."], ...]
 
 
-def row_sizes(n: int) -> tuple[int, ...]:
-    """The heights of the rows of blocks in which `Products` computes symmetric n x n matrices here."""
-    if n < BLOCKED_FROM.get(jax.default_backend(), n + 1):
+def times(
+    X: Float[Array, "*batch m k"], Y: Float[Array, "*batch k n"], precision: Any = jax.lax.Precision.HIGHEST
+) -> Float[Array, "*batch m n"]:
+    """``X Y``, some rows at once where a compiler takes long for all of them.
+
+    >>> print(times(jnp.eye(2), 2 * jnp.eye(2)))
+    [[2. 0.]
+     [0. 2.]]
+    """
+
+    def at_once(rows: int, X: Array, Y: Array) -> Array:
+        if rows == X.shape[-2]:
+            return jnp.matmul(X, Y, precision=precision)
+        parts = X.reshape(*X.shape[:-2], -1, rows, X.shape[-1])
+        results = jax.lax.map(lambda x: jnp.matmul(x, Y, precision=precision), jnp.moveaxis(parts, -3, 0))
+        return jnp.moveaxis(results, 0, -3).reshape(*results.shape[1:-2], X.shape[-2], Y.shape[-1])
+
+    return by_platform(at_once, lambda platform: _rows_at_once(X.shape[-2], platform.rows_at_once), X, Y)
+
+
+def _rows_at_once(m: int, most: int | None) -> int:
+    """As many as divide m, where that is not few."""
+    if most is None or m <= most:
+        return m
+    rows = next(rows for rows in range(most, 0, -1) if m % rows == 0)
+    return rows if 4 * rows >= most else m
+
+
+def row_sizes(n: int, blocks_from: int | None) -> tuple[int, ...]:
+    """The heights of the rows of blocks in which `Products` computes symmetric n x n matrices, if from that size on."""
+    if blocks_from is None or n < blocks_from:
         return (n,)
     return tuple(len(rows) for rows in np.array_split(np.arange(n), BLOCKS) if len(rows))
 
@@ -98,7 +126,12 @@ def second_moment(
     [[1. 2.]
      [2. 4.]]
     """
-    rows = row_sizes(X.shape[-1] + (last is not None))
+    d = X.shape[-1] + (last is not None)
+    operands = (X,) if last is None else (X, last)
+    return by_platform(_second_moment, lambda platform: row_sizes(d, platform.symmetric_blocks), *operands)
+
+
+def _second_moment(rows: tuple[int, ...], X: Array, last: Array | None = None) -> Array:
     products = Products(True, rows, X.dtype, jax.lax.Precision.HIGHEST)
     if last is None:
         return whole(products.outer(X))

@@ -8,13 +8,10 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
+from .._xla import Platform, by_platform
+
 # One(overwritten, copied, read) -> (overwritten, copied), of one matrix.
 One = Callable[[Any, Any, Any], tuple[Any, Any]]
-
-# Measured on the char-GPT trees: on a CPU whole stacks leave the caches, and a product of two or three matrices of side
-# 256 or 384 runs at a higher rate than that of one; accelerators want batches.
-BATCHED = {"cpu": False}
-AT_ONCE = (2, 3)
 
 
 def over_stack(
@@ -25,7 +22,6 @@ def over_stack(
     *,
     max_stack: int,
     grouped: bool = False,
-    batched: bool | None = None,
 ) -> tuple[Any, Any]:
     """``one`` of every matrix of the stack: trees of arrays, each with the stack along its leading axis.
 
@@ -37,22 +33,29 @@ def over_stack(
         a stack that is both, once for each of its members.
       read: what does not change.
       max_stack: how many go in one batch, at most.
-      grouped: whether a loop may take two or three at once.
-      batched: default: by the platform.
+      grouped: whether a CPU may take several at once, too.
     """
     everything = (overwritten, copied, read)
-    N = len(jax.tree.leaves(everything)[0])
-    if not isinstance(jax.tree.leaves(everything)[0], Tracer) or N == 1:
+    largest = max(jax.tree.leaves(everything), key=lambda x: x.size)
+    N = len(largest)
+    if not isinstance(largest, Tracer) or N == 1:
         results = [one(*jax.tree.map(lambda x: x[i], everything)) for i in range(N)]  # noqa: B023
         return jax.tree.map(lambda *xs: jnp.stack(xs), *results)
-    batched = BATCHED.get(jax.default_backend(), True) if batched is None else batched
-    if batched:
-        return jax.lax.map(lambda xs: one(*xs), everything, batch_size=min(max_stack, N))
-    at_once = next((k for k in AT_ONCE if N % k == 0), 1) if grouped else 1
-    if at_once == 1:
-        return _in_place(one, *everything)
-    groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), everything)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(jax.vmap(one), *groups))
+    once = jax.jit(one, inline=True)  # traced once, for all platforms
+
+    def loop(at_once: int, *stacks: Any) -> tuple[Any, Any]:
+        if at_once == 1:
+            return _in_place(once, *stacks)
+        groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), stacks)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(jax.vmap(once), *groups))
+
+    def at_once(platform: Platform) -> int:
+        if platform.numbers_at_once is None:
+            return next((k for k in platform.matrices_at_once if grouped and N % k == 0), 1)
+        most = min(max_stack, platform.numbers_at_once * N // largest.size, N)
+        return next((k for k in range(most, 0, -1) if N % k == 0), 1)
+
+    return by_platform(loop, at_once, *everything)
 
 
 def _in_place(one: One, overwritten: Any, copied: Any, read: Any) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ from ..transforms.hyperparameters import injectable
 from . import _complete
 
 DECOMPOSITIONS = {
+    "auto": orthogonal_iteration,
     "qr": lambda: orthogonal_iteration("qr"),
     "cholesky": lambda: orthogonal_iteration("cholesky"),
     "eigh": eigh,

@@ -22,13 +22,11 @@ from jax.core import Tracer
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from ..._xla import Platform, by_platform
 from ...linalg import inverse_cholesky
 from .masks import Pattern, Sparsity, as_sparsity, check_pattern, count
 from .pruned import Pruned
 from .sparsegpt import Solution, inputs, tell_damping, without_dead
-
-# Of the v of outputs pruned together. A CPU is fastest where they stay in its cache.
-CPU_BYTES, BYTES = 2**21, 2**28
 
 
 def obs(
@@ -86,21 +84,30 @@ def solve(
     if pattern:
         check_pattern(pattern, m)
     k = m // pattern.of * (pattern.of - pattern.keep) if pattern else count(share, m)
-    budget = CPU_BYTES if jax.default_backend() == "cpu" else BYTES
-    most = rows or max(1, budget // (max(k, 1) * m * H.dtype.itemsize))
-    together = -(-n // -(-n // most))  # all about equally many
-    found = _solve(W.astype(H.dtype).reshape(-1, m, n), H.reshape(-1, m, m), damping, k, pattern, together)
+    found = _solve(W.astype(H.dtype).reshape(-1, m, n), H.reshape(-1, m, m), damping, k, pattern, rows)
     return Solution(*(x.reshape(*batch, *x.shape[1:]) for x in found))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "pattern", "rows"))
-def _solve(W: Array, H: Array, damping: Any, k: int, pattern: Pattern | None, rows: int) -> Solution:
+def _solve(W: Array, H: Array, damping: Any, k: int, pattern: Pattern | None, rows: int | None) -> Solution:
+    *_, m, n = W.shape
+
+    def together(platform: Platform) -> int:
+        """Of about equally many outputs, whose v's fit."""
+        most = rows or max(1, platform.working_memory // (max(k, 1) * m * H.dtype.itemsize))
+        return -(-n // -(-n // most))
+
     def one(given: tuple[Array, Array]) -> Solution:
         W, H = without_dead(*given)
         U, used = inverse_cholesky(H, damping)
         A = jnp.matmul(U.T, U, precision=Precision.HIGHEST)
         H_d = jnp.diagonal(H) + used * jnp.trace(H) / len(H)
-        w, stays, loss = jax.lax.map(lambda w: _greedy(w, A, H_d, k, pattern), W.T, batch_size=rows)
+
+        def of_outputs(size: int, *given: Array) -> tuple[Array, Array, Array]:
+            W, A, H_d = given
+            return jax.lax.map(lambda w: _greedy(w, A, H_d, k, pattern), W.T, batch_size=size)
+
+        w, stays, loss = by_platform(of_outputs, together, W, A, H_d)
         return Solution(w.T, stays.T, used, jnp.sum(loss))
 
     return jax.lax.map(one, (W, H))
