@@ -39,8 +39,8 @@ def cholesky_qr(
       precision: of the products.
       count: of the blocks that are taken, a number that the program finds out: none where M is not needed. None: all.
 
-    Source: shifted CholeskyQR: Fukaya et al. 2020 (arXiv 1809.11085), whose shift, ``11 d (2d + 1) ε/2``, is a bound for
-    the worst rounding, and would take more passes.
+    Source: shifted CholeskyQR: Fukaya et al. 2020 (arXiv 1809.11085), whose shift, ``11 d (2d + 1) ε/2``, is a bound
+    for the worst rounding, and would take more passes.
 
     >>> print(cholesky_qr(jnp.array([[3.0, 1.0], [4.0, 0.0]])).round(3))
     [[ 0.6  0.8]
@@ -66,7 +66,7 @@ def cholesky_qr(
 
 def _one_pass(Q: Array, V: Array, shift: Any, precision: Any) -> Array:
     V = V - times(Q, times(Q.mT, V, precision), precision)
-    lengths = jnp.sqrt(jnp.sum(V * V, axis=0))
+    lengths = jnp.sqrt(jnp.sum(V * V, axis=0, keepdims=True))
     filled = jnp.where(lengths == 0, 1, 0).astype(V.dtype)  # columns beyond the last
     V = V / (lengths + filled)
     gram = times(V.mT, V, precision) + (shift + filled) * jnp.eye(V.shape[-1], dtype=V.dtype)

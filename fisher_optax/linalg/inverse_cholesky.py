@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from .lapack import one_by_one
+from .products import times
 
 # Where a factorisation fails, damping becomes ten times as large, and this at least; after so many tries, NaN.
 LEAST_RAISED, TRIES = 1e-6, 8
@@ -76,17 +76,13 @@ def _triangular_inverse(L: Array) -> Array:
     if h == 0:
         return 1 / L
     P, R = _solved(L[:h, :h]), _solved(L[h:, h:])
-    Q = -_matmul(R, _matmul(L[h:, :h], P))
+    Q = -times(R, times(L[h:, :h], P))
     return jnp.concatenate([jnp.pad(P, ((0, 0), (0, len(L) - h))), jnp.concatenate([Q, R], 1)])
 
 
 def _solved(L: Array) -> Array:
     eye = jnp.eye(len(L), dtype=L.dtype)
     return one_by_one(lambda L, B: jax.lax.linalg.triangular_solve(L, B, left_side=True, lower=True))(L, eye)
-
-
-def _matmul(A: Array, B: Array) -> Array:
-    return jnp.matmul(A, B, precision=Precision.HIGHEST)
 
 
 def _reversed(A: Array) -> Array:

@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from .completion import apart_last
 from .lapack import one_by_one
 from .polynomials import polar_express
+from .products import times
 from .scaling import unit_scale
 
 METHODS = ("eigh", "newton", "polynomial")
@@ -83,8 +83,8 @@ def cholesky_inverse(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"
         return 1 / A
     # In two rows of blocks, which spares half of the operations.
     P, Q, R = _inverse_factor_in_blocks(A)
-    corner = _matmul(Q.mT, R)
-    return _blocks(_matmul(P.mT, P) + _matmul(Q.mT, Q), corner, corner.mT, _matmul(R.mT, R))
+    corner = times(Q.mT, R)
+    return _blocks(times(P.mT, P) + times(Q.mT, Q), corner, corner.mT, times(R.mT, R))
 
 
 def _inverse_factor(A: Array) -> Array:
@@ -104,9 +104,9 @@ def _inverse_factor_in_blocks(A: Array) -> tuple[Array, Array, Array]:
     """``P, Q, R`` of ``X = [P 0; Q R]``: R is the inverse factor of the Schur complement of the first block."""
     h = A.shape[-1] // 2
     P = _inverse_factor(A[..., :h, :h])
-    B = _matmul(A[..., h:, :h], P.mT)
-    R = _inverse_factor(A[..., h:, h:] - _matmul(B, B.mT))
-    return P, -_matmul(R, _matmul(B, P)), R
+    B = times(A[..., h:, :h], P.mT)
+    R = _inverse_factor(A[..., h:, h:] - times(B, B.mT))
+    return P, -times(R, times(B, P)), R
 
 
 def _blocks(A: Array, B: Array, C: Array, D: Array) -> Array:
@@ -142,7 +142,7 @@ def _by_eigenvalues(A: Array, exponent: float, ridge: Any) -> Array:
     λ, Q = jnp.split(one_by_one(eigh)(A[first][:, first]), [1])
     Q = Q[jnp.argsort(first)]
     λ = jnp.maximum(λ[0], 0) + ridge * jnp.max(λ)
-    return _matmul(Q * (λ**exponent)[None], Q.mT)
+    return times(Q * (λ**exponent)[None], Q.mT)
 
 
 def _coupled_newton(A: Array, p: int, ridge: Any) -> Array:
@@ -161,7 +161,7 @@ def _coupled_newton(A: Array, p: int, ridge: Any) -> Array:
     def step(carry: Any) -> Any:
         i, X, M, error, _, best = carry
         change = ((p + 1) * eye - M) / p
-        X_new, M_new = _matmul(X, change), _matmul(_power(change, p), M)
+        X_new, M_new = times(X, change), times(_power(change, p), M)
         new_error = distance(M_new)
         best = jnp.where(new_error < error, X_new, best)
         return i + 1, X_new, M_new, new_error, error, best
@@ -182,9 +182,9 @@ def _coupled_polynomial(A: Array, halvings: int, ridge: Any) -> Array:
 
     def step(carry: tuple[Array, Array], h: Array) -> tuple[tuple[Array, Array], None]:
         (Y, Z), (a, b, c) = carry, h
-        P = _matmul(Z, Y)
-        H = a * eye + b * P + c * _matmul(P, P)
-        Y, Z = _matmul(Y, H), _matmul(H, Z)
+        P = times(Z, Y)
+        H = a * eye + b * P + c * times(P, P)
+        Y, Z = times(Y, H), times(H, Z)
         return ((Y + Y.mT) / 2, (Z + Z.mT) / 2), None
 
     Z = eye
@@ -207,9 +207,5 @@ def _power(A: Array, p: int) -> Array:
     """``A^p`` by squaring."""
     if p == 1:
         return A
-    half = _power(_matmul(A, A), p // 2)
-    return _matmul(half, A) if p % 2 else half
-
-
-def _matmul(A: Array, B: Array) -> Array:
-    return jnp.matmul(A, B, precision=Precision.HIGHEST)
+    half = _power(times(A, A), p // 2)
+    return times(half, A) if p % 2 else half

@@ -10,7 +10,7 @@ from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable
 from . import _kfac
 
-WAYS = ("eigh", "qr")
+WAYS = ("auto", "eigh", "qr", "cholesky")
 
 
 @injectable

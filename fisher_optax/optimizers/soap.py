@@ -191,12 +191,12 @@ def in_bases_of(
     """SOAP's preconditioner with these factors, and this done in their bases; ``transports`` says whether there are
     squares to carry along.
     """
-    takes = {"decomposition": "qr", "tolerance": 0.01, "transport": "permute", "first_step": "skip"}
+    takes = {"decomposition": "auto", "tolerance": 0.01, "transport": "permute", "first_step": "skip"}
     if not transports:
         del takes["transport"]
     options = refresh_of(name, refresh, takes)
     one_of("decomposition", options.decomposition, tuple(DECOMPOSITIONS))
-    decomposition = DECOMPOSITIONS[options.decomposition or "qr"]()
+    decomposition = DECOMPOSITIONS[options.decomposition or "auto"]()
     return preconditioner(
         factors,
         decomposition if factors.track is None else with_eigenvalues(decomposition),

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import linalg
@@ -202,7 +201,7 @@ def _step_of(
 def _measured(A: Any, Q: Array, old: Array) -> Array:
     """The values ``diag(Qᵀ A Q)``; the old ones where these are not finite."""
     if isinstance(A, LowRank):
-        new = jnp.sum(jnp.square(jnp.matmul(A.rows, Q, precision=Precision.HIGHEST)), 0, keepdims=True)
+        new = jnp.sum(jnp.square(linalg.times(A.rows, Q)), 0, keepdims=True)
     else:
         new = jnp.sum(Q.astype(A.dtype) * linalg.project(A, Q), 0, keepdims=True).astype(old.dtype)
     return linalg.keep_last_good(new, old[None])[0][0]

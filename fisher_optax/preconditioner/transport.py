@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from .. import linalg
 from ..matrices.stacks import member_of, put, repeat
 from .contracts import Due, Moments
 
@@ -94,4 +94,4 @@ def _times(L: Any, x: Float[Array, "m n"], R: Any, *, transpose: bool) -> Float[
 
 
 def _product(X: Array, Y: Array) -> Array:
-    return jnp.matmul(X, Y, precision=Precision.HIGHEST)
+    return linalg.times(X, Y)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
+from ... import linalg
 from ..._checks import value_at
 from ...statistics import LayerFactors
 from ..contracts import Application, Eigenpairs, InverseRoot, Moments
@@ -143,7 +143,7 @@ def _on_left(H: Array, basis: Eigenpairs, λ_B: Any, f: Callable[[Any], Array]) 
 
 
 def _times(X: Array, Y: Array) -> Array:
-    return jnp.matmul(X, Y.astype(X.dtype), precision=Precision.HIGHEST)
+    return linalg.times(X, Y.astype(X.dtype))
 
 
 def _between(G: Array, roots: InverseRoot) -> Array:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
+from ... import linalg
 from ..._checks import value_at
 from ..contracts import Application, Eigenbasis, Eigenpairs, Moments
 from .rounding import counts, ratio
@@ -80,15 +80,15 @@ def in_eigenbasis(
 def into(G: Matrix, basis: Eigenbasis | Eigenpairs) -> Matrix:
     """``Q_Lᵀ G Q_R``."""
     Q_L, Q_R = basis.left, basis.right
-    G = G if Q_L is None else jnp.matmul(Q_L.astype(G.dtype).mT, G, precision=Precision.HIGHEST)
-    return G if Q_R is None else jnp.matmul(G, Q_R.astype(G.dtype), precision=Precision.HIGHEST)
+    G = G if Q_L is None else linalg.times(Q_L.astype(G.dtype).mT, G)
+    return G if Q_R is None else linalg.times(G, Q_R.astype(G.dtype))
 
 
 def out_of(X: Matrix, basis: Eigenbasis | Eigenpairs) -> Matrix:
     """``Q_L X Q_Rᵀ``."""
     Q_L, Q_R = basis.left, basis.right
-    X = X if Q_L is None else jnp.matmul(Q_L.astype(X.dtype), X, precision=Precision.HIGHEST)
-    return X if Q_R is None else jnp.matmul(X, Q_R.astype(X.dtype).mT, precision=Precision.HIGHEST)
+    X = X if Q_L is None else linalg.times(Q_L.astype(X.dtype), X)
+    return X if Q_R is None else linalg.times(X, Q_R.astype(X.dtype).mT)
 
 
 class AdamState(NamedTuple):

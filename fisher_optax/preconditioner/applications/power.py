@@ -3,9 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
+from ... import linalg
 from ..._checks import value_at
 from ..contracts import Application, InverseRoot, Moments
 
@@ -36,8 +36,8 @@ def power(b1: Any = 0.0, *, twice_alone: bool = False, mu_dtype: Any = None) -> 
         m = value_at(b1, state.count) * state.mu.astype(G.dtype) + G
         U, (L, R) = m, roots
         for _ in range(2 if twice_alone and (L is None or R is None) else 1):
-            U = U if L is None else jnp.matmul(L.astype(G.dtype), U, precision=Precision.HIGHEST)
-            U = U if R is None else jnp.matmul(U, R.astype(G.dtype), precision=Precision.HIGHEST)
+            U = U if L is None else linalg.times(L.astype(G.dtype), U)
+            U = U if R is None else linalg.times(U, R.astype(G.dtype))
         return U.astype(G.dtype), PowerState(state.count + 1, m.astype(state.mu.dtype))
 
     nothing = Moments((), ())

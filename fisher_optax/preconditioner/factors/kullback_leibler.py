@@ -19,9 +19,9 @@ forgotten only after ``log(1/s) / (1-β)`` steps, and until then turns the bases
 from typing import Any
 
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from ... import linalg
 from ..._checks import value_at
 from ..contracts import Eigenpairs, FactorRule, Kronecker
 
@@ -62,9 +62,9 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
             """The factor of G's rows, from the eigenpairs of its columns."""
             if A is None:
                 return None
-            X = G if Q is None else jnp.matmul(G, Q.astype(G.dtype), precision=Precision.HIGHEST)
+            X = G if Q is None else linalg.times(G, Q.astype(G.dtype))
             weighted = X if values is None else X / _floored(values)[None]
-            return β * A + (1 - β) * jnp.matmul(weighted, X.mT, precision=Precision.HIGHEST) / G.shape[1]
+            return β * A + (1 - β) * linalg.times(weighted, X.mT) / G.shape[1]
 
         return Kronecker(
             follow(factors.left, G, basis.right, basis.right_values),
@@ -75,8 +75,8 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
     def track(G: Float[Array, "m n"], factors: Kronecker, basis: Eigenpairs) -> Eigenpairs:
         β = jnp.asarray(value_at(decay, factors.seen), G.dtype)
         _, basis = _begun(G, factors, basis)
-        H = G if basis.left is None else jnp.matmul(basis.left.astype(G.dtype).mT, G, precision=Precision.HIGHEST)
-        H = H if basis.right is None else jnp.matmul(H, basis.right.astype(G.dtype), precision=Precision.HIGHEST)
+        H = G if basis.left is None else linalg.times(basis.left.astype(G.dtype).mT, G)
+        H = H if basis.right is None else linalg.times(H, basis.right.astype(G.dtype))
 
         def follow(own: Any, other: Any, H: Array) -> Any:
             if own is None:

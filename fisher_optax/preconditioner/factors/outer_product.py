@@ -10,9 +10,9 @@ Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3, lines 14-15; Gupta et 
 from typing import Any
 
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float
 
+from ... import linalg
 from ..._checks import value_at
 from ..contracts import FactorRule, Kronecker
 
@@ -54,7 +54,7 @@ def outer_product(decay: Any = 0.95, *, kind: str = "ema", trace_scaling: bool =
         β, new = (1, 1) if kind == "sum" else (now, 1 - now)
 
         def follow(A: Any, G: Array) -> Any:
-            return None if A is None else β * A + new * jnp.matmul(G, G.mT, precision=Precision.HIGHEST)
+            return None if A is None else β * A + new * linalg.times(G, G.mT)
 
         weight = (β * weight + new).astype(weight.dtype) if kind == "mean" else ()
         seen = (count + 1 if callable(decay) else (), weight)

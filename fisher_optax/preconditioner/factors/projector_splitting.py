@@ -15,7 +15,6 @@ is what the authors' released code does: H with L̄ instead of U, and the size f
 from typing import Any
 
 import jax.numpy as jnp
-from jax.lax import Precision
 from jaxtyping import Array, Float
 
 from ... import linalg
@@ -127,21 +126,21 @@ def dominant(G: Float[Array, "m n"], *, squared: bool) -> tuple[Array, Array]:
     tall = G.shape[0] > G.shape[1]
     wide = X.mT if tall else X
     u = linalg.eigenbasis(_outer(wide))[:, :1]
-    v = linalg.unit_frobenius(jnp.matmul(wide.mT, u, precision=Precision.HIGHEST))
+    v = linalg.unit_frobenius(linalg.times(wide.mT, u))
     u, v = (v, u) if tall else (u, v)
     # |u' G v| of entries that may be too small to square.
-    σ = jnp.abs(_inner(u, jnp.matmul(G, v, precision=Precision.HIGHEST)))
+    σ = jnp.abs(_inner(u, linalg.times(G, v)))
     c = σ if squared else jnp.sqrt(σ)
     return c * u * u.mT, c * v * v.mT
 
 
 def _outer(G: Float[Array, "m n"]) -> Float[Array, "m m"]:
-    return jnp.matmul(G, G.mT, precision=Precision.HIGHEST)
+    return linalg.times(G, G.mT)
 
 
 def _sandwich(G: Float[Array, "m n"], Y: Float[Array, "n n"]) -> Float[Array, "m m"]:
     """``G Y Gᵀ``: the rearranged ``g gᵀ`` times ``vec Y``."""
-    return jnp.matmul(jnp.matmul(G, Y, precision=Precision.HIGHEST), G.mT, precision=Precision.HIGHEST)
+    return linalg.times(linalg.times(G, Y), G.mT)
 
 
 def _inner(X: Array, Y: Array) -> Array:
