@@ -19,7 +19,7 @@ import fisher_optax as fo
         (
             lambda word: fo.soap(refresh=fo.Refresh(decomposition=word)),
             "svd",
-            "decomposition must be one of 'qr', 'cholesky', 'eigh'",
+            "decomposition must be one of 'auto', 'qr', 'cholesky', 'eigh'",
         ),
         (lambda word: fo.Storage(sides=word), "left", "sides must be one of 'both', 'shorter'"),
     ],

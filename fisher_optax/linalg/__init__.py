@@ -14,7 +14,7 @@ from .following import followed, project
 from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
 from .lapack import sequential
-from .low_rank import range_of_rows, strongest_rows
+from .low_rank import dominant_eigenvector, range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
 from .products import second_moment, times
@@ -32,6 +32,7 @@ __all__ = [
     "descending",
     "diagonal",
     "direct_flops",
+    "dominant_eigenvector",
     "eigenbasis",
     "followed",
     "followed_by_products",

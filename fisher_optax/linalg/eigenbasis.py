@@ -15,8 +15,8 @@ from .scaling import unit_scale
 
 # In epsilons of the type: FLOOR |A| is added to A, just above the rounding of A Q.
 FLOOR = 8
-# How often the first basis by products is renewed at most, and the off-diagonality that is rounding.
-FIRST_ROUNDS, CONVERGED = 20, 1e-4
+# How often the first basis by products is renewed, at most.
+FIRST_ROUNDS = 20
 
 
 def eigenbasis(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
@@ -113,7 +113,7 @@ def followed_by_products(
 ) -> tuple[Float[Array, "d d"], Int[Array, " d"]]:
     """What `followed` is for, by products and small Cholesky factors alone: one loop of rounds of "cholesky".
 
-    The first basis is Q after 20 rounds, or fewer where its off-diagonality falls to 1e-4. A round brings the columns
+    The first basis is Q after 20 rounds, or fewer where its off-diagonality falls to ``√ε``. A round brings the columns
     of two eigenvalues apart by their ratio, so that those within a tenth of each other still share directions then;
     the rounds of later refreshes go on from there.
 
@@ -124,7 +124,7 @@ def followed_by_products(
     """
     A, Q = unit_scale(at_least_float32(A)), at_least_float32(Q)
     same = jnp.arange(len(A))
-    limit = jnp.where(first, CONVERGED, -1 if tolerance is None else tolerance)
+    limit = jnp.where(first, float(jnp.finfo(A.dtype).eps) ** 0.5, -1 if tolerance is None else tolerance)
 
     def one_round(carry: tuple[Array, ...]) -> tuple[Array, ...]:
         i, rounds, Q, _ = carry

@@ -125,7 +125,7 @@ def dominant(G: Float[Array, "m n"], *, squared: bool) -> tuple[Array, Array]:
     X = linalg.unit_frobenius(G)
     tall = G.shape[0] > G.shape[1]
     wide = X.mT if tall else X
-    u = linalg.eigenbasis(_outer(wide))[:, :1]
+    u = linalg.dominant_eigenvector(_outer(wide))
     v = linalg.unit_frobenius(linalg.times(wide.mT, u))
     u, v = (v, u) if tall else (u, v)
     # |u' G v| of entries that may be too small to square.
