@@ -23,10 +23,10 @@ class Platform(NamedTuple):
     working_memory: int  # bytes of what is worked on at once
 
 
-# Measured on two CPU cores: QR of side 768 takes a third of the time of shifted CholeskyQR; blocks of symmetric products
-# gain from 384 on; a product of two or three matrices of side 256 or 384 runs at a higher rate than that of one, while
-# whole stacks leave the caches, and so does more than 2 MB of optimal brain surgeon; jaxlib's batched factorisations
-# can hang (`linalg.lapack`).
+# Measured on two CPU cores: QR of side 768 takes a third of the time of shifted CholeskyQR; blocks of symmetric
+# products gain from 384 on; a product of two or three matrices of side 256 or 384 runs at a higher rate than that of
+# one, while whole stacks leave the caches, and so does more than 2 MB of optimal brain surgeon; jaxlib's batched
+# factorisations can hang (`linalg.lapack`).
 # From the compilers for v5e and H200, not from their devices: an eigh of side 768 compiles for a TPU in a minute, a QR
 # of 3072 in two, a float32 product of 3072 at the highest precision in 7.4 s and by 256 rows at once in 1.5; on a GPU
 # the libraries factorise one matrix after another. 2^22 entries are 16 MB, and enough to fill either.

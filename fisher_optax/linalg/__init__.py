@@ -3,6 +3,7 @@
 from .blocks import blockwise, diagonal, overwritten
 from .cholesky_qr import cholesky_qr
 from .eigenbasis import (
+    FIRST_ROUNDS,
     descending,
     eigenbasis,
     followed_by_products,
@@ -18,11 +19,12 @@ from .low_rank import dominant_eigenvector, range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
 from .products import second_moment, times
-from .roots import check_exponent, cholesky_inverse, matrix_power
+from .roots import check_exponent, cholesky_inverse, has_exponent, matrix_power
 from .scaling import unit_frobenius, unit_scale
 from .symmetric import pack, unpack
 
 __all__ = [
+    "FIRST_ROUNDS",
     "as_polynomial",
     "blockwise",
     "check_exponent",
@@ -37,6 +39,7 @@ __all__ = [
     "followed",
     "followed_by_products",
     "gram_flops",
+    "has_exponent",
     "inverse_cholesky",
     "jordan",
     "keep_last_good",

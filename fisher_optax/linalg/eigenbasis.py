@@ -109,13 +109,18 @@ def orthogonal_iteration(
 
 
 def followed_by_products(
-    A: Float[Array, "d d"], Q: Float[Array, "d d"], first: Bool[Array, ""] | bool, tolerance: float | None = None
+    A: Float[Array, "d d"],
+    Q: Float[Array, "d d"],
+    first: Bool[Array, ""] | bool,
+    tolerance: float | None = None,
+    *,
+    rounds: int = 1,
 ) -> tuple[Float[Array, "d d"], Int[Array, " d"]]:
-    """What `followed` is for, by products and small Cholesky factors alone: one loop of rounds of "cholesky".
+    """What `followed` is for, by products and small Cholesky factors alone: one loop of ``rounds`` of "cholesky".
 
-    The first basis is Q after 20 rounds, or fewer where its off-diagonality falls to ``√ε``. A round brings the columns
-    of two eigenvalues apart by their ratio, so that those within a tenth of each other still share directions then;
-    the rounds of later refreshes go on from there.
+    The first basis is Q after 20 rounds, or fewer where its off-diagonality falls to ``4 √ε``. A round brings the
+    columns of two eigenvalues apart by their ratio, so that those within a tenth of each other still share directions
+    then; the rounds of later refreshes go on from there.
 
     >>> V, order = followed_by_products(jnp.array([[1.0, 1.0], [1.0, 2.0]]), jnp.eye(2), False)
     >>> print(jnp.abs(V).round(2), order)
@@ -124,17 +129,19 @@ def followed_by_products(
     """
     A, Q = unit_scale(at_least_float32(A)), at_least_float32(Q)
     same = jnp.arange(len(A))
-    limit = jnp.where(first, float(jnp.finfo(A.dtype).eps) ** 0.5, -1 if tolerance is None else tolerance)
+    converged = 4 * float(jnp.finfo(A.dtype).eps) ** 0.5  # below it is the measure's own rounding
+    limit = jnp.where(first, converged, tolerance if tolerance is not None else -1 if rounds == 1 else converged)
 
     def one_round(carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        i, rounds, Q, _ = carry
+        i, most, Q, order = carry
         P = project(A, Q)
         # A factor that is not finite has no measure; renewing it shows that.
-        settled, order = off_diagonal_part(Q, P) <= limit, descending(Q, P)
-        new = cholesky_qr(_spanning(Q, P, order), count=jnp.where(settled, 0, len(A)))
-        return i + 1, jnp.where(settled, 0, rounds), jnp.where(settled, Q, new), jnp.where(settled, same, order)
+        settled, places = off_diagonal_part(Q, P) <= limit, descending(Q, P)
+        new = cholesky_qr(_spanning(Q, P, places), count=jnp.where(settled, 0, len(A)))
+        kept = jnp.where(settled, same, places)
+        return i + 1, jnp.where(settled, 0, most), jnp.where(settled, Q, new), order[kept]
 
-    start = jnp.zeros([], jnp.int32), jnp.where(first, FIRST_ROUNDS, 1), Q, same
+    start = jnp.zeros([], jnp.int32), jnp.where(first, FIRST_ROUNDS, rounds), Q, same
     _, _, Q, order = jax.lax.while_loop(lambda c: (c[0] < c[1]) & (c[0] < FIRST_ROUNDS), one_round, start)
     return Q, jnp.where(first, same, order)
 

@@ -119,12 +119,21 @@ def check_exponent(exponent: Any, method: str) -> None:
         raise ValueError(f"method of a root must be one of {', '.join(map(repr, METHODS))}; got {method!r}.")
     if isinstance(exponent, bool) or not isinstance(exponent, int | float) or not -1 <= exponent <= 0:
         raise ValueError(f"exponent must be a number from -1 to 0; got {exponent!r}.")
-    if exponent == 0 or method == "eigh":
-        return
-    p = -1 / exponent
-    if abs(p - round(p)) > 1e-9 or (method == "polynomial" and round(p) not in (2, 4, 8, 16)):
+    if not has_exponent(exponent, method):
         wanted = "-1/p for an integer p" if method == "newton" else "-1/2, -1/4, -1/8 or -1/16"
         raise ValueError(f"method {method!r} has exponents {wanted}; got {exponent!r}. Use 'eigh' for any.")
+
+
+def has_exponent(exponent: float, method: str) -> bool:
+    """Whether a method makes this power.
+
+    >>> has_exponent(-0.25, "newton"), has_exponent(-0.3, "newton")
+    (True, False)
+    """
+    if exponent == 0 or method == "eigh":
+        return True
+    p = -1 / exponent
+    return abs(p - round(p)) <= 1e-9 and (method == "newton" or round(p) in (2, 4, 8, 16))
 
 
 def halvings(exponent: float) -> int:

@@ -49,10 +49,10 @@ def captured(
     in_range("damping", damping, 0)
     if not -1 <= exponent <= 0:
         raise ValueError(f"exponent must lie between -1 and 0; got {exponent!r}.")
-    options = refresh_of(name, refresh, {"decomposition": "eigh", "tolerance": 0.01})
+    options = refresh_of(name, refresh, {"decomposition": "auto", "tolerance": 0.01})
     one_of("decomposition", options.decomposition, ways)
     if options.decomposition == "inverse" and options.when == "adaptive":
-        raise ValueError("refresh='adaptive' needs an eigenbasis: decomposition must be 'eigh' or 'qr'; got 'inverse'.")
+        raise ValueError("refresh='adaptive' needs an eigenbasis: decomposition must be another than 'inverse'.")
     kept = storage_of(name, storage, STORAGE)
     factors, decomposition = _parts(curvature_decay, damping, exponent, options.decomposition, kept.rank)
     return preconditioner(
@@ -71,7 +71,8 @@ def _parts(decay: Any, damping: Any, exponent: float, way: str | None, rank: int
     if way == "inverse":
         root = cholesky_inverse() if exponent == -1 else inverse_root(exponent, ridge=0.0)
         return factors._replace(read=tikhonov(damping)), root
-    return factors, with_eigenvalues(eigh() if way == "eigh" else orthogonal_iteration())
+    full = {"auto": lambda: eigh("auto"), "eigh": eigh}
+    return factors, with_eigenvalues(full[way]() if way in full else orthogonal_iteration(way or "auto"))
 
 
 def direction_of(

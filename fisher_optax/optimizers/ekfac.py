@@ -70,7 +70,8 @@ def ekfac(
     ``grad_fn(params, batch, bases=fo.eigenbases(opt_state, params))``. No side may be of low rank.
 
     Args:
-      refresh: a `fo.Refresh` or a word for its ``when``; decomposition "eigh" (the default) or "qr".
+      refresh: a `fo.Refresh` or a word for its ``when``; decomposition "auto" (the default, as in
+        `fo.kfac`), "eigh", "qr" or "cholesky".
       learning_rate, momentum, curvature_decay, damping, weight_decay, exponent, grafting, kl_clip,
         precondition_frequency, max_precond_dim, storage, mask, fallback, axes: as in `fo.kfac`.
 

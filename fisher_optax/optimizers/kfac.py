@@ -11,7 +11,7 @@ from ..transforms.hyperparameters import injectable
 from . import _kfac
 from .kfac_head import for_heads
 
-WAYS = ("eigh", "qr", "inverse")
+WAYS = ("auto", "eigh", "qr", "cholesky", "inverse")
 
 
 @injectable
@@ -95,9 +95,11 @@ def kfac(
       max_precond_dim: a longer side is kept as ``storage.rank`` rows, which stand for its strongest directions; both as
         in `fo.KroneckerFactors` (``max_dim``, ``rank``). Its other directions are damped alone. A 4096-wide side costs
         seconds of eigh on a CPU: there, smaller is better.
-      refresh: a `fo.Refresh` or a word for its ``when``; its decomposition is "eigh" (the default), or "qr" (a step of
-        orthogonal iteration, cheaper, follows slowly), both with exact damping at four products a step; "inverse":
-        factored damping, two products, and a Cholesky factorisation a refresh. Squares are carried along exactly, and
+      refresh: a `fo.Refresh` or a word for its ``when``; its decomposition is "eigh", "qr" (a step of
+        orthogonal iteration, cheaper, follows slowly) or "cholesky" (the same by products alone), all with exact
+        damping at four products a step; "inverse": factored damping, two products, and a Cholesky factorisation a
+        refresh; "auto", the default: "eigh" on a CPU, and on a TPU or GPU, where that is slow, up to 20 rounds of
+        "cholesky", to an off-diagonality of 1e-3 (`fo.decompositions.eigh`). Squares are carried along exactly, and
         the first call makes a step: it takes no ``transport`` and no ``first_step``.
       storage: a `fo.Storage`, without ``momentum_dtype`` and ``sides``.
       mask: which parameters decay, as in `optax.adamw`.

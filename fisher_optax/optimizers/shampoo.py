@@ -105,8 +105,9 @@ def shampoo(
       start_preconditioning_step: earlier steps are those of the optimizer grafted (without one: of momentum), while the
         factors gather. Default: the first refresh, ``precondition_frequency``.
       max_precond_dim: a longer side gets no factor.
-      refresh: a `fo.Refresh` or a word for its ``when``, "every" or "staggered"; roots by "eigh" (the default), or
-        matrix products alone: "newton" (exponents -1/p) or "polynomial" (-1/2, -1/4, ...). There is nothing to
+      refresh: a `fo.Refresh` or a word for its ``when``, "every" or "staggered"; roots by "eigh", or
+        matrix products alone: "newton" (exponents -1/p) or "polynomial" (-1/2, -1/4, ...); "auto", the default, is
+        "eigh" on a CPU and "newton" on a TPU or GPU, where eigh is slow to compile or to run. There is nothing to
         transport.
       storage: a `fo.Storage`, without ``rank``; blocks of 1024 by default.
       mask: which parameters decay, as in `optax.adamw`.
@@ -161,7 +162,7 @@ def _preconditioner(
             "optax.inject_hyperparams(fo.shampoo)(..., eps=schedule)."
         )
     one_of("accumulate", accumulate, tuple(ACCUMULATE))
-    options = refresh_of("shampoo", refresh, {"decomposition": "eigh"})
+    options = refresh_of("shampoo", refresh, {"decomposition": "auto"})
     if options.when == "adaptive":
         raise ValueError(
             "refresh must be 'every' or 'staggered'; 'adaptive' measures an eigenbasis, Shampoo has roots."
@@ -170,7 +171,7 @@ def _preconditioner(
     kept = kept if kept.block_size is not None else dataclasses.replace(kept, block_size=BLOCK_SIZE)
     return preconditioner(
         outer_product(b2, **ACCUMULATE[accumulate]),
-        inverse_root(exponent, method=options.decomposition or "eigh", ridge=eps),
+        inverse_root(exponent, method=options.decomposition or "auto", ridge=eps),
         power(b1, twice_alone=exponent >= -0.25, mu_dtype=kept.momentum_dtype),
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,

@@ -112,8 +112,10 @@ def soap(
       max_precond_dim: a longer side is left unrotated; with 0 both are, and SOAP is Adam.
       bias_correction: Adam's, of the moments; the factors have none, since a scale does not turn a basis.
       normalize_updates: scale every matrix's direction to root mean square 1.
-      refresh: when and how bases are renewed, a `fo.Refresh` or a word for its ``when``; its decomposition is "qr" (the
-        default), "cholesky" or "eigh"; ``transport`` and ``first_step`` are the authors' "permute" and "skip".
+      refresh: when and how bases are renewed, a `fo.Refresh` or a word for its ``when``; its decomposition is "qr"
+        (Householder), "cholesky" (the same by products), "eigh", or "auto", the default: "qr" on a CPU, "cholesky" on a
+        TPU or GPU, where QR is slow to compile or to run (`fo.decompositions.orthogonal_iteration`); ``transport`` and
+        ``first_step`` are the authors' "permute" and "skip".
       storage: what is kept, a `fo.Storage`, without ``rank``.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix and for embeddings, default ``optax.adamw`` with the same

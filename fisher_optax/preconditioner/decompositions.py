@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .. import linalg
-from .._xla import branch, by_platform
+from .._xla import Platform, branch, by_platform
 from .contracts import Decomposition, Eigenbasis, Eigenpairs, InverseRoot, Refreshed
 
 Matrix = Float[Array, "d d"]
@@ -45,12 +45,21 @@ def orthogonal_iteration(method: str = "auto") -> Decomposition:
     return Decomposition(method, Eigenbasis, renew)
 
 
-def eigh() -> Decomposition:
-    """A full eigendecomposition at every refresh: exact, about twice the cost of a QR step on a CPU and far more on an
-    accelerator.
-    """
+def eigh(method: str = "exact") -> Decomposition:
+    """A full eigendecomposition at every refresh: on a CPU about twice the cost of a QR step.
 
-    def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
+    Args:
+      method: "exact" everywhere, or "auto": exact in a program for a CPU; for a TPU or a GPU, whose compilers and
+        libraries are slow at it, up to 20 rounds of `orthogonal_iteration` by products from the basis so far, until its
+        off-diagonality is ``4 √ε`` (1e-3 in float32).
+
+    Raises:
+      ValueError: for any other method.
+    """
+    if method not in ("auto", "exact"):
+        raise ValueError(f"eigh: method must be 'auto' or 'exact', got {method!r}.")
+
+    def exact(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
         P = linalg.project(A, Q)
 
         def solve() -> Refreshed:
@@ -60,15 +69,25 @@ def eigh() -> Decomposition:
 
         return solve() if tolerance is None else _unless_diagonal(A, Q, P, jnp.where(first, -1, tolerance), solve)
 
+    def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
+        def by(products: bool, A: Matrix, Q: Matrix, first: First) -> Refreshed:
+            if not products:
+                return exact(A, Q, first, tolerance)
+            return Refreshed(*linalg.followed_by_products(A, Q, first, tolerance, rounds=linalg.FIRST_ROUNDS))
+
+        return by_platform(by, lambda platform: method == "auto" and platform.decomposition != "qr", A, Q, first)
+
     return Decomposition("eigh", Eigenbasis, renew)
 
 
-def inverse_root(exponent: float = -0.25, *, method: str = "eigh", ridge: Any = 1e-6) -> Decomposition:
+def inverse_root(exponent: float = -0.25, *, method: str = "auto", ridge: Any = 1e-6) -> Decomposition:
     """``(A + ridge |A| I)^exponent``, the same at every refresh.
 
     Args:
       exponent: from -1 to 0.
-      method: "eigh", or matrix products alone: "newton" (exponents -1/p), "polynomial" (-1/2, -1/4, ...).
+      method: "eigh", or matrix products alone: "newton" (exponents -1/p), "polynomial" (-1/2, -1/4, ...). "auto":
+        "eigh" in a program for a CPU, and for a TPU or a GPU, whose compilers and libraries are slow at that, "newton"
+        where it has the exponent.
       ridge: relative to the largest eigenvalue, or a bound on it.
 
     Raises:
@@ -76,11 +95,18 @@ def inverse_root(exponent: float = -0.25, *, method: str = "eigh", ridge: Any = 
 
     Source: Gupta et al. 2018 (arXiv 1802.09568); `fo.linalg.matrix_power` has the iterations'.
     """
-    linalg.check_exponent(exponent, method)
+    linalg.check_exponent(exponent, "eigh" if method == "auto" else method)
+    elsewhere = "newton" if linalg.has_exponent(exponent, "newton") else "eigh"
+
+    def way(platform: Platform) -> str:
+        if method != "auto":
+            return method
+        return "eigh" if platform.decomposition == "qr" else elsewhere
 
     def root(A: Matrix, old: Matrix, first: First, tolerance: float | None) -> Refreshed:
         del first, tolerance
-        return Refreshed(linalg.matrix_power(A, exponent, method=method, ridge=ridge), jnp.arange(len(old)))
+        power = by_platform(lambda way, A: linalg.matrix_power(A, exponent, method=way, ridge=ridge), way, A)
+        return Refreshed(power, jnp.arange(len(old)))
 
     return Decomposition(f"{method} root", InverseRoot, root)
 

@@ -18,9 +18,9 @@ class Refresh:
     Args:
       when: "every" (all of them every ``precondition_frequency`` steps), "adaptive" (of those, the bases with
         off-diagonality above ``tolerance``), or "staggered" (each step its share, so that no step is slow).
-      decomposition: of eigenbases "qr" (one step of orthogonal iteration), "cholesky" (the same by shifted CholeskyQR,
-        where QR is slow) or "eigh"; of K-FAC's factors "inverse" too; of Shampoo's roots "eigh", "newton" or
-        "polynomial".
+      decomposition: of eigenbases "qr" (one step of orthogonal iteration), "cholesky" (the same by products alone),
+        "eigh" or "auto" (by the platform that a program is compiled for); of K-FAC's factors "inverse" too; of
+        Shampoo's roots "eigh", "newton", "polynomial" or "auto".
       tolerance: τ in ``|B - diag B| > τ |B|``, ``B = Qᵀ L Q``, for "adaptive".
       transport: of second moments when a basis turns: "permute" (the SOAP authors': follow the columns' new order) or
         "squared" (``(C∘C) v (C∘C)ᵀ``, ``C = Q_newᵀ Q_old``).
