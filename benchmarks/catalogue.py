@@ -62,6 +62,7 @@ CATALOGUE = {
     "fisher_tools": Entry("fisher_tools", 2),
     "pruning": Entry("pruning", 14),
     "merging": Entry("merging", 2),
+    "precision": Entry("precision", 20),
     "compiled": Entry("compiled", 3),
     "compression_speed": Entry("compression_speed", 1),
 }

@@ -3,7 +3,6 @@
 from .blocks import blockwise, diagonal, overwritten
 from .cholesky_qr import cholesky_qr
 from .eigenbasis import (
-    FIRST_ROUNDS,
     descending,
     eigenbasis,
     followed_by_products,
@@ -24,7 +23,6 @@ from .scaling import unit_frobenius, unit_scale
 from .symmetric import pack, unpack
 
 __all__ = [
-    "FIRST_ROUNDS",
     "as_polynomial",
     "blockwise",
     "check_exponent",

@@ -115,12 +115,14 @@ def followed_by_products(
     tolerance: float | None = None,
     *,
     rounds: int = 1,
+    precision: Precision | str = Precision.HIGHEST,
 ) -> tuple[Float[Array, "d d"], Int[Array, " d"]]:
     """What `followed` is for, by products and small Cholesky factors alone: one loop of ``rounds`` of "cholesky".
 
-    The first basis is Q after 20 rounds, or fewer where its off-diagonality falls to ``4 √ε``. A round brings the
-    columns of two eigenvalues apart by their ratio, so that those within a tenth of each other still share directions
-    then; the rounds of later refreshes go on from there.
+    The first basis is Q after 20 rounds, whatever ``rounds`` is. A round brings the columns of two eigenvalues apart by
+    their ratio, so that those within a tenth of each other still share directions then; later refreshes go on from
+    there. A ``tolerance`` ends them where Q is off by no more. ``precision`` is that of ``A Q``; what makes columns
+    orthogonal is always as exact as can be.
 
     >>> V, order = followed_by_products(jnp.array([[1.0, 1.0], [1.0, 2.0]]), jnp.eye(2), False)
     >>> print(jnp.abs(V).round(2), order)
@@ -129,12 +131,11 @@ def followed_by_products(
     """
     A, Q = unit_scale(at_least_float32(A)), at_least_float32(Q)
     same = jnp.arange(len(A))
-    converged = 4 * float(jnp.finfo(A.dtype).eps) ** 0.5  # below it is the measure's own rounding
-    limit = jnp.where(first, converged, tolerance if tolerance is not None else -1 if rounds == 1 else converged)
+    limit = jnp.where(first, -1, -1 if tolerance is None else tolerance)
 
     def one_round(carry: tuple[Array, ...]) -> tuple[Array, ...]:
         i, most, Q, order = carry
-        P = project(A, Q)
+        P = project(A, Q, precision=precision)
         # A factor that is not finite has no measure; renewing it shows that.
         settled, places = off_diagonal_part(Q, P) <= limit, descending(Q, P)
         new = cholesky_qr(_spanning(Q, P, places), count=jnp.where(settled, 0, len(A)))

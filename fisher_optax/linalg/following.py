@@ -27,6 +27,7 @@ def followed(
     first: Bool[Array, ""] | bool,
     tolerance: float | None = None,
     P: Float[Array, "d d"] | None = None,
+    precision: Precision | str = Precision.HIGHEST,
 ) -> tuple[Float[Array, "d d"], Int[Array, " d"]]:
     """A basis of ``A Q`` by Householder QR, its columns by their `rayleigh` values; the first is of eigenvectors.
 
@@ -40,6 +41,7 @@ def followed(
       first: whether this is it.
       tolerance: a later Q that is off by no more stays; None: never.
       P: `project(A, Q)`, where the caller has it and this is not the first.
+      precision: of that product.
 
     Returns:
       The new basis, in float32 at least, NaN where A is not finite; and which column of Q each of its own continues.
@@ -50,7 +52,7 @@ def followed(
      [0.89 0.45]] [1 0]
     """
     A, Q = unit_scale(at_least_float32(A)), at_least_float32(Q)
-    P = project(A, Q) if P is None else unit_scale(at_least_float32(P))
+    P = project(A, Q, precision=precision) if P is None else unit_scale(at_least_float32(P))
     # As Q is orthonormal, A's norm too.
     size, alone, same = jnp.sqrt(jnp.sum(jnp.square(P))), apart(A), jnp.arange(len(A))
     start = branch(first, lambda: _first(A, alone, size), lambda: _later(P, Q, alone, size))

@@ -98,8 +98,8 @@ def kfac(
       refresh: a `fo.Refresh` or a word for its ``when``; its decomposition is "eigh", "qr" (a step of
         orthogonal iteration, cheaper, follows slowly) or "cholesky" (the same by products alone), all with exact
         damping at four products a step; "inverse": factored damping, two products, and a Cholesky factorisation a
-        refresh; "auto", the default: "eigh" on a CPU, and on a TPU or GPU, where that is slow, up to 20 rounds of
-        "cholesky", to an off-diagonality of 1e-3 (`fo.decompositions.eigh`). Squares are carried along exactly, and
+        refresh; "auto", the default: "eigh" on a CPU, and on a TPU or GPU, where that is slow, four rounds of
+        "cholesky", which leave eigenvectors of close eigenvalues mixed (`fo.decompositions.eigh`). Squares are carried along exactly, and
         the first call makes a step: it takes no ``transport`` and no ``first_step``.
       storage: a `fo.Storage`, without ``momentum_dtype`` and ``sides``.
       mask: which parameters decay, as in `optax.adamw`.

@@ -9,20 +9,14 @@ from ..preconditioner.applications import adam, in_eigenbasis
 from ..preconditioner.contracts import Application, FactorRule
 from ..preconditioner.decompositions import eigh, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import outer_product
-from ..preconditioner.options import Refresh, Storage, refresh_of, storage_of
+from ..preconditioner.options import Products, Refresh, Storage, refresh_of, storage_of
 from ..preconditioner.precondition import FACTORS, preconditioner
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable
 from . import _complete
 
-DECOMPOSITIONS = {
-    "auto": orthogonal_iteration,
-    "qr": lambda: orthogonal_iteration("qr"),
-    "cholesky": lambda: orthogonal_iteration("cholesky"),
-    "eigh": eigh,
-}
-
+DECOMPOSITIONS = ("auto", "qr", "cholesky", "eigh")
 
 STORAGE = (*FACTORS, "momentum_dtype")
 
@@ -40,6 +34,7 @@ def scale_by_soap(
     normalize_updates: bool = False,
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
+    products: Products | None = None,
     fallback: optax.GradientTransformation | None = None,
     axes: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,7 +50,7 @@ def scale_by_soap(
     """
     method = adam_in_bases(
         "soap",
-        outer_product(decay_of(shampoo_beta, b2)),
+        outer_product(decay_of(shampoo_beta, b2), precision=(products or Products()).factors),
         b1,
         b2,
         eps,
@@ -65,6 +60,7 @@ def scale_by_soap(
         max_precond_dim,
         refresh,
         storage,
+        products,
     )
     return _complete.direction("soap", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
 
@@ -84,6 +80,7 @@ def soap(
     normalize_updates: bool = False,
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
+    products: Products | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
     axes: Any = None,
@@ -117,6 +114,7 @@ def soap(
         TPU or GPU, where QR is slow to compile or to run (`fo.decompositions.orthogonal_iteration`); ``transport`` and
         ``first_step`` are the authors' "permute" and "skip".
       storage: what is kept, a `fo.Storage`, without ``rank``.
+      products: how exactly an accelerator multiplies, a `fo.Products`; None: in float32.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix and for embeddings, default ``optax.adamw`` with the same
         arguments.
@@ -136,7 +134,7 @@ def soap(
     """
     method = adam_in_bases(
         "soap",
-        outer_product(decay_of(shampoo_beta, b2)),
+        outer_product(decay_of(shampoo_beta, b2), precision=(products or Products()).factors),
         b1,
         b2,
         eps,
@@ -146,6 +144,7 @@ def soap(
         max_precond_dim,
         refresh,
         storage,
+        products,
     )
     return _complete.optimizer(
         "soap",
@@ -171,12 +170,23 @@ def adam_in_bases(
     max_precond_dim: int,
     refresh: Refresh | str,
     storage: Storage | None,
+    products: Products | None = None,
 ) -> Preconditioner:
     """These factors x orthogonal iteration x Adam in the eigenbasis: SOAP and its nearest relatives."""
     check_moments(b1, b2, eps)
     storage = storage_of(name, storage, STORAGE)
-    application = in_eigenbasis(adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates))
-    return in_bases_of(name, factors, application, precondition_frequency, max_precond_dim, refresh, storage)
+    inner = adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates)
+    products = Products() if products is None else products
+    return in_bases_of(
+        name,
+        factors,
+        in_eigenbasis(inner, precision=products.rotations),
+        precondition_frequency,
+        max_precond_dim,
+        refresh,
+        storage,
+        basis_precision=products.basis,
+    )
 
 
 def in_bases_of(
@@ -189,6 +199,7 @@ def in_bases_of(
     storage: Storage,
     *,
     transports: bool = True,
+    basis_precision: str = "highest",
 ) -> Preconditioner:
     """SOAP's preconditioner with these factors, and this done in their bases; ``transports`` says whether there are
     squares to carry along.
@@ -197,8 +208,9 @@ def in_bases_of(
     if not transports:
         del takes["transport"]
     options = refresh_of(name, refresh, takes)
-    one_of("decomposition", options.decomposition, tuple(DECOMPOSITIONS))
-    decomposition = DECOMPOSITIONS[options.decomposition or "auto"]()
+    one_of("decomposition", options.decomposition, DECOMPOSITIONS)
+    way = options.decomposition or "auto"
+    decomposition = eigh() if way == "eigh" else orthogonal_iteration(way, precision=basis_precision)
     return preconditioner(
         factors,
         decomposition if factors.track is None else with_eigenvalues(decomposition),

@@ -106,6 +106,7 @@ class Application(NamedTuple):
     with_moments: Callable[[Any, Moments], Any]
     sees_itself: bool = False  # whether a gradient acts on itself, through factors that hold it already
     observe: Callable[[Any, Any, Any], Any] | None = None
+    precision: str = "highest"  # of rotations: of gradients, and of moments when a basis turns
 
 
 class MatrixState(NamedTuple):

@@ -11,11 +11,14 @@ from .. import linalg
 from .._xla import Platform, branch, by_platform
 from .contracts import Decomposition, Eigenbasis, Eigenpairs, InverseRoot, Refreshed
 
+# Of orthogonal iteration in the place of an eigendecomposition.
+ROUNDS = 4
+
 Matrix = Float[Array, "d d"]
 First = Bool[Array, ""]
 
 
-def orthogonal_iteration(method: str = "auto") -> Decomposition:
+def orthogonal_iteration(method: str = "auto", *, precision: str = "highest") -> Decomposition:
     """One step of orthogonal iteration a refresh: ``Q ← basis of A Q``, columns ordered by ``diag(Qᵀ A Q)``.
 
     A basis drifts slowly, so one step tracks it at a fraction of an eigendecomposition's cost.
@@ -26,6 +29,7 @@ def orthogonal_iteration(method: str = "auto") -> Decomposition:
         program a length of side, and the first basis is 20 rounds of the same), or "auto": "qr" in a program for a CPU,
         and "cholesky" for a TPU, whose compiler takes minutes for a QR or an eigh of side 3072, and for a GPU, whose
         libraries take one matrix after another.
+      precision: of the products, as in `fo.Products`.
 
     Raises:
       ValueError: for any other method.
@@ -38,7 +42,9 @@ def orthogonal_iteration(method: str = "auto") -> Decomposition:
     def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
         def by(method: str, A: Matrix, Q: Matrix, first: First) -> Refreshed:
             f = linalg.followed if method == "qr" else linalg.followed_by_products
-            return Refreshed(*linalg.sequential(functools.partial(f, tolerance=tolerance))(A, Q, first))
+            return Refreshed(
+                *linalg.sequential(functools.partial(f, tolerance=tolerance, precision=precision))(A, Q, first)
+            )
 
         return by_platform(by, lambda platform: platform.decomposition if method == "auto" else method, A, Q, first)
 
@@ -50,8 +56,8 @@ def eigh(method: str = "exact") -> Decomposition:
 
     Args:
       method: "exact" everywhere, or "auto": exact in a program for a CPU; for a TPU or a GPU, whose compilers and
-        libraries are slow at it, up to 20 rounds of `orthogonal_iteration` by products from the basis so far, until its
-        off-diagonality is ``4 √ε`` (1e-3 in float32).
+        libraries are slow at it, four rounds of `orthogonal_iteration` by products from the basis so far (20 for the
+        first), which leave columns of close eigenvalues mixed.
 
     Raises:
       ValueError: for any other method.
@@ -73,7 +79,7 @@ def eigh(method: str = "exact") -> Decomposition:
         def by(products: bool, A: Matrix, Q: Matrix, first: First) -> Refreshed:
             if not products:
                 return exact(A, Q, first, tolerance)
-            return Refreshed(*linalg.followed_by_products(A, Q, first, tolerance, rounds=linalg.FIRST_ROUNDS))
+            return Refreshed(*linalg.followed_by_products(A, Q, first, tolerance, rounds=ROUNDS))
 
         return by_platform(by, lambda platform: method == "auto" and platform.decomposition != "qr", A, Q, first)
 

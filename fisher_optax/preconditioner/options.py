@@ -9,6 +9,7 @@ from .._checks import in_range, one_of, whole
 WHEN = ("every", "adaptive", "staggered")
 TRANSPORTS = ("permute", "squared")
 FIRST_STEPS = ("skip", "adam")
+PRECISIONS = ("highest", "high", "default")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,35 @@ class Storage:
         one_of("sides", self.sides, ("both", "shorter"))
         whole("block_size", self.block_size or 0, 0)
         whole("rank", self.rank, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """How exactly an accelerator multiplies: "highest" (float32), "high" (two parts of bfloat16 each, or TF32) or
+    "default" (bfloat16 on a TPU, TF32 on a GPU). A CPU multiplies in float32 whatever is asked for.
+
+    Args:
+      factors: of ``G Gᵀ`` and ``Gᵀ G``.
+      rotations: of gradients into bases and back, and of moments when a basis turns.
+      basis: of ``L Q`` and ``R Q`` at a refresh; what makes their columns orthogonal is always in float32.
+
+    "highest" is the default of each: README says what the others were seen to cost in loss, with rounding emulated.
+
+    Raises:
+      ValueError: at construction, for another word.
+
+    Example:
+      >>> import fisher_optax as fo
+      >>> tx = fo.soap(3e-3, products=fo.Products(rotations="high"))
+    """
+
+    factors: str = "highest"
+    rotations: str = "highest"
+    basis: str = "highest"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            one_of(field.name, getattr(self, field.name), PRECISIONS)
 
 
 def refresh_of(method: str, refresh: Refresh | str, takes: Mapping[str, Any]) -> Refresh:

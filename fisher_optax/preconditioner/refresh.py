@@ -69,8 +69,11 @@ def renew(
     due = who_is_due(actions)
     first = jnp.any(jnp.concatenate([action == START for action in actions.values()]))
     moments = {key: application.moments(state.application) for key, state in states.items()}
+    rotations = application.precision
     # Linear moments leave the old bases before these are overwritten.
-    straight = {key: transport.out_of_bases(moments[key].linear, states[key].basis, due[key]) for key in states}
+    straight = {
+        key: transport.out_of_bases(moments[key].linear, states[key].basis, due[key], rotations) for key in states
+    }
     step = _step_of(decomposition, first, policy.options.tolerance if policy.options.when == "adaptive" else None)
     follow = policy.options.transport == "permute" and any(any(m[1:]) for m in moments.values())
     turned: dict[Place, Turned] = {}
@@ -89,7 +92,9 @@ def renew(
         )
         old = state.basis if policy.options.transport == "squared" else None
         orders = [None if side is None else side.orders for side in both]
-        carried = transport.into_bases(moments[key]._replace(linear=straight[key]), orders, basis, old, due[key])
+        carried = transport.into_bases(
+            moments[key]._replace(linear=straight[key]), orders, basis, old, due[key], rotations
+        )
         carried = jax.tree.map(lambda x, y: x.astype(y.dtype), carried, moments[key])
         new[key] = state._replace(basis=basis, application=application.with_moments(state.application, carried))
     return new, failed

@@ -29,6 +29,7 @@ def in_eigenbasis(
     quadratic: tuple[str, ...] = ("nu",),
     left: tuple[str, ...] = ("nu_left",),
     right: tuple[str, ...] = ("nu_right",),
+    precision: str = "highest",
 ) -> Application:
     """Apply ``inner`` to the rotated gradient and rotate its result back.
 
@@ -38,6 +39,7 @@ def in_eigenbasis(
       linear: names of the fields of its state that hold averages of gradients (default: Optax's names).
       quadratic: names of the fields that hold averages of squared gradients.
       left, right: names of the fields that hold a vector along a side, averaged over the squares of the other.
+      precision: of the rotations, as in `fo.Products`.
 
     Entries whose second moment (that of ``quadratic``, or of ``left`` and ``right``; else the square of ``linear``, or
     of the gradient) is rounding, relative to its row and column, get no step.
@@ -52,11 +54,11 @@ def in_eigenbasis(
     def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:
         if basis.left is None and basis.right is None:
             return transform.update(G, state, None, **extra)
-        H = into(G, basis)
+        H = into(G, basis, precision)
         H = jnp.where(~_is_first(state) | counts(jnp.square(H), first=True), H, 0)
         X, state = transform.update(H, state, None, **extra)
         values = (basis.left_values, basis.right_values) if isinstance(basis, Eigenpairs) else (None, None)
-        return out_of(jnp.where(counts(second_moment(state, H), values=values), X, 0), basis), state
+        return out_of(jnp.where(counts(second_moment(state, H), values=values), X, 0), basis, precision), state
 
     def second_moment(state: Any, H: Matrix) -> Matrix:
         """Of each entry, as the inner state has it; else the square of its mean, or of this gradient."""
@@ -74,21 +76,22 @@ def in_eigenbasis(
             state = _replace(state, names, iter(values))
         return state
 
-    return Application("in eigenbasis", (Eigenbasis, Eigenpairs), inner.init, update, moments, with_moments)
+    accepts = (Eigenbasis, Eigenpairs)
+    return Application("in eigenbasis", accepts, inner.init, update, moments, with_moments, precision=precision)
 
 
-def into(G: Matrix, basis: Eigenbasis | Eigenpairs) -> Matrix:
+def into(G: Matrix, basis: Eigenbasis | Eigenpairs, precision: str = "highest") -> Matrix:
     """``Q_Lᵀ G Q_R``."""
     Q_L, Q_R = basis.left, basis.right
-    G = G if Q_L is None else linalg.times(Q_L.astype(G.dtype).mT, G)
-    return G if Q_R is None else linalg.times(G, Q_R.astype(G.dtype))
+    G = G if Q_L is None else linalg.times(Q_L.astype(G.dtype).mT, G, precision)
+    return G if Q_R is None else linalg.times(G, Q_R.astype(G.dtype), precision)
 
 
-def out_of(X: Matrix, basis: Eigenbasis | Eigenpairs) -> Matrix:
+def out_of(X: Matrix, basis: Eigenbasis | Eigenpairs, precision: str = "highest") -> Matrix:
     """``Q_L X Q_Rᵀ``."""
     Q_L, Q_R = basis.left, basis.right
-    X = X if Q_L is None else linalg.times(Q_L.astype(X.dtype), X)
-    return X if Q_R is None else linalg.times(X, Q_R.astype(X.dtype).mT)
+    X = X if Q_L is None else linalg.times(Q_L.astype(X.dtype), X, precision)
+    return X if Q_R is None else linalg.times(X, Q_R.astype(X.dtype).mT, precision)
 
 
 class AdamState(NamedTuple):

@@ -19,7 +19,9 @@ from ..contracts import FactorRule, Kronecker
 KINDS = ("ema", "mean", "sum")
 
 
-def outer_product(decay: Any = 0.95, *, kind: str = "ema", trace_scaling: bool = False) -> FactorRule:
+def outer_product(
+    decay: Any = 0.95, *, kind: str = "ema", trace_scaling: bool = False, precision: str = "highest"
+) -> FactorRule:
     """Outer products of the gradient with itself, on each side.
 
     Args:
@@ -29,6 +31,7 @@ def outer_product(decay: Any = 0.95, *, kind: str = "ema", trace_scaling: bool =
         the sum of its weights, unbiased from the first step on; "sum" of all so far, which has no decay.
       trace_scaling: read the factors as ``L / sqrt(tr L)`` and ``R / sqrt(tr R)``, whose product has the scale of
         ``E[g gᵀ]``: where gradients are independent draws with a Kronecker covariance, it is that covariance.
+      precision: of the products, as in `fo.Products`.
 
     Raises:
       ValueError: for an unknown kind.
@@ -54,7 +57,7 @@ def outer_product(decay: Any = 0.95, *, kind: str = "ema", trace_scaling: bool =
         β, new = (1, 1) if kind == "sum" else (now, 1 - now)
 
         def follow(A: Any, G: Array) -> Any:
-            return None if A is None else β * A + new * linalg.times(G, G.mT)
+            return None if A is None else β * A + new * linalg.times(G, G.mT, precision)
 
         weight = (β * weight + new).astype(weight.dtype) if kind == "mean" else ()
         seen = (count + 1 if callable(decay) else (), weight)

@@ -1,0 +1,154 @@
+"""What lower precision of an accelerator's products costs SOAP, and its refresh by products, emulated on a CPU.
+
+A product at "high" multiplies two parts of bfloat16 of each operand, and leaves out the product of the small ones; at
+"default" it multiplies the operands rounded to bfloat16, as on a TPU; sums are float32. `fo.Products` says which
+products. "Refresh by products" is ``fo.Refresh(decomposition="cholesky")``, what a TPU does. Losses are of the 808k
+character GPT of `examples/train_gpt.py` after 300 steps at one rate. "Apart" is of a matrix of side 8 under gradients
+whose covariances have well-separated eigenvalues, and change: after 100 steps with a refresh every 10, the distance from the run in
+float32 by QR, as a part of the way that one has moved.
+"""
+
+import argparse
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+
+import fisher_optax as fo
+import optimizers
+import train_gpt
+from benchmarks import harness, run_tables
+from benchmarks.results import Column, result, spread, table
+from comparison import Runs, Task
+from fisher_optax.linalg import products
+from gpt_config import Config
+from text import load_corpus
+
+RATE = 6e-3
+SIDE, RATIO, NOISE = 8, 0.5, 0.2  # ratio of one singular value of a gradient to the next
+WAYS: dict[str, dict[str, Any]] = {
+    "highest": {},
+    "rotations_high": {"products": fo.Products(rotations="high")},
+    "rotations_default": {"products": fo.Products(rotations="default")},
+    "factors_high": {"products": fo.Products(factors="high")},
+    "factors_default": {"products": fo.Products(factors="default")},
+    "basis_high": {"products": fo.Products(basis="high")},
+    "basis_default": {"products": fo.Products(basis="default")},
+    "cholesky": {"refresh": fo.Refresh(decomposition="cholesky")},
+    "cholesky_basis_high": {
+        "refresh": fo.Refresh(decomposition="cholesky"),
+        "products": fo.Products(basis="high"),
+    },
+}
+LABELS = {"highest": "float32, by QR", "cholesky": "refresh by products"}
+COLUMNS = {
+    "label": Column("products"),
+    "val_loss": Column("validation loss after 300 steps", ".3f", spread=True),
+    "apart": Column("apart after 100 steps", ".1e", spread=True),
+}
+
+
+def emulated(X: jax.Array, Y: jax.Array, precision: Any = None) -> jax.Array:
+    """``X Y`` as an accelerator multiplies at this precision."""
+    exact = functools.partial(jnp.matmul, precision="highest")
+    if precision not in ("high", "default"):
+        return exact(X, Y)
+    (x, x_rest), (y, y_rest) = _rounded(X), _rounded(Y)
+    if precision == "default":
+        return exact(x, y)
+    x_small, y_small = _rounded(x_rest)[0], _rounded(y_rest)[0]
+    return exact(x, y) + (exact(x, y_small) + exact(x_small, y))
+
+
+def _rounded(X: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """X rounded to bfloat16, and what is left. XLA takes a cast there and back for none, this not."""
+    x = jax.lax.reduce_precision(X, exponent_bits=8, mantissa_bits=7)
+    return x, X - x
+
+
+def gradients(seed: int, steps: int) -> np.ndarray:
+    """Of known singular vectors with well-separated singular values, of random signs and with noise between them."""
+    rng = np.random.default_rng(seed)
+    L, R = (np.linalg.qr(rng.standard_normal((SIDE, SIDE)))[0] * RATIO ** (np.arange(SIDE) / 2) for _ in range(2))
+    signs = rng.choice((-1.0, 1.0), (steps, SIDE))[:, None] * np.eye(SIDE)
+    return (L @ (signs + NOISE * rng.standard_normal((steps, SIDE, SIDE))) @ R.T).astype(np.float32)
+
+
+def trajectory(options: dict[str, Any], seed: int, steps: int = 100) -> np.ndarray:
+    """Where a matrix is after so many steps from zero."""
+    tx = fo.soap(RATE, weight_decay=0.0, **options)
+    params = {"kernel": jnp.zeros((SIDE, SIDE))}
+
+    def step(carry: Any, G: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = tx.update({"kernel": G}, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.jit(lambda c, Gs: jax.lax.scan(step, c, Gs))((params, tx.init(params)), gradients(seed, steps))
+    return np.asarray(params["kernel"], np.float64)
+
+
+def apart(name: str, seeds: int) -> list[float]:
+    found = []
+    for seed in range(seeds):
+        exact = trajectory(WAYS["highest"], seed)
+        found.append(float(np.linalg.norm(trajectory(WAYS[name], seed) - exact) / np.linalg.norm(exact)))
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=300)
+    run_tables.add_run_options(parser, seeds=2)
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    environment = harness.environment()
+    products.matmul = emulated
+    base = Config(steps=options.steps, eval_every=max(1, options.steps // 10), eval_batches=10)
+    corpus = load_corpus(base.data, base.vocab, base.context)
+    for name, how in WAYS.items():
+        optimizers.METHODS[f"soap_{name}"] = optimizers.Method(functools.partial(optimizers.soap, **how), RATE)
+    grid = {f"soap_{name}": (RATE,) for name in WAYS}
+    runs = Runs(
+        options.runs or run_tables.KEPT / "precision.json", Task(base, corpus, train_gpt.train, "val_loss", grid)
+    )
+    runs.make(range(options.seeds))
+    rows = {}
+    for name in WAYS:
+        losses = [run["rows"][-1]["val_loss"] for run in runs.of(f"soap_{name}")]
+        label = LABELS.get(name, name.replace("cholesky_", "refresh by products, ").replace("_", " "))
+        rows[name] = {"label": label, "val_loss": spread(losses), "apart": spread(apart(name, 3))}
+    yield result(
+        "precision",
+        "What lower precision of an accelerator's products costs SOAP, and its refresh by products, emulated on a CPU.",
+        run_tables.command("precision", options, add_options),
+        {"precision": table("SOAP by the precision of its products", COLUMNS, rows)},
+        environment=environment,
+        settings=run_tables.setting_of(runs),
+        seeds=range(options.seeds),
+    )
+
+
+def draw(found: dict[str, Any]) -> Figure:
+    """Losses with their ranges, and how far runs come apart."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    rows = found["tables"]["precision"]["rows"]
+    left, right = figure.subplots(1, 2)
+    for i, row in enumerate(rows.values()):
+        loss = row["val_loss"]
+        left.plot([loss["low"], loss["high"]], [i, i], "C0", lw=3)
+        left.plot(loss["median"], i, "ko", ms=4)
+        right.barh(i, max(row["apart"]["median"], 1e-7), color="C0")
+    for ax in (left, right):
+        ax.set_yticks(range(len(rows)), [row["label"] for row in rows.values()])
+        ax.invert_yaxis()
+        ax.grid(alpha=0.3, axis="x")
+    left.set_title("validation loss")
+    right.set(title="apart, of the way moved", xscale="log")
+    figure.suptitle("SOAP by the precision of its products, emulated")
+    return figure
