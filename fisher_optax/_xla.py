@@ -21,19 +21,22 @@ class Platform(NamedTuple):
     one_factorisation: bool  # whether a batch of them is a loop
     roundoff: float  # of a float32 product without a precision
     working_memory: int  # bytes of what is worked on at once
+    copied: int | None  # bytes of a state above which a step is refused by a conditional; None: never
 
 
 # Measured on two CPU cores: QR of side 768 takes a third of the time of shifted CholeskyQR; blocks of symmetric
 # products gain from 384 on; a product of two or three matrices of side 256 or 384 runs at a higher rate than that of
 # one, while whole stacks leave the caches, and so does more than 2 MB of optimal brain surgeon; jaxlib's batched
-# factorisations can hang (`linalg.lapack`).
+# factorisations can hang (`linalg.lapack`); where a state makes the step, as Adam's moments do, it is computed once for
+# each, and where only one of the two is selected, the old state is copied for the other.
 # From the compilers for v5e and H200, not from their devices: an eigh of side 768 compiles for a TPU in a minute, a QR
 # of 3072 in two, a float32 product of 3072 at the highest precision in 7.4 s and by 256 rows at once in 1.5; on a GPU
-# the libraries factorise one matrix after another. 2^22 entries are 16 MB, and enough to fill either.
+# the libraries factorise one matrix after another; a conditional keeps a state twice. 2^22 entries are 16 MB, and
+# enough to fill either.
 PLATFORMS: dict[str, Platform] = {
-    "cpu": Platform("qr", 384, None, (2, 3), None, True, 2.0**-24, 2**21),
-    "gpu": Platform("cholesky", None, None, (), 2**22, False, 2.0**-11, 2**28),
-    "tpu": Platform("cholesky", None, 256, (), 2**22, False, 2.0**-9, 2**28),
+    "cpu": Platform("qr", 384, None, (2, 3), None, True, 2.0**-24, 2**21, 2**22),
+    "gpu": Platform("cholesky", None, None, (), 2**22, False, 2.0**-11, 2**28, None),
+    "tpu": Platform("cholesky", None, 256, (), 2**22, False, 2.0**-9, 2**28, None),
 }
 
 

@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._xla import branch, select
-
-COPIED = 2**22  # bytes of a state that a step may copy: a conditional is not worth its compilation for fewer
+from .._xla import branch, by_platform, select
 
 
 class Freezable(optax.GradientTransformationExtraArgs):
@@ -22,10 +20,8 @@ class Freezable(optax.GradientTransformationExtraArgs):
 
 
 def freezable(tx: optax.GradientTransformation) -> Freezable:
-    """``tx`` if it is `Freezable`; else ``tx`` and a selection of its state, in a conditional where that is large.
-
-    XLA computes a state that makes the step, as Adam's moments do, once for each, and where only one of the two is
-    selected, it copies the old state for the other.
+    """``tx`` if it is `Freezable`; else ``tx`` and a selection of its state, on a CPU in a conditional where that is
+    large (`PLATFORMS`).
     """
     if isinstance(tx, Freezable):
         return tx
@@ -38,10 +34,17 @@ def freezable(tx: optax.GradientTransformation) -> Freezable:
         def skip(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, state, params)[0]), state
 
-        if accept is not None and sum(x.nbytes for x in jax.tree.leaves(state)) > COPIED:
-            return branch(accept, step, skip, updates, state, params)
-        new, after = step(updates, state, params)
-        return new, select(accept, after, state)
+        def either(conditional: bool, accept: Any, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            if conditional:
+                return branch(accept, step, skip, updates, state, params)
+            new, after = step(updates, state, params)
+            return new, select(accept, after, state)
+
+        if accept is None:
+            return step(updates, state, params)
+        size = sum(x.nbytes for x in jax.tree.leaves(state))
+        large = lambda platform: platform.copied is not None and size > platform.copied  # noqa: E731
+        return by_platform(either, large, accept, updates, state, params)
 
     return Freezable(inner.init, update)
 

@@ -110,7 +110,7 @@ def test_a_large_fallback_is_held_as_a_small_one_is(monkeypatch: pytest.MonkeyPa
         return [before, update(grads[2], state, params)]
 
     selected = steps()
-    monkeypatch.setattr(freeze, "COPIED", -1)
+    monkeypatch.setitem(PLATFORMS, "cpu", PLATFORMS["cpu"]._replace(copied=-1))
     assert_close(steps(), selected, 1e-6)
 
 
