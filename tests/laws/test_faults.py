@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.transforms import freeze
+from fisher_optax._xla import PLATFORMS
 from tests.comparisons import assert_close, assert_finite, assert_same_bits, assert_updates_close, types
 from tests.optimizers_table import (
     METHODS,
