@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -40,22 +41,40 @@ PLATFORMS: dict[str, Platform] = {
 }
 
 
+# Those that what is being traced may be lowered for.
+_AMONG: ContextVar[tuple[str, ...]] = ContextVar("among", default=tuple(PLATFORMS))
+
+
 def by_platform(f: Callable[..., Any], setting: Callable[[Platform], Any], *operands: Any) -> Any:
     """``f(setting(platform), *operands)`` for the `Platform` that a program is lowered for, or where it runs.
 
     Args:
-      f: is traced once for each setting that differs.
+      f: is traced once for each setting that differs; choices within f are among the platforms that have this one.
       setting: what f needs of a platform; hashable.
     """
-    settings: Mapping[str, Any] = {name: setting(platform) for name, platform in PLATFORMS.items()}
+    among = _AMONG.get()
+    settings: Mapping[str, Any] = {name: setting(PLATFORMS[name]) for name in among}
     leaves = jax.tree.leaves(operands)
     if len(set(settings.values())) == 1:
-        return f(settings["cpu"], *operands)
+        return f(settings[among[0]], *operands)
     if not any(isinstance(x, Tracer) for x in leaves):
-        return f(settings[next(iter(jnp.asarray(leaves[0]).devices())).platform], *operands)
-    cases = {value: functools.partial(f, value) for value in settings.values()}
-    named = {name: cases[settings[name]] for name in ("cpu", "tpu") if settings[name] != settings["gpu"]}
-    return jax.lax.platform_dependent(*operands, default=cases[settings["gpu"]], **named)
+        here = next(iter(jnp.asarray(leaves[0]).devices())).platform
+        return f(settings.get(here, settings[among[0]]), *operands)
+
+    def case(value: Any) -> Callable[..., Any]:
+        def of_these(*operands: Any) -> Any:
+            token = _AMONG.set(tuple(name for name in among if settings[name] == value))
+            try:
+                return f(value, *operands)
+            finally:
+                _AMONG.reset(token)
+
+        return of_these
+
+    cases = {value: case(value) for value in settings.values()}
+    others = settings["gpu" if "gpu" in settings else among[0]]  # a GPU has several names
+    named = {name: cases[settings[name]] for name in among if name != "gpu" and settings[name] != others}
+    return jax.lax.platform_dependent(*operands, default=cases[others], **named)
 
 
 def branch(choice: Array | bool, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:

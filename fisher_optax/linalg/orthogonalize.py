@@ -92,8 +92,9 @@ def orthogonalize(
     def run(plan: _Plan, X: Array) -> Array:
         products = Products(X.shape[-2] > X.shape[-1], plan.rows, dtype, precision)
         Y = X.astype(_at_least_float32(X.dtype))
-        direct = plan.restarts is None
-        return _direct(Y, polynomial, products) if direct else _gram(Y, polynomial, plan.restarts, products)
+        if plan.restarts is None:
+            return _direct(Y, polynomial, products)
+        return _gram(Y, polynomial, plan.restarts, products)
 
     return by_platform(run, plan, X).astype(X.dtype)
 

@@ -41,13 +41,12 @@ def over_stack(
     if not isinstance(largest, Tracer) or N == 1:
         results = [one(*jax.tree.map(lambda x: x[i], everything)) for i in range(N)]  # noqa: B023
         return jax.tree.map(lambda *xs: jnp.stack(xs), *results)
-    once = jax.jit(one, inline=True)  # traced once, for all platforms
 
     def loop(at_once: int, *stacks: Any) -> tuple[Any, Any]:
         if at_once == 1:
-            return _in_place(once, *stacks)
+            return _in_place(one, *stacks)
         groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), stacks)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(jax.vmap(once), *groups))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(jax.vmap(one), *groups))
 
     def at_once(platform: Platform) -> int:
         if platform.numbers_at_once is None:

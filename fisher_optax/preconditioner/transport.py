@@ -52,13 +52,8 @@ def into_bases(
             left, right = (None if order is None else order(r) for order in orders)
             return put(stacks, j, _permuted(now, left, right)._replace(linear=linear))
         P_L, P_R = member_of(tuple(old[:2]), j)
-        return put(
-            stacks,
-            j,
-            _squared(now, *(_squares(Q, P, precision) for Q, P in ((Q_L, P_L), (Q_R, P_R))), precision)._replace(
-                linear=linear
-            ),
-        )
+        C_L, C_R = _squares(Q_L, P_L, precision), _squares(Q_R, P_R, precision)
+        return put(stacks, j, _squared(now, C_L, C_R, precision)._replace(linear=linear))
 
     return repeat(due.count, len(due.places), body, moments) if any(moments) else moments
 
