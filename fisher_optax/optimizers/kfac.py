@@ -99,8 +99,8 @@ def kfac(
         orthogonal iteration, cheaper, follows slowly) or "cholesky" (the same by products alone), all with exact
         damping at four products a step; "inverse": factored damping, two products, and a Cholesky factorisation a
         refresh; "auto", the default: "eigh" on a CPU, and on a TPU or GPU, where that is slow, four rounds of
-        "cholesky", which leave eigenvectors of close eigenvalues mixed (`fo.decompositions.eigh`). Squares are carried along exactly, and
-        the first call makes a step: it takes no ``transport`` and no ``first_step``.
+        "cholesky", which leave eigenvectors of close eigenvalues mixed (`fo.decompositions.eigh`). Squares are carried
+        along exactly, and the first call makes a step: it takes no ``transport`` and no ``first_step``.
       storage: a `fo.Storage`, without ``momentum_dtype`` and ``sides``.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix (biases go with their kernels) and for embeddings, default
