@@ -119,10 +119,10 @@ def followed_by_products(
 ) -> tuple[Float[Array, "d d"], Int[Array, " d"]]:
     """What `followed` is for, by products and small Cholesky factors alone: one loop of ``rounds`` of "cholesky".
 
-    The first basis is Q after 20 rounds, whatever ``rounds`` is. A round brings the columns of two eigenvalues apart by
-    their ratio, so that those within a tenth of each other still share directions then; later refreshes go on from
-    there. A ``tolerance`` ends them where Q is off by no more. ``precision`` is that of ``A Q``; what makes columns
-    orthogonal is always as exact as can be.
+    The first basis is Q after 20 rounds with ``A - λ_min I``, λ_min the least of the columns' `rayleigh` values,
+    whatever ``rounds`` is. A round brings the columns of two eigenvalues apart by their ratio, so that those within a
+    tenth of each other still share directions then; later refreshes go on from there. A ``tolerance`` ends them where Q
+    is off by no more. ``precision`` is that of ``A Q``; what makes columns orthogonal is always as exact as can be.
 
     >>> V, order = followed_by_products(jnp.array([[1.0, 1.0], [1.0, 2.0]]), jnp.eye(2), False)
     >>> print(jnp.abs(V).round(2), order)
@@ -138,7 +138,9 @@ def followed_by_products(
         P = project(A, Q, precision=precision)
         # A factor that is not finite has no measure; renewing it shows that.
         settled, places = off_diagonal_part(Q, P) <= limit, descending(Q, P)
-        new = cholesky_qr(_spanning(Q, P, places), count=jnp.where(settled, 0, len(A)))
+        # Less the smallest eigenvalue, a first basis tells the others from it in a few rounds.
+        least = jnp.where(first, jnp.min(rayleigh(Q, P)), 0)
+        new = cholesky_qr(_spanning(Q, P - least * Q, places), count=jnp.where(settled, 0, len(A)))
         kept = jnp.where(settled, same, places)
         return i + 1, jnp.where(settled, 0, most), jnp.where(settled, Q, new), order[kept]
 
