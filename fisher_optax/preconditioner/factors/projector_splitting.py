@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from ... import linalg
 from ..._checks import value_at
-from ..._xla import branch
+from ..._xla import branch, by_platform
 from ..contracts import FactorRule, Kronecker
 
 VARIANTS = ("sequential", "parallel")
@@ -118,6 +118,10 @@ def one_sided(G: Float[Array, "m n"], factors: Kronecker, decay: Any) -> Kroneck
     )
 
 
+def _dominant(exact: bool, A: Array) -> Array:
+    return linalg.eigenbasis(A)[:, :1] if exact else linalg.dominant_eigenvector(A)
+
+
 def dominant(G: Float[Array, "m n"], *, squared: bool) -> tuple[Array, Array]:
     """``c u uᵀ`` and ``c v vᵀ`` of the largest singular triple; c = σ if ``squared``, so that the product has the
     scale σ² of ``g gᵀ``, else ``sqrt(σ)``.
@@ -125,7 +129,7 @@ def dominant(G: Float[Array, "m n"], *, squared: bool) -> tuple[Array, Array]:
     X = linalg.unit_frobenius(G)
     tall = G.shape[0] > G.shape[1]
     wide = X.mT if tall else X
-    u = linalg.dominant_eigenvector(_outer(wide))
+    u = by_platform(_dominant, lambda platform: platform.decomposition == "qr", _outer(wide))
     v = linalg.unit_frobenius(linalg.times(wide.mT, u))
     u, v = (v, u) if tall else (u, v)
     # |u' G v| of entries that may be too small to square.
