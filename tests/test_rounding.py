@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
+from fisher_optax._xla import PLATFORMS
 from fisher_optax.linalg import eigenbasis, orthogonal_iteration
 from fisher_optax.preconditioner.applications.rounding import counts
 from tests.grouped import grouped
@@ -136,8 +137,12 @@ def test_steps_stay_in_the_span_of_the_gradients(name: str, decomposition: str, 
 
 
 @pytest.mark.parametrize("make", [fo.scale_by_soap, fo.scale_by_dykaf, fo.scale_by_kl_soap, fo.scale_by_kl_shampoo])
-def test_a_matrix_in_a_batch_moves_as_alone(make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_a_matrix_in_a_batch_moves_as_alone(
+    make: Callable[..., Any], platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not square, so that one factor is singular: compiled, mapped and uncompiled take the same basis of its rest."""
+    monkeypatch.setitem(PLATFORMS, "cpu", PLATFORMS[platform]._replace(one_factorisation=True))
     tx, gradients = make(precondition_frequency=2), normal(3, 5, 5, 8).astype(np.float32)
 
     def run(gradients: Any, update: Any) -> Any:

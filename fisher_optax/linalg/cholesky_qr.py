@@ -31,8 +31,8 @@ def cholesky_qr(
 
     of each block V of columns, in four passes, Q the blocks before. A column at a distance δ, as a part of its length,
     from the span of those before it in its block has about ``min(1, δ / 2 d ε)`` after a pass with ``s = 2 d ε``. Two
-    such passes do where δ is a few ε; a third for a Gram matrix that an ill-conditioned block leaves. Rows that share
-    no columns with others share none afterwards, to the bit.
+    such passes do where δ is a few ε; a third for M of an indefinite matrix (by rounding to bfloat16, say), which may
+    have an eigenvalue that cancels its shift. Rows that share no columns with others share none afterwards, to the bit.
 
     Args:
       M: no column is zero; each has more than rounding outside the span of those before it.

@@ -1,6 +1,7 @@
 """Orthonormal eigenbases of symmetric matrices: exact, or followed one orthogonal iteration at a time."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,8 @@ def orthogonal_iteration(
 
     "cholesky" takes the QR of ``M = (A + 8 ε |A| I) Q``, ε the type's epsilon, block by block (`cholesky_qr`). The
     shift of A, of the size of the product's rounding, puts each column at least ε away from the span of the others
-    where A is singular: there Q's own columns stay, made orthogonal to the others. Exact zeros stay: rows of A and Q
+    where A is singular: there Q's own columns stay, made orthogonal to the others, as do those of which A makes nothing
+    but rounding. Exact zeros stay: rows of A and Q
     that share no columns with others share none afterwards.
 
     Returns:
@@ -104,7 +106,7 @@ def orthogonal_iteration(
     if method == "qr":
         return one_by_one(_next)(A, Q, project(A, Q, precision=precision) if P is None else at_least_float32(P))
     P = unit_scale(project(A, Q, precision=precision) if P is None else at_least_float32(P))
-    M = _spanning(Q, P, descending(Q, P))
+    M = _spanning(Q, P, descending(Q, P), FLOOR * float(jnp.finfo(P.dtype).eps))
     return jnp.vectorize(lambda M: cholesky_qr(M, precision), signature="(d,d)->(d,d)")(M)
 
 
@@ -121,7 +123,8 @@ def followed_by_products(
 
     The first basis is Q after 20 rounds with ``A - λ_min I``, λ_min the least of the columns' `rayleigh` values,
     whatever ``rounds`` is. A round brings the columns of two eigenvalues apart by their ratio, so that those within a
-    tenth of each other still share directions then; later refreshes go on from there. A ``tolerance`` ends them where Q
+    tenth of each other still share directions then; later refreshes go on from there. In the first ten of the 20, A is shifted by ``√ε |A|`` instead of ``8 ε |A|``: what
+    the rounding of A Q turns in a null space is then that small. A ``tolerance`` ends them where Q
     is off by no more. ``precision`` is that of ``A Q``; what makes columns orthogonal is always as exact as can be.
 
     >>> V, order = followed_by_products(jnp.array([[1.0, 1.0], [1.0, 2.0]]), jnp.eye(2), False)
@@ -130,7 +133,7 @@ def followed_by_products(
      [0.89 0.45]] [1 0]
     """
     A, Q = unit_scale(at_least_float32(A)), at_least_float32(Q)
-    same = jnp.arange(len(A))
+    same, ε = jnp.arange(len(A)), float(jnp.finfo(A.dtype).eps)
     limit = jnp.where(first, -1, -1 if tolerance is None else tolerance)
 
     def one_round(carry: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -140,7 +143,9 @@ def followed_by_products(
         settled, places = off_diagonal_part(Q, P) <= limit, descending(Q, P)
         # Less the smallest eigenvalue, a first basis tells the others from it in a few rounds.
         least = jnp.where(first, jnp.min(rayleigh(Q, P)), 0)
-        new = cholesky_qr(_spanning(Q, P - least * Q, places), count=jnp.where(settled, 0, len(A)))
+        # In the first of these rounds a larger shift leaves directions that A makes nothing of where they are.
+        floor = jnp.where(jnp.logical_and(first, i < FIRST_ROUNDS // 2), ε**0.5, FLOOR * ε)
+        new = cholesky_qr(_spanning(Q, P, places, floor, least), count=jnp.where(settled, 0, len(A)))
         kept = jnp.where(settled, same, places)
         return i + 1, jnp.where(settled, 0, most), jnp.where(settled, Q, new), order[kept]
 
@@ -149,10 +154,18 @@ def followed_by_products(
     return Q, jnp.where(first, same, order)
 
 
-def _spanning(Q: Float[Array, "*batch d d"], P: Float[Array, "*batch d d"], order: Int[Array, "*batch d"]) -> Array:
-    """``(A + 8 ε |A| I) Q`` in that order, from ``P = A Q``."""
-    norm, ε = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True), float(jnp.finfo(P.dtype).eps)
-    M = P + jnp.where(norm == 0, 1, FLOOR * ε * norm) * Q
+def _spanning(
+    Q: Float[Array, "*batch d d"],
+    P: Float[Array, "*batch d d"],
+    order: Int[Array, "*batch d"],
+    floor: Any,
+    least: Any = 0,
+) -> Float[Array, "*batch d d"]:
+    """``(A - least I + floor |A| I) Q`` in that order, from ``P = A Q``; Q's own columns where that is rounding."""
+    norm = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True)
+    P = P - least * Q
+    null = ~known(column_lengths(P), norm[..., 0])
+    M = jnp.where(null[..., None, :], Q, P + floor * norm * Q)
     return jnp.take_along_axis(M, order[..., None, :], axis=-1, mode="promise_in_bounds")
 
 
