@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool
 class Platform(NamedTuple):
     """What is done in another way for another kind of device."""
 
-    decomposition: str  # of `fo.Refresh`: how a basis follows its factor
+    factorises: bool  # whether QR and eigh are quick to compile and to run; else products stand in for them
     symmetric_blocks: int | None  # from this size on, half of a symmetric product is made, in blocks
     rows_at_once: int | None  # of a product with more rows than that
     matrices_at_once: tuple[int, ...]  # of a stack, the first of these that divides it; or
@@ -34,10 +34,31 @@ class Platform(NamedTuple):
 # of 3072 in two, a float32 product of 3072 at the highest precision in 7.4 s and by 256 rows at once in 1.5; on a GPU
 # the libraries factorise one matrix after another; a conditional keeps a state twice. 2^22 entries are 16 MB, and
 # enough to fill either.
+_ACCELERATOR = Platform(
+    factorises=False,
+    symmetric_blocks=None,
+    rows_at_once=None,
+    matrices_at_once=(),
+    numbers_at_once=2**22,
+    one_factorisation=False,
+    roundoff=2.0**-11,
+    working_memory=2**28,
+    copied=None,
+)
 PLATFORMS: dict[str, Platform] = {
-    "cpu": Platform("qr", 384, None, (2, 3), None, True, 2.0**-24, 2**21, 2**22),
-    "gpu": Platform("cholesky", None, None, (), 2**22, False, 2.0**-11, 2**28, None),
-    "tpu": Platform("cholesky", None, 256, (), 2**22, False, 2.0**-9, 2**28, None),
+    "cpu": Platform(
+        factorises=True,
+        symmetric_blocks=384,
+        rows_at_once=None,
+        matrices_at_once=(2, 3),
+        numbers_at_once=None,
+        one_factorisation=True,
+        roundoff=2.0**-24,
+        working_memory=2**21,
+        copied=2**22,
+    ),
+    "gpu": _ACCELERATOR,
+    "tpu": _ACCELERATOR._replace(rows_at_once=256, roundoff=2.0**-9),
 }
 
 

@@ -51,7 +51,7 @@ def over_stack(
     def at_once(platform: Platform) -> int:
         if platform.numbers_at_once is None:
             return next((k for k in platform.matrices_at_once if grouped and N % k == 0), 1)
-        most = min(max_stack, platform.numbers_at_once * N // largest.size, N)
+        most = min(max_stack, platform.numbers_at_once * N // max(largest.size, 1), N)
         return next((k for k in range(most, 0, -1) if N % k == 0), 1)
 
     return by_platform(loop, at_once, *everything)

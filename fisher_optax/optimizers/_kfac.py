@@ -52,7 +52,8 @@ def captured(
     options = refresh_of(name, refresh, {"decomposition": "auto", "tolerance": 0.01})
     one_of("decomposition", options.decomposition, ways)
     if options.decomposition == "inverse" and options.when == "adaptive":
-        raise ValueError("refresh='adaptive' needs an eigenbasis: decomposition must be another than 'inverse'.")
+        bases = ", ".join(repr(way) for way in ways if way != "inverse")
+        raise ValueError(f"refresh='adaptive' needs an eigenbasis: decomposition must be {bases}; got 'inverse'.")
     kept = storage_of(name, storage, STORAGE)
     factors, decomposition = _parts(curvature_decay, damping, exponent, options.decomposition, kept.rank)
     return preconditioner(

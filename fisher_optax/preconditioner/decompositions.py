@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .. import linalg
+from .._checks import one_of
 from .._xla import Platform, branch, by_platform
-from .contracts import Decomposition, Eigenbasis, Eigenpairs, InverseRoot, Refreshed
+from .contracts import PRECISIONS, Decomposition, Eigenbasis, Eigenpairs, InverseRoot, Refreshed
 
 # Of orthogonal iteration in the place of an eigendecomposition.
 ROUNDS = 4
@@ -32,12 +33,16 @@ def orthogonal_iteration(method: str = "auto", *, precision: str = "highest") ->
       precision: of the products, as in `fo.Products`.
 
     Raises:
-      ValueError: for any other method.
+      ValueError: for any other method or precision.
 
     Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 4.
     """
+    one_of("precision", precision, PRECISIONS)
     if method not in ("auto", "qr", "cholesky"):
         raise ValueError(f"orthogonal_iteration: method must be 'auto', 'qr' or 'cholesky', got {method!r}.")
+
+    def way(platform: Platform) -> str:
+        return ("qr" if platform.factorises else "cholesky") if method == "auto" else method
 
     def renew(A: Matrix, Q: Matrix, first: First, tolerance: float | None) -> Refreshed:
         def by(method: str, A: Matrix, Q: Matrix, first: First) -> Refreshed:
@@ -46,7 +51,7 @@ def orthogonal_iteration(method: str = "auto", *, precision: str = "highest") ->
                 *linalg.sequential(functools.partial(f, tolerance=tolerance, precision=precision))(A, Q, first)
             )
 
-        return by_platform(by, lambda platform: platform.decomposition if method == "auto" else method, A, Q, first)
+        return by_platform(by, way, A, Q, first)
 
     return Decomposition(method, Eigenbasis, renew)
 
@@ -81,7 +86,7 @@ def eigh(method: str = "exact") -> Decomposition:
                 return exact(A, Q, first, tolerance)
             return Refreshed(*linalg.followed_by_products(A, Q, first, tolerance, rounds=ROUNDS))
 
-        return by_platform(by, lambda platform: method == "auto" and platform.decomposition != "qr", A, Q, first)
+        return by_platform(by, lambda platform: method == "auto" and not platform.factorises, A, Q, first)
 
     return Decomposition("eigh", Eigenbasis, renew)
 
@@ -107,7 +112,7 @@ def inverse_root(exponent: float = -0.25, *, method: str = "auto", ridge: Any = 
     def way(platform: Platform) -> str:
         if method != "auto":
             return method
-        return "eigh" if platform.decomposition == "qr" else elsewhere
+        return "eigh" if platform.factorises else elsewhere
 
     def root(A: Matrix, old: Matrix, first: First, tolerance: float | None) -> Refreshed:
         del first, tolerance

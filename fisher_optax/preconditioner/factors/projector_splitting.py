@@ -129,7 +129,7 @@ def dominant(G: Float[Array, "m n"], *, squared: bool) -> tuple[Array, Array]:
     X = linalg.unit_frobenius(G)
     tall = G.shape[0] > G.shape[1]
     wide = X.mT if tall else X
-    u = by_platform(_dominant, lambda platform: platform.decomposition == "qr", _outer(wide))
+    u = by_platform(_dominant, lambda platform: platform.factorises, _outer(wide))
     v = linalg.unit_frobenius(linalg.times(wide.mT, u))
     u, v = (v, u) if tall else (u, v)
     # |u' G v| of entries that may be too small to square.
