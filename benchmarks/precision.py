@@ -16,6 +16,7 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,10 @@ import train_gpt
 from benchmarks import harness, run_tables
 from benchmarks.results import Column, result, spread, table
 from comparison import Runs, Task
-from fisher_optax.linalg import products
 from gpt_config import Config
 from text import load_corpus
 
+matmul = jnp.matmul
 RATE = 6e-3
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "soap.npz"
 SIDE, RATIO, NOISE = 8, 0.5, 0.2  # ratio of one singular value of a gradient to the next
@@ -61,7 +62,7 @@ COLUMNS = {
 
 def emulated(X: jax.Array, Y: jax.Array, precision: Any = None) -> jax.Array:
     """``X Y`` as an accelerator multiplies at this precision."""
-    exact = functools.partial(jnp.matmul, precision="highest")
+    exact = functools.partial(matmul, precision="highest")
     if precision not in ("high", "default"):
         return exact(X, Y)
     (x, x_rest), (y, y_rest) = _rounded(X), _rounded(Y)
@@ -128,7 +129,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     environment = harness.environment()
-    products.matmul = emulated
+    with mock.patch.object(jnp, "matmul", emulated):
+        yield measured(options, environment)
+
+
+def measured(options: argparse.Namespace, environment: dict[str, Any]) -> dict[str, Any]:
     base = Config(steps=options.steps, eval_every=max(1, options.steps // 10), eval_batches=10)
     corpus = load_corpus(base.data, base.vocab, base.context)
     for name, how in WAYS.items():
@@ -146,7 +151,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         label = LABELS.get(name, name.replace("cholesky_", "refresh by products, ").replace("_", " "))
         rows[name] = {"label": label, "val_loss": spread(losses), "apart": spread(apart(name, 3))}
         rows[name]["golden"] = spread(golden(name))
-    yield result(
+    return result(
         "precision",
         "What lower precision of an accelerator's products costs SOAP, and its refresh by products, emulated on a CPU.",
         run_tables.command("precision", options, add_options),

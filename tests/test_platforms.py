@@ -12,6 +12,7 @@ import pytest
 import fisher_optax as fo
 from fisher_optax import linalg
 from fisher_optax._xla import PLATFORMS, by_platform
+from fisher_optax.statistics import LayerFactors
 from tests.test_refresh import equations
 
 PARAMS = {"layer": {"kernel": jnp.zeros((6, 4))}}
@@ -36,7 +37,7 @@ def test_a_program_takes_the_choices_of_what_it_is_lowered_for(platform: str, se
 
 def test_outside_jit_the_device_of_the_arrays_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert by_platform(lambda way, x: way, lambda p: p.decomposition, jnp.zeros(1)) == PLATFORMS["cpu"].decomposition
+    assert by_platform(lambda way, x: way, lambda p: p.factorises, jnp.zeros(1))
 
 
 @pytest.mark.parametrize("name", ["soap", "kl_soap", "dykaf"])
@@ -95,6 +96,56 @@ def test_soap_by_an_accelerators_refresh_goes_where_soap_by_qr_goes(seed: int) -
     assert np.linalg.norm(by_products - by_qr) < 1e-3 * np.linalg.norm(by_qr)
 
 
+def directions(tx: Any, captured: bool) -> np.ndarray:
+    """Of 12 steps on statistics of 40 examples a step, with a refresh every third."""
+    rng, params, found = np.random.default_rng(3), {"kernel": jnp.zeros((6, 4))}, []
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(12):
+        a, d = rng.standard_normal((40, 6)) * 0.7 ** np.arange(6), rng.standard_normal((40, 4)) * 0.7 ** np.arange(4)
+        squares = jnp.asarray((a.T**2 @ d**2) / 40, jnp.float32)
+        A, B = (jnp.asarray(x.T @ x / 40, jnp.float32) for x in (a, d))
+        given = {"kernel": LayerFactors(A, B, squares, jnp.asarray(40.0))}
+        extra = {"statistics": given} if captured else {}
+        updates, state = update({"kernel": jnp.asarray(a.T @ d / 40, jnp.float32)}, state, params, **extra)
+        found.append(np.asarray(updates["kernel"], np.float64))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(
+    ("make", "captured", "within"),
+    [
+        (lambda: fo.scale_by_kfac(damping=1e-3, precondition_frequency=3), True, 0.02),
+        (lambda: fo.scale_by_ekfac(damping=1e-3, precondition_frequency=3), True, 0.02),
+        (lambda: fo.scale_by_shampoo(precondition_frequency=3), False, 1e-3),
+    ],
+    ids=["kfac", "ekfac", "shampoo"],
+)
+def test_an_accelerators_stand_ins_for_eigh_are_near_it(
+    make: Any, captured: bool, within: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four rounds of orthogonal iteration for K-FAC, coupled Newton for Shampoo."""
+    exact = directions(make(), captured)
+    monkeypatch.setitem(PLATFORMS, "cpu", PLATFORMS["tpu"]._replace(one_factorisation=True))
+    by_products = directions(make(), captured)
+    assert np.linalg.norm(by_products - exact) < within * np.linalg.norm(exact)
+    assert np.any(by_products != exact)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_the_dominant_eigenvector_is_found_by_squarings(scale: float) -> None:
+    """Of any scale, with a close second; of equal ones some vector of their space; of zero none."""
+    V = np.linalg.qr(np.random.default_rng(0).standard_normal((5, 5)))[0]
+    find = jax.jit(linalg.dominant_eigenvector)
+
+    def matrix(*values: float) -> Any:
+        return jnp.asarray(scale * (V * np.array(values)) @ V.T, jnp.float32)
+
+    np.testing.assert_allclose(np.abs(V[:, 0] @ np.asarray(find(matrix(1, 0.99, 0.5, 0.1, 0)))), 1, atol=1e-5)
+    tied = np.asarray(find(matrix(1, 1, 0.5, 0.1, 0)))
+    np.testing.assert_allclose(np.linalg.norm(V[:, :2].T @ tied), 1, atol=1e-5)
+    assert not np.any(find(jnp.zeros((5, 5))))
+
+
 @pytest.mark.parametrize("d", [1, 5, 128, 130, 260])
 def test_the_q_of_a_qr_by_blocks(d: int) -> None:
     """Orthonormal, and the leading columns span what the leading ones did; more blocks than one, and uneven ones."""
@@ -119,6 +170,25 @@ def test_each_product_has_its_own_precision(field: str) -> None:
     assert lower.total() == exact.total()
     assert {name for name in exact if "HIGH" in name} == set(exact)
     assert 0 < sum(count for name, count in lower.items() if "HIGHEST" not in name) < exact.total()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fo.factors.outer_product(precision="fast"),
+        lambda: fo.decompositions.orthogonal_iteration(precision="fast"),
+        lambda: fo.in_eigenbasis(optax.scale_by_lion(), precision="fast"),
+    ],
+    ids=["factors", "decomposition", "application"],
+)
+def test_a_part_refuses_an_unknown_precision(make: Any) -> None:
+    with pytest.raises(ValueError, match="precision must be one of 'highest', 'high', 'default'; got 'fast'"):
+        make()
+
+
+def test_products_are_an_object() -> None:
+    with pytest.raises(TypeError, match="products"):
+        fo.soap(1e-2, products="high")  # type: ignore[arg-type]
 
 
 def test_an_unknown_precision_is_refused() -> None:

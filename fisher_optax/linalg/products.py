@@ -20,9 +20,6 @@ from .._xla import by_platform
 # Rows of blocks, from `Platform.symmetric_blocks` on: products of smaller ones are too slow to gain anything.
 BLOCKS = 4
 
-# What `times` multiplies by: a program that emulates another precision puts another function here.
-matmul = jnp.matmul
-
 # A symmetric matrix by its rows of blocks (one row: whole).
 Symmetric = tuple[Inexact[Array, "..."], ...]
 
@@ -39,9 +36,9 @@ def times(
 
     def at_once(rows: int, X: Array, Y: Array) -> Array:
         if rows == X.shape[-2]:
-            return matmul(X, Y, precision=precision)
+            return jnp.matmul(X, Y, precision=precision)
         parts = X.reshape(*X.shape[:-2], -1, rows, X.shape[-1])
-        results = jax.lax.map(lambda x: matmul(x, Y, precision=precision), jnp.moveaxis(parts, -3, 0))
+        results = jax.lax.map(lambda x: jnp.matmul(x, Y, precision=precision), jnp.moveaxis(parts, -3, 0))
         return jnp.moveaxis(results, 0, -3).reshape(*results.shape[1:-2], X.shape[-2], Y.shape[-1])
 
     return by_platform(at_once, lambda platform: _rows_at_once(X.shape[-2], platform.rows_at_once), X, Y)

@@ -9,7 +9,7 @@ from ..preconditioner.applications import adam, in_eigenbasis
 from ..preconditioner.contracts import Application, FactorRule
 from ..preconditioner.decompositions import eigh, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import outer_product
-from ..preconditioner.options import Products, Refresh, Storage, refresh_of, storage_of
+from ..preconditioner.options import Products, Refresh, Storage, products_of, refresh_of, storage_of
 from ..preconditioner.precondition import FACTORS, preconditioner
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
@@ -48,9 +48,10 @@ def scale_by_soap(
       >>> tx = optax.chain(optax.trace(0.95, nesterov=True), fo.scale_by_soap(b1=0.0), polar,
       ...                  optax.scale_by_learning_rate(3e-3))
     """
+    products = products_of(products)
     method = adam_in_bases(
         "soap",
-        outer_product(decay_of(shampoo_beta, b2), precision=(products or Products()).factors),
+        outer_product(decay_of(shampoo_beta, b2), precision=products.factors),
         b1,
         b2,
         eps,
@@ -132,9 +133,10 @@ def soap(
       >>> tx = fo.soap(optax.cosine_decay_schedule(3e-3, 100), refresh="staggered")
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
+    products = products_of(products)
     method = adam_in_bases(
         "soap",
-        outer_product(decay_of(shampoo_beta, b2), precision=(products or Products()).factors),
+        outer_product(decay_of(shampoo_beta, b2), precision=products.factors),
         b1,
         b2,
         eps,
@@ -170,13 +172,12 @@ def adam_in_bases(
     max_precond_dim: int,
     refresh: Refresh | str,
     storage: Storage | None,
-    products: Products | None = None,
+    products: Products = Products(),  # noqa: B008  frozen
 ) -> Preconditioner:
     """These factors x orthogonal iteration x Adam in the eigenbasis: SOAP and its nearest relatives."""
     check_moments(b1, b2, eps)
     storage = storage_of(name, storage, STORAGE)
     inner = adam(b1, b2, eps, bias_correction, storage.momentum_dtype, normalize_updates)
-    products = Products() if products is None else products
     return in_bases_of(
         name,
         factors,

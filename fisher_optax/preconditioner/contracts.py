@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
+PRECISIONS = ("highest", "high", "default")  # of products on an accelerator
+
 
 class Kronecker(NamedTuple):
     """Running factors of ``F ≈ left ⊗ right`` for one matrix (row-major ``vec``)."""

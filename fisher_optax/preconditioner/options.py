@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._checks import in_range, one_of, whole
+from .contracts import PRECISIONS
 
 WHEN = ("every", "adaptive", "staggered")
 TRANSPORTS = ("permute", "squared")
 FIRST_STEPS = ("skip", "adam")
-PRECISIONS = ("highest", "high", "default")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,9 @@ class Storage:
 @dataclasses.dataclass(frozen=True)
 class Products:
     """How exactly an accelerator multiplies: "highest" (float32), "high" (two parts of bfloat16 each, or TF32) or
-    "default" (bfloat16 on a TPU, TF32 on a GPU). A CPU multiplies in float32 whatever is asked for.
+    "default" (bfloat16 on a TPU, TF32 on a GPU). A CPU multiplies in float32 whatever is asked for. `fo.soap` takes it;
+    with `fo.precondition`, factors, decomposition and application each take a ``precision``. Other methods multiply in
+    float32.
 
     Args:
       factors: of ``G Gᵀ`` and ``Gᵀ G``.
@@ -143,6 +145,13 @@ def storage_of(method: str, storage: Storage | None, takes: tuple[str, ...]) -> 
         raise TypeError(f"storage must be a fo.Storage; got {storage!r}.")
     _only(method, storage, set(takes))
     return storage
+
+
+def products_of(products: Products | None) -> Products:
+    """``products``; None: float32."""
+    if not isinstance(products, Products | None):
+        raise TypeError(f"products must be a fo.Products; got {products!r}.")
+    return Products() if products is None else products
 
 
 def _only(method: str, options: Any, takes: set[str]) -> None:

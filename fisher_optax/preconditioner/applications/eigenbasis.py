@@ -15,8 +15,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from ... import linalg
-from ..._checks import value_at
-from ..contracts import Application, Eigenbasis, Eigenpairs, Moments
+from ..._checks import one_of, value_at
+from ..contracts import PRECISIONS, Application, Eigenbasis, Eigenpairs, Moments
 from .rounding import counts, ratio
 
 Matrix = Float[Array, "m n"]
@@ -44,11 +44,15 @@ def in_eigenbasis(
     Entries whose second moment (that of ``quadratic``, or of ``left`` and ``right``; else the square of ``linear``, or
     of the gradient) is rounding, relative to its row and column, get no step.
 
+    Raises:
+      ValueError: for an unknown precision.
+
     Example:
       >>> import optax, fisher_optax as fo
       >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
+    one_of("precision", precision, PRECISIONS)
     transform: Any = optax.with_extra_args_support(inner)
 
     def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ... import linalg
-from ..._checks import value_at
-from ..contracts import FactorRule, Kronecker
+from ..._checks import one_of, value_at
+from ..contracts import PRECISIONS, FactorRule, Kronecker
 
 KINDS = ("ema", "mean", "sum")
 
@@ -34,13 +34,14 @@ def outer_product(
       precision: of the products, as in `fo.Products`.
 
     Raises:
-      ValueError: for an unknown kind.
+      ValueError: for an unknown kind or precision.
 
     Example:
       >>> import fisher_optax as fo
       >>> fo.factors.outer_product(0.9).name
       'outer product'
     """
+    one_of("precision", precision, PRECISIONS)
     if kind not in KINDS:
         raise ValueError(f"outer_product: kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}.")
 
