@@ -123,9 +123,10 @@ def followed_by_products(
 
     The first basis is Q after 20 rounds with ``A - λ_min I``, λ_min the least of the columns' `rayleigh` values,
     whatever ``rounds`` is. A round brings the columns of two eigenvalues apart by their ratio, so that those within a
-    tenth of each other still share directions then; later refreshes go on from there. In the first ten of the 20, A is shifted by ``√ε |A|`` instead of ``8 ε |A|``: what
-    the rounding of A Q turns in a null space is then that small. A ``tolerance`` ends them where Q
-    is off by no more. ``precision`` is that of ``A Q``; what makes columns orthogonal is always as exact as can be.
+    tenth of each other still share directions then; later refreshes go on from there. In the first ten of the 20, A is
+    shifted by ``√ε |A|`` instead of ``8 ε |A|``: what the rounding of A Q turns in a null space is then that small. A
+    ``tolerance`` ends the rounds where Q is off by no more. ``precision`` is that of ``A Q``; what makes columns
+    orthogonal is always as exact as can be.
 
     >>> V, order = followed_by_products(jnp.array([[1.0, 1.0], [1.0, 2.0]]), jnp.eye(2), False)
     >>> print(jnp.abs(V).round(2), order)
