@@ -63,7 +63,7 @@ def test_statistics_of_another_tree() -> None:
     ("options", "message"),
     [
         ({"exponent": -2.0}, "exponent must lie between -1 and 0"),
-        ({"decomposition": "lu"}, "decomposition must be one of 'eigh', 'qr', 'inverse'"),
+        ({"decomposition": "lu"}, "decomposition must be one of 'auto', 'eigh', 'qr', 'cholesky', 'inverse'"),
         ({"damping": -1.0}, "damping must be at least 0"),
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"grafting": "lion"}, "grafting must be one of"),
