@@ -10,12 +10,6 @@ from jaxtyping import Array, Float
 from .matrices.axes import MatrixAxes
 
 
-class LowRank(NamedTuple):
-    """A second moment of low rank, ``Σ rowsᵀ rows``: for a side too long for a ``d x d`` array."""
-
-    rows: Float[Array, "*batch r d"]
-
-
 class Logits(NamedTuple):
     """Some tokens of a softmax cross-entropy, in the place of the right side of the layer that gave their logits."""
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.statistics import Logits, LowRank, Samples
+from fisher_optax.linalg.eigenbasis import LowRank
+from fisher_optax.statistics import Logits, Samples
 from tests.capture_models import assert_near
 from tests.parallel_models import (
     BATCH,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fisher_optax import capture
-from fisher_optax.statistics import LowRank, Window
+from fisher_optax.linalg.eigenbasis import LowRank
+from fisher_optax.statistics import Window
 from tests.capture_models import assert_factors, assert_near, captured, flax_loss, normal, params_of, watched
 from tests.reference.curvature import per_example_gradients
 

@@ -11,9 +11,10 @@ import pytest
 import scipy.sparse.linalg
 
 import fisher_optax as fo
+from fisher_optax.linalg.eigenbasis import LowRank
 from fisher_optax.preconditioner.applications import damped, eigenvalue_corrected
 from fisher_optax.preconditioner.contracts import Eigenpairs
-from fisher_optax.statistics import LayerFactors, LowRank
+from fisher_optax.statistics import LayerFactors
 from tests.grouped import grouped
 from tests.reference.kfac import Kfac, power
 from tests.reference.soap import Soap

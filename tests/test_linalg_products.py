@@ -10,15 +10,8 @@ import pytest
 from benchmarks.flops import count_matmul_flops
 from fisher_optax._xla import PLATFORMS
 from fisher_optax.linalg import direct_flops, gram_flops, orthogonalize, polar_express
-from fisher_optax.linalg.products import (
-    Products,
-    add_identity,
-    combine,
-    row_sizes,
-    symmetric_flops,
-    trace,
-    whole,
-)
+from fisher_optax.linalg.orthogonalize import add_identity, combine, symmetric_flops, trace
+from fisher_optax.linalg.products import Products, row_sizes, whole
 from tests.reference.newton_schulz import direct
 
 

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..linalg.eigenbasis import LowRank
 from ..matrices.axes import path_names
-from ..statistics import Logits, LowRank, Samples
+from ..statistics import Logits, Samples
 from .to_optimizer import is_statistics
 
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_flatten_with_path
 
+from ..linalg.eigenbasis import LowRank
 from ..matrices.axes import MatrixAxes, path_names
 from ..matrices.layers import Layer, join, shapes, split
-from ..statistics import LayerFactors, LayerStatistics, LowRank, Samples
+from ..statistics import LayerFactors, LayerStatistics, Samples
 
 HOW = (
     "get them from `value, grads, stats = fo.value_and_grad(loss_fn, statistics=fo.{kind}(...))(params, batch)` "

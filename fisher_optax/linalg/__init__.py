@@ -1,26 +1,25 @@
 """Pure functions of arrays: orthogonalisation, eigenbases that follow a matrix, symmetric storage."""
 
 from .blocks import blockwise, diagonal, overwritten
-from .cholesky_qr import cholesky_qr
 from .eigenbasis import (
     descending,
+    dominant_eigenvector,
     eigenbasis,
     followed_by_products,
     keep_last_good,
     off_diagonality,
     orthogonal_iteration,
+    range_of_rows,
+    strongest_rows,
 )
+from .factorisations import cholesky_qr, sequential
 from .following import followed, project
 from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
-from .lapack import sequential
-from .low_rank import dominant_eigenvector, range_of_rows, strongest_rows
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
-from .products import second_moment, times
+from .products import pack, second_moment, times, unit_frobenius, unit_scale, unpack
 from .roots import check_exponent, cholesky_inverse, has_exponent, matrix_power
-from .scaling import unit_frobenius, unit_scale
-from .symmetric import pack, unpack
 
 __all__ = [
     "as_polynomial",

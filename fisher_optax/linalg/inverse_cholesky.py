@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .lapack import one_by_one
+from .factorisations import one_by_one
 from .products import times
 
 # Where a factorisation fails, damping becomes ten times as large, and this at least; after so many tries, NaN.

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact
+import numpy as np
+from jaxtyping import Array, Float, Inexact
 
 from .._xla import Platform, by_platform
 from .polynomials import Polynomial, as_polynomial, polar_express
-from .products import Products, Symmetric, add_identity, combine, row_sizes, symmetric_flops, trace
-from .scaling import inverse_root, unit_frobenius, unit_scale
+from .products import Products, Symmetric, inverse_root, row_sizes, unit_frobenius, unit_scale
 
 # How far rounding may carry an eigenvalue of R before a Gram iteration restarts: less than the polynomials' own ripple.
 # Measured, float32 to bfloat16, rank one, half rank and singular values to 1e-6: bounded at .13, divergent at .27.
@@ -229,3 +229,36 @@ def _is_level(precision: Any) -> bool:
     levels = precision if isinstance(precision, tuple) else (precision,)
     names = ("default", "fastest", "high", "bfloat16", "bfloat16_3x", "tensorfloat32")
     return all(level is None or isinstance(level, jax.lax.Precision) or level in names for level in levels)
+
+
+def symmetric_flops(rows: tuple[int, ...], m: int | None = None) -> int:
+    """Flops of a symmetric product of n x m by m x n, n the sum of ``rows`` and m = n by default.
+
+    >>> symmetric_flops((2,)), symmetric_flops((1, 1))
+    (16, 12)
+    """
+    n = sum(rows)
+    return (n * n + sum(r * r for r in rows)) * (n if m is None else m)
+
+
+def combine(a: Any, S: Symmetric, b: Any, T: Symmetric) -> Symmetric:
+    """``a S + b T``."""
+    return tuple(a * s + b * t for s, t in zip(S, T, strict=True))
+
+
+def add_identity(a: Any, S: Symmetric) -> Symmetric:
+    """``a I + S``."""
+    return tuple(s + a * i for s, i in zip(S, _identity(S), strict=True))
+
+
+def trace(S: Symmetric) -> Float[Array, "*batch"]:
+    """The sum of the diagonal, which is real."""
+    # On a CPU, XLA compiles three kernels for a slice of the diagonal and its sum; this it leaves to a library.
+    parts = (jnp.sum(s * i, (-2, -1)) for s, i in zip(S, _identity(S), strict=True))
+    return functools.reduce(jnp.add, parts).real
+
+
+def _identity(S: Symmetric) -> Symmetric:
+    """I, cut like S."""
+    firsts = [0, *np.cumsum([s.shape[-2] for s in S[:-1]]).tolist()]
+    return tuple(jnp.eye(s.shape[-2], s.shape[-1], first, s.dtype) for s, first in zip(S, firsts, strict=True))

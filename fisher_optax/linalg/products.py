@@ -1,19 +1,18 @@
-"""The products of a Newton-Schulz iteration: of a wide or tall X, and of symmetric matrices that commute.
+"""Products of matrices: general, and of symmetric matrices that commute; how these are packed, and scaled.
 
-Everything an iteration multiplies on the small side is a polynomial of one matrix ``X Xᵀ``, so every product is
+What a Newton-Schulz iteration multiplies on the small side is a polynomial of one matrix ``X Xᵀ``, so every product is
 symmetric again. Cut into rows of blocks S_1 ... S_k, block i, j of ``S T`` is ``S_i T_jᵀ``, and those with i <= j are
 enough: ``(k + 1) / 2k`` of the flops. Of complex matrices, ᵀ is the conjugate transpose, and symmetric is Hermitian.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Bool, Complex, Float, Inexact
 
 from .._xla import by_platform
 
@@ -57,16 +56,6 @@ def row_sizes(n: int, blocks_from: int | None) -> tuple[int, ...]:
     if blocks_from is None or n < blocks_from:
         return (n,)
     return tuple(len(rows) for rows in np.array_split(np.arange(n), BLOCKS) if len(rows))
-
-
-def symmetric_flops(rows: tuple[int, ...], m: int | None = None) -> int:
-    """Flops of a symmetric product of n x m by m x n, n the sum of ``rows`` and m = n by default.
-
-    >>> symmetric_flops((2,)), symmetric_flops((1, 1))
-    (16, 12)
-    """
-    n = sum(rows)
-    return (n * n + sum(r * r for r in rows)) * (n if m is None else m)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,24 +144,143 @@ def whole(S: Symmetric) -> Array:
     return jnp.concatenate(S, -2)
 
 
-def combine(a: Any, S: Symmetric, b: Any, T: Symmetric) -> Symmetric:
-    """``a S + b T``."""
-    return tuple(a * s + b * t for s, t in zip(S, T, strict=True))
+# Symmetric matrices in half the memory: the rectangular full packed format.
+#
+# With ``A = [[S, B], [Bᵀ, T]]``, S of size ``d // 2``, the triangles of S and T fold into one rectangle (even d; for
+# odd d, S moves one to the right instead of T one down), which goes below B:
+#
+#     S00 S01
+#     T00 S11      S's upper triangle, T's lower one
+#     T10 T11
+#
+# Only slices, pads and comparisons of indices: it compiles to one copy and holds no table of indices.
 
 
-def add_identity(a: Any, S: Symmetric) -> Symmetric:
-    """``a I + S``."""
-    return tuple(s + a * i for s, i in zip(S, _identity(S), strict=True))
+def pack(A: Float[Array, "*batch d d"]) -> Float[Array, "*batch rows columns"]:
+    """A symmetric matrix as ``d (d + 1) / 2`` numbers.
+
+    Args:
+      A: symmetric; only half of it is read.
+
+    Returns:
+      Shape ``(d + 1, d / 2)`` for even d, ``(d, (d + 1) / 2)`` for odd d; the dtype of A.
+
+    Raises:
+      ValueError: if A is not square.
+
+    Source: Gustavson et al. 2010, "Rectangular full packed format for Cholesky's algorithm".
+
+    >>> pack(jnp.eye(4)).shape, pack(jnp.eye(5)).shape
+    ((5, 2), (5, 3))
+    """
+    if A.ndim < 2 or A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"pack: A must be square in its last two axes; got shape {A.shape}.")
+    half, odd = divmod(A.shape[-1], 2)
+    S, B, T = A[..., :half, :half], A[..., :half, half:], A[..., half:, half:]
+    batch = [(0, 0)] * (A.ndim - 2)
+    S = jnp.pad(S, [*batch, (0, 1), (odd, 0)])
+    T = jnp.pad(T, [*batch, (1 - odd, 0), (0, 0)])
+    return jnp.concatenate([B, jnp.where(_upper(half + 1, half + odd, odd), S, T)], axis=-2)
 
 
-def trace(S: Symmetric) -> Float[Array, "*batch"]:
-    """The sum of the diagonal, which is real."""
-    # On a CPU, XLA compiles three kernels for a slice of the diagonal and its sum; this it leaves to a library.
-    parts = (jnp.sum(s * i, (-2, -1)) for s, i in zip(S, _identity(S), strict=True))
-    return functools.reduce(jnp.add, parts).real
+def unpack(packed: Float[Array, "*batch rows columns"], d: int) -> Float[Array, "*batch d d"]:
+    """The symmetric ``d x d`` matrix that `pack` stored, bit for bit.
+
+    Raises:
+      ValueError: if ``packed`` is not of the shape that `pack` gives for d.
+
+    >>> A = jnp.array([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
+    >>> bool((unpack(pack(A), 3) == A).all())
+    True
+    """
+    half, odd = divmod(d, 2)
+    wanted = (2 * half + 1, half + odd)
+    if packed.shape[-2:] != wanted:
+        raise ValueError(
+            f"unpack: a symmetric matrix of size {d} is packed into shape {wanted}; got {packed.shape}. "
+            "Pass the size that was packed."
+        )
+    B, folded = packed[..., :half, :], packed[..., half:, :]
+    S, T = folded[..., :half, odd:], folded[..., 1 - odd :, :]
+    S = jnp.where(_upper(half, half), S, S.mT)
+    T = jnp.where(_upper(half + odd, half + odd), T.mT, T)
+    top, bottom = jnp.concatenate([S, B], axis=-1), jnp.concatenate([B.mT, T], axis=-1)
+    return jnp.concatenate([top, bottom], axis=-2)
 
 
-def _identity(S: Symmetric) -> Symmetric:
-    """I, cut like S."""
-    firsts = [0, *np.cumsum([s.shape[-2] for s in S[:-1]]).tolist()]
-    return tuple(jnp.eye(s.shape[-2], s.shape[-1], first, s.dtype) for s, first in zip(S, firsts, strict=True))
+def _upper(rows: int, columns: int, shift: int = 0) -> Bool[Array, "rows columns"]:
+    """True where ``column - shift >= row``."""
+    return jnp.arange(columns)[None] - shift >= jnp.arange(rows)[:, None]
+
+
+# Scaling that is safe over the whole range of a floating-point type.
+
+
+def unit_scale(X: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch m n"]:
+    """Each matrix times the power of two that brings its largest entry into [2, 4): exact, for every scale. Real and
+    imaginary parts count as entries.
+
+    Subnormal numbers are scaled as the smallest normal one would be: where there are no others, the largest entry
+    comes to lie in [2e-7, 2).
+
+    Dividing by the largest entry is not: compilers multiply by its reciprocal, which underflows for entries near the
+    top of the range, and processors read entries at the bottom (subnormal numbers) as zero. So the exponent is read
+    from the bits, and a subnormal entry converted from its digits.
+
+    Args:
+      X: of 32 or 64 bits a part. Zero stays zero; a matrix with an infinity or a NaN gets a NaN.
+
+    >>> print(unit_scale(jnp.array([[0.75, -0.125]])))
+    [[ 3.  -0.5]]
+    """
+    if jnp.iscomplexobj(X):
+        return _by_parts(unit_scale, X)
+    info = jnp.finfo(X.dtype)
+    integer = jnp.int32 if info.bits == 32 else jnp.int64
+    bias, digits = info.maxexp - 1, info.nmant
+
+    def power(biased: Array) -> Array:
+        """``2**(biased - bias)``, zero for ``biased = 0``."""
+        return jax.lax.bitcast_convert_type(biased << digits, X.dtype)
+
+    bits = jax.lax.bitcast_convert_type(X, integer)
+    magnitude = bits & jnp.iinfo(integer).max
+    # A maximum may read subnormal numbers as zero and pass over a NaN, which stays one in its place.
+    largest = jnp.max(jnp.abs(X), axis=(-2, -1), keepdims=True, initial=0)
+    exponent = jnp.maximum(jax.lax.bitcast_convert_type(largest, integer) >> digits, 1)
+    subnormal = jnp.where(bits < 0, -magnitude, magnitude).astype(X.dtype)
+    return jnp.where(
+        magnitude < 1 << digits,
+        subnormal * power(jnp.maximum(bias + 2 - digits - exponent, 0)),
+        X * power(2 * bias + 1 - exponent),
+    )
+
+
+def unit_frobenius(X: Inexact[Array, "*batch m n"]) -> Inexact[Array, "*batch m n"]:
+    """Each matrix divided by its Frobenius norm; zero stays zero, no epsilon, any scale.
+
+    Args:
+      X: of 32 or 64 bits a part.
+
+    >>> print(unit_frobenius(jnp.array([[3e38, 0.0], [0.0, 0.0]])))
+    [[1. 0.]
+     [0. 0.]]
+    """
+    if jnp.iscomplexobj(X):
+        return _by_parts(unit_frobenius, X)
+    X = unit_scale(X)
+    return X * inverse_root(jnp.sum(X * X, axis=(-2, -1), keepdims=True))
+
+
+def inverse_root(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x^(-1/2)``, zero for zero.
+
+    >>> print(inverse_root(jnp.array([4.0, 0.0])))
+    [0.5 0. ]
+    """
+    return jnp.where(x == 0, 0, jax.lax.rsqrt(x))
+
+
+def _by_parts(f: Callable[[Array], Array], X: Complex[Array, "*batch m n"]) -> Complex[Array, "*batch m n"]:
+    """``f`` of the real ``[Re X, Im X]``, put together again."""
+    return jax.lax.complex(*jnp.split(f(jnp.concatenate([X.real, X.imag], -1)), 2, -1))

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .completion import apart_last
-from .lapack import one_by_one
+from .factorisations import one_by_one
+from .following import apart_last
 from .polynomials import polar_express
-from .products import times
-from .scaling import unit_scale
+from .products import times, unit_scale
 
 METHODS = ("eigh", "newton", "polynomial")
 # Steps of the iterations at most: both converge in far fewer for condition numbers to 1e7.

@@ -1,8 +1,9 @@
 """Which sides of a layer's statistics a preconditioner must have whole."""
 
+from ..linalg.eigenbasis import LowRank
 from ..matrices.layers import Layer
 from ..preconditioner.storage import Store
-from ..statistics import LayerFactors, Logits, LowRank
+from ..statistics import LayerFactors, Logits
 
 
 def whole_sides(method: str, storage: Store, layer: Layer, shape: tuple[int, ...]) -> None:

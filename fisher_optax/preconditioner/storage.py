@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .. import linalg
-from ..statistics import LowRank
+from ..linalg.eigenbasis import LowRank
 from .contracts import Eigenpairs, Kronecker
 
 

@@ -23,7 +23,8 @@ from jax.lax import Precision
 from jaxtyping import Array
 
 from ... import linalg
-from ...statistics import LayerFactors, LowRank
+from ...linalg.eigenbasis import LowRank
+from ...statistics import LayerFactors
 from ..program.leaves import LeafPlan, in_leaf_order
 from ..program.sites import Site
 from . import rows

@@ -10,9 +10,20 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ...linalg.sketching import eigenpairs, frequent_directions
-from . import inputs as inputs
-from .solve import matmul
+from ...linalg.factorisations import eigenpairs, frequent_directions
+from .solve import (
+    check_counted,
+    check_sketch,
+    check_vocabularies,
+    columns,
+    complement,
+    damping_of,
+    finite_rows,
+    matmul,
+    probabilities,
+    shares,
+    tokens_and_weights,
+)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("rows", "total"), meta_fields=())
@@ -40,7 +51,7 @@ class EmpiricalHead:
 
         Weights, and what raises, are as in `SoftmaxHead.from_logits`; a gradient that is not finite counts for nothing.
         """
-        return _of(*inputs.finite_rows(*inputs.tokens_and_weights("EmpiricalHead", "gradients", gradients, weights)))
+        return _of(*finite_rows(*tokens_and_weights("EmpiricalHead", "gradients", gradients, weights)))
 
     @classmethod
     def from_logits(cls, logits: Any, labels: Any, weights: Any = None) -> "EmpiricalHead":
@@ -50,7 +61,7 @@ class EmpiricalHead:
           ValueError: as `SoftmaxHead.from_logits`, and for a label that counts and is not of the vocabulary. Under
             `jax.jit` a token with such a label counts for nothing.
         """
-        z, w = inputs.tokens_and_weights("EmpiricalHead", "logits", logits, weights)
+        z, w = tokens_and_weights("EmpiricalHead", "logits", logits, weights)
         y, wanted = jnp.asarray(labels), jnp.shape(logits)[:-1]
         if y.shape != wanted or not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(f"EmpiricalHead: got labels {y.dtype} {y.shape}; wanted integers {wanted}.")
@@ -68,7 +79,7 @@ class EmpiricalHead:
         Raises:
           ValueError: for another vocabulary, and as `compress`.
         """
-        inputs.check_vocabularies("EmpiricalHead", self.rows.shape[1], other.rows.shape[1])
+        check_vocabularies("EmpiricalHead", self.rows.shape[1], other.rows.shape[1])
         return _merged(self, other).compress(max_rows)
 
     def compress(self, max_rows: int | None) -> "EmpiricalHead":
@@ -78,7 +89,7 @@ class EmpiricalHead:
         Raises:
           ValueError: for a ``max_rows`` that is no count.
         """
-        inputs.check_sketch("EmpiricalHead", max_rows, "frequent_directions")
+        check_sketch("EmpiricalHead", max_rows, "frequent_directions")
         if max_rows is None or len(self.rows) <= max_rows:
             return self
         return dataclasses.replace(self, rows=frequent_directions(self.rows, max_rows))
@@ -89,7 +100,7 @@ class EmpiricalHead:
         Raises:
           ValueError: for another shape.
         """
-        return inputs.columns("EmpiricalHead.matvec", Y, self.rows, lambda Y: _product(self, Y))
+        return columns("EmpiricalHead.matvec", Y, self.rows, lambda Y: _product(self, Y))
 
     def dense(self) -> Float[Array, "V V"]:
         """All V² entries."""
@@ -103,31 +114,31 @@ class EmpiricalHead:
         Raises:
           ValueError: where Y does not fit, or damping is not above 0 (under `jax.jit` the least number above 0 then).
         """
-        λ = inputs.damping_of("EmpiricalHead.solve", damping, self.rows.dtype)
-        return inputs.columns("EmpiricalHead.solve", Y, self.rows, lambda Y: _solution(self, Y, λ))
+        λ = damping_of("EmpiricalHead.solve", damping, self.rows.dtype)
+        return columns("EmpiricalHead.solve", Y, self.rows, lambda Y: _solution(self, Y, λ))
 
 
 def _of(gradients: Array, w: Array) -> EmpiricalHead:
     head = _of_rows(gradients, w)
-    inputs.check_counted("EmpiricalHead", head.total)
+    check_counted("EmpiricalHead", head.total)
     return head
 
 
 @jax.jit
 def _of_rows(gradients: Array, w: Array) -> EmpiricalHead:
-    return EmpiricalHead(jnp.sqrt(inputs.shares(w))[:, None] * gradients, jnp.sum(w))
+    return EmpiricalHead(jnp.sqrt(shares(w))[:, None] * gradients, jnp.sum(w))
 
 
 @jax.jit
 def _scores(z: Array, y: Array, w: Array) -> tuple[Array, Array]:
     """``p - e_y``, and weights that are 0 for other labels too."""
-    p, w = inputs.probabilities(z, jnp.where((y >= 0) & (y < z.shape[1]), w, 0))
-    return jnp.where(jax.nn.one_hot(y, z.shape[1], dtype=bool), -inputs.complement(p), p), w
+    p, w = probabilities(z, jnp.where((y >= 0) & (y < z.shape[1]), w, 0))
+    return jnp.where(jax.nn.one_hot(y, z.shape[1], dtype=bool), -complement(p), p), w
 
 
 @jax.jit
 def _merged(one: EmpiricalHead, other: EmpiricalHead) -> EmpiricalHead:
-    a, b = inputs.shares(jnp.stack([one.total, other.total]))
+    a, b = shares(jnp.stack([one.total, other.total]))
     return EmpiricalHead(jnp.vstack([jnp.sqrt(a) * one.rows, jnp.sqrt(b) * other.rows]), one.total + other.total)
 
 

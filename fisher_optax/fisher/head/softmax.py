@@ -16,10 +16,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ...linalg.sketching import exact_sum, frequent_directions
-from . import inputs as inputs
+from ...linalg.factorisations import exact_sum, frequent_directions
 from . import solve as head_solve
-from .solve import matmul
+from .solve import (
+    check_counted,
+    check_sketch,
+    check_vocabularies,
+    columns,
+    complement,
+    damping_of,
+    matmul,
+    probabilities,
+    shares,
+    tokens_and_weights,
+)
 
 # Of signed rows: from here on float32 leaves two digits of a solution or fewer.
 TRUSTED = 1e4
@@ -73,8 +83,8 @@ class SoftmaxHead:
           ValueError: where shapes do not fit, a weight is negative, or no token counts. Under `jax.jit` a negative
             weight is 0, and a head of no tokens is 0.
         """
-        head = _of_rows(*inputs.probabilities(*inputs.tokens_and_weights("SoftmaxHead", "logits", logits, weights)))
-        inputs.check_counted("SoftmaxHead", head.total)
+        head = _of_rows(*probabilities(*tokens_and_weights("SoftmaxHead", "logits", logits, weights)))
+        check_counted("SoftmaxHead", head.total)
         return head
 
     @classmethod
@@ -101,7 +111,7 @@ class SoftmaxHead:
         Raises:
           ValueError: for another vocabulary, and as `compress`.
         """
-        inputs.check_vocabularies("SoftmaxHead", len(self.mean), len(other.mean))
+        check_vocabularies("SoftmaxHead", len(self.mean), len(other.mean))
         return _merged(self, other).compress(max_rows, sketch)
 
     def compress(self, max_rows: int | None, sketch: str = "subsample") -> "SoftmaxHead":
@@ -118,7 +128,7 @@ class SoftmaxHead:
         Raises:
           ValueError: for an unknown sketch, or a ``max_rows`` that is no count.
         """
-        inputs.check_sketch("SoftmaxHead", max_rows, sketch)
+        check_sketch("SoftmaxHead", max_rows, sketch)
         if max_rows is None or len(self.rows) <= max_rows:
             return self
         return _compressed(self, max_rows, sketch)
@@ -129,7 +139,7 @@ class SoftmaxHead:
         Raises:
           ValueError: for another shape.
         """
-        return inputs.columns("SoftmaxHead.matvec", Y, self.rows, lambda Y: _product(self, Y))
+        return columns("SoftmaxHead.matvec", Y, self.rows, lambda Y: _product(self, Y))
 
     def dense(self) -> Float[Array, "V V"]:
         """All V² entries."""
@@ -152,8 +162,8 @@ class SoftmaxHead:
 
         Source: Alfa, Xue and Ye 2002 (elimination); for signed rows, Woodbury's identity.
         """
-        λ = inputs.damping_of("SoftmaxHead.solve", damping, self.mean.dtype)
-        return inputs.columns("SoftmaxHead.solve", Y, self.rows, lambda Y: _solution(self, Y, λ, zero_sum))
+        λ = damping_of("SoftmaxHead.solve", damping, self.mean.dtype)
+        return columns("SoftmaxHead.solve", Y, self.rows, lambda Y: _solution(self, Y, λ, zero_sum))
 
     def solve_with_info(self, Y: Any, damping: Any, zero_sum: bool = False) -> HeadSolution:
         """`solve`, with what is known of the solution: `condition`, for about the cost of a second solve."""
@@ -165,7 +175,7 @@ class SoftmaxHead:
         """Condition number of S: how near G is to null vectors besides 1. From 1 for tokens that agree to ``p̄ / λ`` for
         tokens each certain of a word, or whose words are apart; told up to 1 / (sqrt(r) eps).
         """
-        return _condition(self, inputs.damping_of("SoftmaxHead.condition", damping, self.mean.dtype))
+        return _condition(self, damping_of("SoftmaxHead.condition", damping, self.mean.dtype))
 
     def diagonal(self, hidden: Any) -> Float[Array, "V features"]:
         """Diagonal of the Fisher of a kernel whose logits are ``hidden @ kernel``: ``Σ_t s_t p_t (1 - p_t) h_t²``.
@@ -197,11 +207,11 @@ class SoftmaxHead:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _of_rows(p: Array, w: Array, tokens: bool = True) -> SoftmaxHead:
-    return SoftmaxHead(exact_sum(inputs.shares(w)[:, None] * p, 0), p, w, jnp.sum(w), tokens)
+    return SoftmaxHead(exact_sum(shares(w)[:, None] * p, 0), p, w, jnp.sum(w), tokens)
 
 
 def _shares(head: SoftmaxHead) -> Array:
-    return jnp.ones(len(head.rows), head.rows.dtype) if head.weights is None else inputs.shares(head.weights)
+    return jnp.ones(len(head.rows), head.rows.dtype) if head.weights is None else shares(head.weights)
 
 
 def _centred(head: SoftmaxHead) -> Array:
@@ -214,7 +224,7 @@ def _merged(one: SoftmaxHead, other: SoftmaxHead) -> SoftmaxHead:
     if one.weights is not None and other.weights is not None:
         rows, weights = jnp.vstack([one.rows, other.rows]), jnp.append(one.weights, other.weights)
         return _of_rows(rows, weights, one.tokens and other.tokens)
-    a, b = inputs.shares(jnp.stack([one.total, other.total]))
+    a, b = shares(jnp.stack([one.total, other.total]))
     apart = jnp.sqrt(a * b) * (one.mean - other.mean)
     rows = jnp.vstack([jnp.sqrt(a) * _centred(one), jnp.sqrt(b) * _centred(other), apart])
     return SoftmaxHead(a * one.mean + b * other.mean, rows, None, one.total + other.total, False)
@@ -230,14 +240,14 @@ def _compressed(head: SoftmaxHead, max_rows: int, sketch: str) -> SoftmaxHead:
         return dataclasses.replace(head, rows=C[largest[:max_rows]])
     kept = largest[: max_rows - 1]
     others = head.weights.at[kept].set(0)
-    mean = exact_sum(inputs.shares(others)[:, None] * head.rows, 0)
+    mean = exact_sum(shares(others)[:, None] * head.rows, 0)
     return _of_rows(jnp.vstack([head.rows[kept], mean]), jnp.append(head.weights[kept], jnp.sum(others)), False)
 
 
 @jax.jit
 def _variances(head: SoftmaxHead) -> Array:
     """``s_t p_t (1 - p_t)``."""
-    return _shares(head)[:, None] * head.rows * inputs.complement(head.rows)
+    return _shares(head)[:, None] * head.rows * complement(head.rows)
 
 
 @jax.jit

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from ... import linalg
 from ..._checks import value_at
 from ..._xla import select
-from ...statistics import LayerFactors, LowRank
+from ...linalg.eigenbasis import LowRank
+from ...statistics import LayerFactors
 from ..contracts import FactorRule, Kronecker
 
 
