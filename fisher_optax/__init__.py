@@ -9,8 +9,7 @@ from .capture import CaptureReport, InputGram, KroneckerFactors, LayerSamples, i
 from .capture.accumulate import accumulate_statistics, all_reduce_statistics
 from .linalg import jordan, polar_express, you
 from .matrices.axes import MatrixAxes
-from .matrices.recording import Row
-from .matrices.resolve import label_params
+from .matrices.rules import label_params
 from .optimizers.dykaf import dykaf, scale_by_dykaf
 from .optimizers.ekfac import ekfac, scale_by_ekfac
 from .optimizers.frog import frog, kfrog, scale_by_frog, scale_by_kfrog
@@ -31,6 +30,7 @@ from .states.health import Health, check_state, health
 from .states.report import Report, report
 from .states.warm_start import from_adam
 from .transforms.decay import add_cautious_decay, add_decay_after_step
+from .transforms.fallback import Row
 from .transforms.grafting import graft
 from .transforms.hyperparameters import static_args as _static_args
 from .transforms.normuon import scale_by_normuon

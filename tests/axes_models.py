@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from fisher_optax.matrices.axes import LeafAxes, MatrixAxes
-from fisher_optax.matrices.resolve import resolve_axes
+from fisher_optax.matrices.rules import resolve_axes
 
 Tree = dict[str, Any]
 

@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fisher_optax as fo
-from fisher_optax._sharding import explicit_mesh
-from fisher_optax.matrices.layers import join, layers_of
-from fisher_optax.matrices.resolve import resolve_axes
-from fisher_optax.matrices.trees import arrays
+from fisher_optax._xla import explicit_mesh
+from fisher_optax.matrices.axes import arrays
+from fisher_optax.matrices.layout import join, layers_of
+from fisher_optax.matrices.rules import resolve_axes
 from fisher_optax.statistics import LayerFactors, Samples
 
 

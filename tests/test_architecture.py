@@ -18,14 +18,13 @@ EVERYTHING = "*"
 
 # Each module or folder of fisher_optax, and which others it may import. A folder inside has a row of its own where it
 # may do less than the one around it.
-BASE = {"_checks", "_sharding", "_xla", "linalg", "matrices", "statistics"}
+BASE = {"_checks", "_xla", "linalg", "matrices", "statistics"}
 MAY_IMPORT = {
     "_checks": set(),
-    "_sharding": set(),
     "_tables": set(),
     "_xla": set(),
     "linalg": {"_xla"},
-    "matrices": {"_sharding", "_xla"},
+    "matrices": {"_xla"},
     "statistics": {"matrices"},
     # Wrappers know no preconditioner, and statistics from a model no optimizer.
     "transforms": BASE,

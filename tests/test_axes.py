@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from fisher_optax.matrices.axes import MatrixAxes
-from fisher_optax.matrices.resolve import label_params, resolve_axes
+from fisher_optax.matrices.rules import label_params, resolve_axes
 from tests.axes_models import (
     ATTENTION,
     GPT,

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from fisher_optax.matrices.axes import LeafAxes, MatrixAxes
-from fisher_optax.matrices.resolve import resolve_axes
+from fisher_optax.matrices.rules import resolve_axes
 from tests.axes_models import (
     GPT,
     Block,

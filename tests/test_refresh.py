@@ -14,7 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import fisher_optax as fo
 from fisher_optax._xla import PLATFORMS
-from fisher_optax.matrices.stacks import over_stack, repeat
+from fisher_optax.matrices.blocks import over_stack, repeat
 from fisher_optax.preconditioner.refresh import KEEP, REFRESH, START, who_is_due
 
 SHAPES = ((6, 18), (6, 6), (6, 24), (24, 6))

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.matrices.trees import arrays, is_function
+from fisher_optax.matrices.axes import arrays, is_function
 from tests.callable_trees import Module, NnxModule, module_of
 
 compression = fo.compression

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .._sharding import on_mesh
-from ..matrices.axes import path_names
-from ..matrices.trees import shapes
+from .._xla import on_mesh
+from ..matrices.axes import path_names, shapes
 from ..statistics import LayerFactors, Samples
 from . import losses
 from .bases import bases_of

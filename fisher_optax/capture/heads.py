@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._sharding import automatic, in_scope
+from .._xla import automatic, in_scope
 from ..statistics import Logits
 from .devices import devices_along
 from .kinds.rows import picked

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._sharding import automatic
+from .._xla import automatic
 from .program.jaxprs import varying, varying_as
 from .program.walk import LOSS
 

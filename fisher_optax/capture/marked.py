@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend.core import Literal
 
-from .._sharding import in_scope
+from .._xla import in_scope
 from .devices import counted_over
 from .losses import total
 from .program import jaxprs

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
-from .._sharding import automatic, in_scope
+from .._xla import automatic, in_scope
 from . import losses
 from .devices import Split, counted_over, devices_along
 from .kinds.sums import Seen

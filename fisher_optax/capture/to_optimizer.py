@@ -10,7 +10,7 @@ from jax.tree_util import tree_flatten_with_path
 
 from ..linalg.eigenbasis import LowRank
 from ..matrices.axes import MatrixAxes, path_names
-from ..matrices.layers import Layer, join, shapes, split
+from ..matrices.layout import Layer, join, shapes, split
 from ..statistics import LayerFactors, LayerStatistics, Samples
 
 HOW = (

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from ..capture.losses import example_weights, total
 from ..fisher import DiagonalFisher
 from ..matrices.axes import LeafAxes, path_names
-from ..matrices.resolve import resolve_axes
+from ..matrices.rules import resolve_axes
 from .matrix.checking import require_finite
 
 

@@ -8,7 +8,7 @@ import optax
 
 from .._checks import in_range, one_of
 from ..capture.to_optimizer import layer_axes, on_layers
-from ..matrices.layers import Layer
+from ..matrices.layout import Layer
 from ..preconditioner.contracts import Application, Decomposition, FactorRule
 from ..preconditioner.decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import kronecker, tikhonov

@@ -1,7 +1,7 @@
 """Which sides of a layer's statistics a preconditioner must have whole."""
 
 from ..linalg.eigenbasis import LowRank
-from ..matrices.layers import Layer
+from ..matrices.layout import Layer
 from ..preconditioner.storage import Store
 from ..statistics import LayerFactors, Logits
 

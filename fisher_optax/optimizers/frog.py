@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from .._checks import in_range, value_at
 from ..capture.to_optimizer import HOW, KINDS, on_layers
-from ..matrices.layers import Layer
+from ..matrices.layout import Layer
 from ..preconditioner.applications.conjugate_gradient import (
     Solve,
     check_samples,

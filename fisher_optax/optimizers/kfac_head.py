@@ -24,7 +24,7 @@ from .._xla import select
 from ..fisher.head.empirical import EmpiricalHead
 from ..fisher.head.softmax import SoftmaxHead
 from ..matrices.axes import LeafAxes
-from ..matrices.layers import Layer
+from ..matrices.layout import Layer
 from ..matrices.rules import HEADS
 from ..statistics import LayerFactors, Logits
 from ..transforms.freeze import Freezable

@@ -6,7 +6,7 @@ from typing import Any
 import optax
 
 from ..capture.to_optimizer import layer_axes, on_layers
-from ..matrices.layers import Layer
+from ..matrices.layout import Layer
 from ..preconditioner.factors import kronecker
 from ..preconditioner.options import Refresh, Storage
 from ..preconditioner.transform import Preconditioner

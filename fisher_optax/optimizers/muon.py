@@ -7,7 +7,7 @@ import optax
 
 from .._checks import in_range, whole
 from ..matrices.axes import MatrixAxes
-from ..matrices.resolve import resolve_axes
+from ..matrices.rules import resolve_axes
 from ..transforms.decay import Mask, decayed_weights
 from ..transforms.fallback import Build, is_matrix, with_fallback
 from ..transforms.freeze import Freezable, chain

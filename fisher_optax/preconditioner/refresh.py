@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from .. import linalg
 from .._xla import branch, sequenced_after
 from ..linalg.eigenbasis import LowRank
-from ..matrices.stacks import member_of, put, repeat
+from ..matrices.blocks import member_of, put, repeat
 from . import transport
 from .contracts import Application, Decomposition, Due, Eigenpairs, Kronecker, MatrixState, Refreshed
 from .options import Refresh

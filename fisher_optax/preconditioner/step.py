@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from .._xla import select
-from ..matrices.stacks import over_stack
+from ..matrices.blocks import over_stack
 from .contracts import Application, FactorRule, MatrixState
 from .refresh import START
 from .storage import Store

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .. import linalg
-from ..matrices.stacks import member_of, put, repeat
+from ..matrices.blocks import member_of, put, repeat
 from .contracts import Due, Moments
 
 

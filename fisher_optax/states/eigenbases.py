@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..matrices.axes import wide_dtype
 from ..matrices.blocks import stack_key
-from ..matrices.layers import layers_of
-from ..matrices.resolve import resolve_axes
-from ..matrices.trees import wide_dtype
+from ..matrices.layout import layers_of
+from ..matrices.rules import resolve_axes
 from ..preconditioner.contracts import Eigenbasis
 from ..preconditioner.transform import PreconditionState
 

@@ -7,9 +7,9 @@ import jax
 
 from .._tables import table
 from ..capture import capture_report
-from ..matrices.recording import Row, recorded
-from ..matrices.resolve import resolve_axes
-from ..matrices.trees import shapes
+from ..matrices.axes import shapes
+from ..matrices.rules import resolve_axes
+from ..transforms.fallback import Row, recorded
 
 
 class Report(NamedTuple):

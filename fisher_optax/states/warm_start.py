@@ -9,10 +9,9 @@ from jaxtyping import Array
 
 from .. import linalg
 from ..capture.to_optimizer import layer_axes
-from ..matrices.axes import path_names
+from ..matrices.axes import arrays, path_names
 from ..matrices.blocks import to_stacks
-from ..matrices.layers import join
-from ..matrices.trees import arrays
+from ..matrices.layout import join
 from ..preconditioner.applications.eigenbasis import AdamState
 from ..preconditioner.contracts import Eigenpairs, Kronecker, MatrixState
 from ..preconditioner.transform import PreconditionState

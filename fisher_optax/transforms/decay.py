@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Int
 
 from .._checks import value_at
-from ..matrices.trees import floating, is_function, made
+from ..matrices.axes import floating, is_function, made
 from .hyperparameters import injectable
 
 Mask = Any | Callable[[Any], Any] | None

@@ -5,17 +5,15 @@ import contextvars
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ..matrices import recording
-from ..matrices.axes import LeafAxes, MatrixAxes
-from ..matrices.layers import Layer, layers_of
-from ..matrices.resolve import resolve_axes
-from ..matrices.trees import step_dtype
+from ..matrices.axes import LeafAxes, MatrixAxes, step_dtype
+from ..matrices.layout import Layer, layers_of
+from ..matrices.rules import resolve_axes
 from .freeze import Freezable, freezable
 
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
@@ -107,18 +105,18 @@ def _routed(
 
     def init(params: optax.Params) -> Any:
         leaves, layers, tx = routes(params)
-        if recording.is_recording():
+        if is_recording():
             owners = {layer.kernel: layer for layer in layers}
             kernels = {layer.bias: layer.path for layer in layers if layer.bias is not None}
             for i, leaf in enumerate(leaves):
                 if i in kernels:
-                    recording.record(leaf, state_bytes=0, method=method, axes=None, reason=f"with {kernels[i]}")
+                    record(leaf, state_bytes=0, method=method, axes=None, reason=f"with {kernels[i]}")
                 elif i in owners:
                     layer = owners[i]
                     size = _state_bytes(build([layer.among(sorted(layer.places))]), params, layer.places)
-                    recording.record(leaf, state_bytes=size, **describe(leaf), method=method, axes=leaf.axes)
+                    record(leaf, state_bytes=size, **describe(leaf), method=method, axes=leaf.axes)
                 else:
-                    recording.record(leaf, state_bytes=_state_bytes(rest, params, (i,)), method=FALLBACK, axes=None)
+                    record(leaf, state_bytes=_state_bytes(rest, params, (i,)), method=FALLBACK, axes=None)
         state = tx.init(params)
         if not _marking.get():
             return state
@@ -143,7 +141,7 @@ def _state_bytes(tx: optax.GradientTransformation, params: Any, places: tuple[in
     alone = treedef.unflatten(
         [jax.ShapeDtypeStruct(x.shape, x.dtype) if i in places else optax.MaskedNode() for i, x in enumerate(leaves)]
     )
-    with recording.paused():
+    with paused():
         state = jax.eval_shape(tx.init, alone)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
 
@@ -180,3 +178,58 @@ def require_transformation(name: str, tx: Any) -> None:
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, e.g. optax.adamw(1e-3); got {type(tx).__name__}."
         )
+
+
+# What an init says of each leaf while somebody asks: the rows of a report.
+
+
+class Row(NamedTuple):
+    """One leaf in a report."""
+
+    path: str
+    shape: tuple[int, ...]
+    method: str  # the method, "fallback", or "-" where no transformation of this package sees the leaf
+    kind: str  # "matrix", "head", "embedding", "other"
+    axes: MatrixAxes | None
+    matrices: tuple[tuple[int, ...], ...]  # what the leaf is cut into
+    state_bytes: int
+    refresh_flops: int  # to renew all bases of the leaf once
+    reason: str
+    block_size: int | None = None
+
+
+_rows: contextvars.ContextVar[list[Row] | None] = contextvars.ContextVar("rows", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Row]]:
+    """The rows that inits inside write."""
+    rows: list[Row] = []
+    token = _rows.set(rows)
+    try:
+        yield rows
+    finally:
+        _rows.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether an init should write its rows."""
+    return _rows.get() is not None
+
+
+def record(leaf: LeafAxes, **cells: Any) -> None:
+    """Write a row for ``leaf``."""
+    rows = _rows.get()
+    if rows is not None:
+        defaults = {"matrices": (), "refresh_flops": 0, "reason": leaf.reason}
+        rows.append(Row(path=leaf.path, shape=leaf.shape, kind=leaf.kind, **(defaults | cells)))
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """No rows from inits inside."""
+    token = _rows.set(None)
+    try:
+        yield
+    finally:
+        _rows.reset(token)

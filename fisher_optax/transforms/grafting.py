@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from ..matrices.axes import MatrixAxes
-from ..matrices.resolve import resolve_axes
+from ..matrices.rules import resolve_axes
 from .fallback import in_float32, require_transformation
 from .freeze import Freezable, counted, freezable
 from .hyperparameters import injectable

@@ -9,9 +9,8 @@ from jaxtyping import Array, Int
 
 from .._xla import dynamic_indices, select, sequenced_after
 from ..matrices.axes import LeafAxes, MatrixAxes
-from ..matrices.blocks import by_shape, from_stacks, matrix_shapes
+from ..matrices.blocks import by_shape, from_stacks, matrix_shapes, over_stack
 from ..matrices.layout import leaf_layouts, place_moments, share_out, spread
-from ..matrices.stacks import over_stack
 from .freeze import Freezable, counted
 
 

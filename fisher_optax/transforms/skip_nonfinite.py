@@ -14,9 +14,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
 from .. import linalg
-from .._sharding import in_auto_mode, on_mesh
-from .._xla import materialized, select
-from ..matrices.trees import arrays, step_dtype
+from .._xla import in_auto_mode, materialized, on_mesh, select
+from ..matrices.axes import arrays, step_dtype
 from ..statistics import LayerFactors
 from .freeze import counted, freezable
 

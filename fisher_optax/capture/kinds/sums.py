@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ...matrices.trees import wide_dtype
+from ...matrices.axes import wide_dtype
 
 
 class Seen(NamedTuple):

@@ -14,7 +14,7 @@ from ...capture.gradients import Traced, trace
 from ...capture.program.order import in_order
 from ...matrices.axes import MatrixAxes
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
-from ...matrices.resolve import resolve_axes
+from ...matrices.rules import resolve_axes
 
 Layers = Sequence[str] | str | Callable[[str], bool] | None
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from ..._checks import in_range
 from ..._xla import branch
-from ...matrices.trees import shapes
+from ...matrices.axes import shapes
 from ...transforms.hyperparameters import injectable
 from ..matrix.obert import block_moments, obert_scores, obert_step
 from .keeping import kept, masked, transformation, wrapper

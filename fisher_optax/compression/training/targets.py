@@ -12,10 +12,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from ..._checks import value_at
-from ...matrices.axes import path_names
+from ...matrices.axes import made, path_names
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
-from ...matrices.resolve import resolve_axes
-from ...matrices.trees import made
+from ...matrices.rules import resolve_axes
 from ..matrix.masks import SCOPES, Pattern, as_sparsity, check_pattern, global_masks, mask
 
 LATE = 2**31 - 1  # of any schedule, the last step

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..._sharding import automatic, on_mesh
+from ..._xla import automatic, on_mesh
 from ...capture.kinds.sums import check_counts
 from ...matrices.axes import MatrixAxes
-from ...matrices.resolve import resolve_axes
+from ...matrices.rules import resolve_axes
 from ..operators.matrix import FISHERS, check_temperature
 from .diagonal_fisher import DiagonalFisher
 from .groups import Groups, grouping

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ...matrices.axes import LeafAxes, path_names
-from ...matrices.resolve import resolve_axes
+from ...matrices.rules import resolve_axes
 
 WORDS = ("parameter", "rows", "heads", "tensor", "blocks")
 Groups = str | Callable[[str, Array], Any] | None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
-from ...matrices.layers import Layer, join, split
+from ...matrices.layout import Layer, join, split
 from .operator import Rule
 
 einsum = functools.partial(jnp.einsum, precision=Precision.HIGHEST)

@@ -18,7 +18,7 @@ from ...capture.losses import total
 from ...capture.outputs import Output, outputs
 from ...capture.report import infer_axes
 from ...matrices.axes import path_names
-from ...matrices.layers import Layer
+from ...matrices.layout import Layer
 from .layer_forms import Entries, RowSum, einsum, matrices_of
 from .matrix import FISHERS, operator
 

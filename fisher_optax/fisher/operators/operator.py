@@ -15,7 +15,7 @@ from jax.lax import Precision
 from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, Float
 
-from ..._sharding import automatic
+from ..._xla import automatic
 from ...matrices.axes import path_names
 
 
