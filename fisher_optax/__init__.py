@@ -23,7 +23,7 @@ from .preconditioner import applications as applications
 from .preconditioner import decompositions as decompositions
 from .preconditioner import factors as factors
 from .preconditioner.applications import in_eigenbasis
-from .preconditioner.options import Products, Refresh, Storage
+from .preconditioner.contracts import Products, Refresh, Storage
 from .preconditioner.precondition import precondition
 from .states.eigenbases import eigenbases
 from .states.health import Health, check_state, health

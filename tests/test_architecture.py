@@ -32,7 +32,7 @@ MAY_IMPORT = {
     # The preconditioner knows the contracts of its three parts, not them.
     "preconditioner": {*BASE, "preconditioner.contracts", "transforms"},
     # These never import each other.
-    "preconditioner.contracts": {"matrices", "statistics"},
+    "preconditioner.contracts": {"_checks", "matrices", "statistics"},
     "preconditioner.factors": {*BASE, "preconditioner.contracts"},
     "preconditioner.decompositions": {*BASE, "preconditioner.contracts"},
     "preconditioner.applications": {*BASE, "preconditioner.contracts", "transforms"},

@@ -13,7 +13,7 @@ import pytest
 import fisher_optax as fo
 from fisher_optax._xla import PLATFORMS
 from fisher_optax.linalg import eigenbasis, orthogonal_iteration
-from fisher_optax.preconditioner.applications.rounding import counts
+from fisher_optax.preconditioner.applications.eigenbasis import counts
 from tests.grouped import grouped
 from tests.test_linalg_eigenbasis import assert_orthonormal, random_basis
 

@@ -6,12 +6,12 @@ import optax
 
 from .._checks import one_of
 from ..preconditioner.applications import adam, in_eigenbasis, rank1_adam
+from ..preconditioner.contracts import Refresh, Storage, storage_of
 from ..preconditioner.factors import projector_splitting
-from ..preconditioner.options import Refresh, Storage, storage_of
+from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable
-from . import _complete
 from .soap import STORAGE, check_moments, decay_of, in_bases_of
 
 VARIANTS = {
@@ -47,7 +47,7 @@ def scale_by_dykaf(
     """
     parts = (shampoo_beta, precondition_frequency, max_precond_dim, refresh, storage)
     method = _preconditioner(b1, b2, eps, init, variant, rank1_second_moment, *parts)
-    return _complete.direction("dykaf", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
+    return direction("dykaf", method, fallback, axes, adam=scheduled_adam(b1, b2, eps))
 
 
 @injectable
@@ -102,7 +102,7 @@ def dykaf(
     """
     parts = (shampoo_beta, precondition_frequency, max_precond_dim, refresh, storage)
     method = _preconditioner(b1, b2, eps, init, variant, rank1_second_moment, *parts)
-    return _complete.optimizer(
+    return optimizer(
         "dykaf",
         method,
         fallback,
@@ -110,7 +110,7 @@ def dykaf(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         mask=mask,
-        adam=_complete.adam(b1, b2, eps),
+        adam=scheduled_adam(b1, b2, eps),
     )
 
 

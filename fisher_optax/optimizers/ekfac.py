@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from ..preconditioner.applications import eigenvalue_corrected
-from ..preconditioner.options import Refresh, Storage
+from ..preconditioner.contracts import Refresh, Storage
 from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable
 from . import _kfac

@@ -5,7 +5,7 @@ from typing import Any
 import optax
 
 from ..preconditioner.applications import damped
-from ..preconditioner.options import Refresh, Storage, storage_of
+from ..preconditioner.contracts import Refresh, Storage, storage_of
 from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable
 from . import _kfac

@@ -7,16 +7,16 @@ import optax
 
 from ..capture.to_optimizer import layer_axes, on_layers
 from ..matrices.layout import Layer
+from ..preconditioner.contracts import Refresh, Storage
 from ..preconditioner.factors import kronecker
-from ..preconditioner.options import Refresh, Storage
+from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
 from ..transforms.decay import Mask
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.freeze import Freezable
 from ..transforms.hyperparameters import injectable
-from . import _complete
-from ._sides import same_shapes
+from ._kfac import same_shapes
 from .soap import adam_in_bases, decay_of
 
 
@@ -56,12 +56,12 @@ def scale_by_kfac_soap(
         refresh,
         storage,
     )
-    return _complete.direction(
+    return direction(
         "kfac_soap",
         method,
         fallback,
         axes,
-        adam=_complete.adam(b1, b2, eps),
+        adam=scheduled_adam(b1, b2, eps),
         route=layers_with_fallback,
         on_matrices=_on_layers(method),
     )
@@ -127,7 +127,7 @@ def kfac_soap(
         refresh,
         storage,
     )
-    return _complete.optimizer(
+    return optimizer(
         "kfac_soap",
         method,
         fallback,
@@ -135,7 +135,7 @@ def kfac_soap(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         mask=mask,
-        adam=_complete.adam(b1, b2, eps),
+        adam=scheduled_adam(b1, b2, eps),
         route=layers_with_fallback,
         on_matrices=_on_layers(method),
     )

@@ -5,12 +5,12 @@ from typing import Any
 import optax
 
 from ..preconditioner.applications import inverse_root_of_eigenvalues
+from ..preconditioner.contracts import Refresh, Storage, storage_of
 from ..preconditioner.factors import kullback_leibler
-from ..preconditioner.options import Refresh, Storage, storage_of
+from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable
-from . import _complete
 from .soap import STORAGE, adam_in_bases, check_moments, decay_of, in_bases_of
 
 
@@ -51,7 +51,7 @@ def scale_by_kl_soap(
         refresh,
         storage,
     )
-    return _complete.direction("kl_soap", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
+    return direction("kl_soap", method, fallback, axes, adam=scheduled_adam(b1, b2, eps))
 
 
 @injectable
@@ -109,7 +109,7 @@ def kl_soap(
         refresh,
         storage,
     )
-    return _complete.optimizer(
+    return optimizer(
         "kl_soap",
         method,
         fallback,
@@ -117,7 +117,7 @@ def kl_soap(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         mask=mask,
-        adam=_complete.adam(b1, b2, eps),
+        adam=scheduled_adam(b1, b2, eps),
     )
 
 
@@ -146,7 +146,7 @@ def scale_by_kl_shampoo(
     """
     parts = (shampoo_beta, bias_correction, precondition_frequency, max_precond_dim, refresh, storage)
     method = _kl_shampoo(b1, b2, eps, init, *parts)
-    return _complete.direction("kl_shampoo", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
+    return direction("kl_shampoo", method, fallback, axes, adam=scheduled_adam(b1, b2, eps))
 
 
 @injectable
@@ -195,7 +195,7 @@ def kl_shampoo(
     """
     parts = (shampoo_beta, bias_correction, precondition_frequency, max_precond_dim, refresh, storage)
     method = _kl_shampoo(b1, b2, eps, init, *parts)
-    return _complete.optimizer(
+    return optimizer(
         "kl_shampoo",
         method,
         fallback,
@@ -203,7 +203,7 @@ def kl_shampoo(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         mask=mask,
-        adam=_complete.adam(b1, b2, eps),
+        adam=scheduled_adam(b1, b2, eps),
     )
 
 

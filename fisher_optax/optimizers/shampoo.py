@@ -7,9 +7,9 @@ import optax
 
 from .._checks import in_range, one_of, whole
 from ..preconditioner.applications import power
+from ..preconditioner.contracts import Refresh, Storage, refresh_of, storage_of
 from ..preconditioner.decompositions import inverse_root
 from ..preconditioner.factors import outer_product
-from ..preconditioner.options import Refresh, Storage, refresh_of, storage_of
 from ..preconditioner.precondition import FACTORS, preconditioner
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask, decayed_weights

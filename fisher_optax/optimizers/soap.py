@@ -6,15 +6,22 @@ import optax
 
 from .._checks import in_range, one_of
 from ..preconditioner.applications import adam, in_eigenbasis
-from ..preconditioner.contracts import Application, FactorRule
+from ..preconditioner.contracts import (
+    Application,
+    FactorRule,
+    Products,
+    Refresh,
+    Storage,
+    products_of,
+    refresh_of,
+    storage_of,
+)
 from ..preconditioner.decompositions import eigh, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import outer_product
-from ..preconditioner.options import Products, Refresh, Storage, products_of, refresh_of, storage_of
-from ..preconditioner.precondition import FACTORS, preconditioner
+from ..preconditioner.precondition import FACTORS, direction, optimizer, preconditioner, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
 from ..transforms.hyperparameters import injectable
-from . import _complete
 
 DECOMPOSITIONS = ("auto", "qr", "cholesky", "eigh")
 
@@ -63,7 +70,7 @@ def scale_by_soap(
         storage,
         products,
     )
-    return _complete.direction("soap", method, fallback, axes, adam=_complete.adam(b1, b2, eps))
+    return direction("soap", method, fallback, axes, adam=scheduled_adam(b1, b2, eps))
 
 
 @injectable
@@ -148,7 +155,7 @@ def soap(
         storage,
         products,
     )
-    return _complete.optimizer(
+    return optimizer(
         "soap",
         method,
         fallback,
@@ -156,7 +163,7 @@ def soap(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         mask=mask,
-        adam=_complete.adam(b1, b2, eps),
+        adam=scheduled_adam(b1, b2, eps),
     )
 
 

@@ -6,10 +6,13 @@ and right (output) side comes in pairs; a side that is not
 preconditioned is ``None``. In a state, matrices of one shape are stacked along a leading axis.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
+
+from .._checks import in_range, one_of, whole
 
 PRECISIONS = ("highest", "high", "default")  # of products on an accelerator
 
@@ -124,3 +127,164 @@ class Due(NamedTuple):
 
     places: Int[Array, " N"]  # theirs come first
     count: Int[Array, ""]
+
+
+# Options that belong together: when and how bases are renewed, and what is kept between steps.
+
+
+WHEN = ("every", "adaptive", "staggered")
+TRANSPORTS = ("permute", "squared")
+FIRST_STEPS = ("skip", "adam")
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+    """When and how bases or roots are renewed. Each method says which of these it takes, and what its defaults are.
+
+    Args:
+      when: "every" (all of them every ``precondition_frequency`` steps), "adaptive" (of those, the bases with
+        off-diagonality above ``tolerance``), or "staggered" (each step its share, so that no step is slow).
+      decomposition: of eigenbases "qr" (one step of orthogonal iteration), "cholesky" (the same by products alone),
+        "eigh" or "auto" (by the platform that a program is compiled for); of K-FAC's factors "inverse" too; of
+        Shampoo's roots "eigh", "newton", "polynomial" or "auto".
+      tolerance: τ in ``|B - diag B| > τ |B|``, ``B = Qᵀ L Q``, for "adaptive".
+      transport: of second moments when a basis turns: "permute" (the SOAP authors': follow the columns' new order) or
+        "squared" (``(C∘C) v (C∘C)ᵀ``, ``C = Q_newᵀ Q_old``).
+      first_step: "skip" (the SOAP authors': the first call only sets factors and basis) or "adam" (it steps at once, in
+        the identity basis).
+
+    None stands for the method's default.
+
+    Raises:
+      ValueError: at construction, for an unknown word or a tolerance below 0.
+
+    Source: adaptive refreshes: Eschenhagen et al. 2025 (arXiv 2506.03595).
+
+    Example:
+      >>> import fisher_optax as fo
+      >>> tx = fo.soap(3e-3, refresh=fo.Refresh("adaptive", tolerance=0.05, decomposition="eigh"))
+      >>> tx = fo.soap(3e-3, refresh="staggered")  # for fo.Refresh("staggered")
+    """
+
+    when: str = "every"
+    decomposition: str | None = None
+    tolerance: float = 0.01
+    transport: str | None = None
+    first_step: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("refresh", self.when, WHEN)
+        one_of("transport", self.transport, (None, *TRANSPORTS))
+        one_of("first_step", self.first_step, (None, *FIRST_STEPS))
+        in_range("tolerance", self.tolerance, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """What is kept between steps of each matrix, how, and where. Each method says which of these it takes.
+
+    Args:
+      factor_dtype: of factors and bases, default float32 (arithmetic is float32 in any case).
+      packed: keep half of each symmetric factor.
+      momentum_dtype: of m, default float32.
+      sides: "both", or "shorter": only the shorter side of each matrix gets a factor, at a quarter of the state.
+      block_size: cut longer sides into blocks of at most this, each with its own factors; 0: never. Default: 0, for
+        Shampoo 1024.
+      rank: of a side longer than ``max_precond_dim`` in K-FAC, how many rows stand for its factor.
+      mesh_axis: share the matrices and their state out over this axis of the mesh in scope, `init`'s too; a stack that
+        the devices do not divide is filled up.
+
+    Raises:
+      ValueError: at construction, for a word or number that is none of these.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> tx = fo.soap(3e-3, storage=fo.Storage(factor_dtype=jnp.bfloat16, sides="shorter"))
+    """
+
+    factor_dtype: Any = None
+    packed: bool = False
+    momentum_dtype: Any = None
+    sides: str = "both"
+    block_size: int | None = None
+    rank: int = 256
+    mesh_axis: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("sides", self.sides, ("both", "shorter"))
+        whole("block_size", self.block_size or 0, 0)
+        whole("rank", self.rank, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """How exactly an accelerator multiplies: "highest" (float32), "high" (two parts of bfloat16 each, or TF32) or
+    "default" (bfloat16 on a TPU, TF32 on a GPU). A CPU multiplies in float32 whatever is asked for. `fo.soap` takes it;
+    with `fo.precondition`, factors, decomposition and application each take a ``precision``. Other methods multiply in
+    float32.
+
+    Args:
+      factors: of ``G Gᵀ`` and ``Gᵀ G``.
+      rotations: of gradients into bases and back, and of moments when a basis turns.
+      basis: of ``L Q`` and ``R Q`` at a refresh; what makes their columns orthogonal is always in float32.
+
+    "highest" is the default of each: README says what the others were seen to cost in loss, with rounding emulated.
+
+    Raises:
+      ValueError: at construction, for another word.
+
+    Example:
+      >>> import fisher_optax as fo
+      >>> tx = fo.soap(3e-3, products=fo.Products(rotations="high"))
+    """
+
+    factors: str = "highest"
+    rotations: str = "highest"
+    basis: str = "highest"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            one_of(field.name, getattr(self, field.name), PRECISIONS)
+
+
+def refresh_of(method: str, refresh: Refresh | str, takes: Mapping[str, Any]) -> Refresh:
+    """``refresh``, or what a word stands for, with a method's own defaults in the place of None.
+
+    Args:
+      takes: the fields that the method takes beside ``when``, with their defaults; others must be as they are.
+    """
+    if isinstance(refresh, str):
+        refresh = Refresh(refresh)
+    if not isinstance(refresh, Refresh):
+        raise TypeError(f"refresh must be a fo.Refresh or one of {', '.join(map(repr, WHEN))}; got {refresh!r}.")
+    _only(method, refresh, {"when", *takes})
+    return dataclasses.replace(
+        refresh, **{name: default for name, default in takes.items() if getattr(refresh, name) is None}
+    )
+
+
+def storage_of(method: str, storage: Storage | None, takes: tuple[str, ...]) -> Storage:
+    """``storage``, where it asks for no more than these fields; None: the defaults."""
+    storage = Storage() if storage is None else storage
+    if not isinstance(storage, Storage):
+        raise TypeError(f"storage must be a fo.Storage; got {storage!r}.")
+    _only(method, storage, set(takes))
+    return storage
+
+
+def products_of(products: Products | None) -> Products:
+    """``products``; None: float32."""
+    if not isinstance(products, Products | None):
+        raise TypeError(f"products must be a fo.Products; got {products!r}.")
+    return Products() if products is None else products
+
+
+def _only(method: str, options: Any, takes: set[str]) -> None:
+    """A ValueError where fields that a method does not take are not at their defaults."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name not in takes and value != field.default:
+            raise ValueError(
+                f"fo.{method} takes no {field.name}; got {type(options).__name__}({field.name}={value!r}). "
+                f"It takes {', '.join(f.name for f in dataclasses.fields(options) if f.name in takes)}."
+            )

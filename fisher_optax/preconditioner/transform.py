@@ -20,8 +20,7 @@ from ..transforms.first_step import skip_first_call
 from ..transforms.freeze import Freezable, counted
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
 from .refresh import KEEP, Policy, renew
-from .step import Step
-from .storage import Store
+from .step import Step, Store
 
 
 class PreconditionState(NamedTuple):

@@ -7,8 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from ..._checks import value_at
 from ..contracts import Application, Eigenpairs, Moments
-from .eigenbasis import into, out_of
-from .rounding import counts, ratio
+from .eigenbasis import counts, into, out_of, ratio
 
 
 class EigenvaluesState(NamedTuple):

@@ -9,7 +9,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
 from ..._checks import value_at
-from .rounding import ratio
+from .eigenbasis import ratio
 
 
 class Rank1AdamState(NamedTuple):
