@@ -5,6 +5,7 @@ from typing import Any as _Any
 from . import compression as compression
 from . import fisher as fisher
 from . import linalg as linalg
+from ._arguments import static_args as _static_args
 from .capture import CaptureReport, InputGram, KroneckerFactors, LayerSamples, infer_axes, losses, value_and_grad
 from .capture.accumulate import accumulate_statistics, all_reduce_statistics
 from .linalg import jordan, polar_express, you
@@ -32,7 +33,6 @@ from .states.warm_start import from_adam
 from .transforms.decay import add_cautious_decay, add_decay_after_step
 from .transforms.fallback import Row
 from .transforms.grafting import graft
-from .transforms.hyperparameters import static_args as _static_args
 from .transforms.normuon import scale_by_normuon
 
 # What shapes the program and cannot be traced, for tools other than optax.inject_hyperparams: that needs no list.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from . import linalg
 from .matrices.axes import MatrixAxes
 
 
@@ -36,6 +37,17 @@ class LayerFactors:
     weight: Any  # (): how many inputs it is the mean of
     bias: str | None = None
     axes: MatrixAxes | None = None
+
+    def finite_probes(self) -> list[Any]:
+        """Of a second moment its diagonal, which bounds all of it."""
+        sides = [_diagonal(side) if isinstance(side, jax.Array) else side for side in (self.left, self.right)]
+        return [self.squares, self.weight, *sides]
+
+
+def _diagonal(side: Array) -> Array:
+    """Of each square matrix of a stack; all of the diagonal that an embedding's side is."""
+    square = side.ndim > 1 and side.shape[-2] == side.shape[-1]
+    return linalg.diagonal(side) if square else side
 
 
 class Window(NamedTuple):

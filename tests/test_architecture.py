@@ -18,21 +18,21 @@ EVERYTHING = "*"
 
 # Each module or folder of fisher_optax, and which others it may import. A folder inside has a row of its own where it
 # may do less than the one around it.
-BASE = {"_checks", "_xla", "linalg", "matrices", "statistics"}
+BASE = {"_arguments", "_xla", "linalg", "matrices", "statistics"}
 MAY_IMPORT = {
-    "_checks": set(),
+    "_arguments": set(),
     "_tables": set(),
     "_xla": set(),
     "linalg": {"_xla"},
     "matrices": {"_xla"},
-    "statistics": {"matrices"},
+    "statistics": {"linalg", "matrices"},
     # Wrappers know no preconditioner, and statistics from a model no optimizer.
     "transforms": BASE,
     "capture": {*BASE, "_tables"},
     # The preconditioner knows the contracts of its three parts, not them.
     "preconditioner": {*BASE, "preconditioner.contracts", "transforms"},
     # These never import each other.
-    "preconditioner.contracts": {"_checks", "matrices", "statistics"},
+    "preconditioner.contracts": {"_arguments", "matrices", "statistics"},
     "preconditioner.factors": {*BASE, "preconditioner.contracts"},
     "preconditioner.decompositions": {*BASE, "preconditioner.contracts"},
     "preconditioner.applications": {*BASE, "preconditioner.contracts", "transforms"},
@@ -115,7 +115,7 @@ def f():
 '''
 
 
-def test_the_checks_see_what_they_should() -> None:
+def test_the_arguments_see_what_they_should() -> None:
     assert units_imported(IMPORTS, ["fisher_optax", "capture"]) == {
         "linalg",
         "preconditioner.contracts",

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fisher_optax as fo
-from fisher_optax.transforms.hyperparameters import TRACED, Fixed
+from fisher_optax._arguments import TRACED, Fixed
 from tests.comparisons import assert_close, assert_same_bits
 from tests.optimizers_table import standard_gradients, standard_params
 

@@ -31,7 +31,7 @@ from jax.lax import Precision
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from .._checks import in_range
+from .._arguments import in_range
 from .log_density import information, promoted, score, statistic_information
 from .operators.operator import Operator
 

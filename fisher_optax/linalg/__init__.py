@@ -18,7 +18,7 @@ from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
 from .polynomials import as_polynomial, jordan, polar_express, you
-from .products import pack, second_moment, times, unit_frobenius, unit_scale, unpack
+from .products import into_basis, out_of_basis, pack, second_moment, times, unit_frobenius, unit_scale, unpack
 from .roots import check_exponent, cholesky_inverse, has_exponent, matrix_power
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "followed_by_products",
     "gram_flops",
     "has_exponent",
+    "into_basis",
     "inverse_cholesky",
     "jordan",
     "keep_last_good",
@@ -44,6 +45,7 @@ __all__ = [
     "off_diagonality",
     "orthogonal_iteration",
     "orthogonalize",
+    "out_of_basis",
     "overwritten",
     "pack",
     "polar_express",

@@ -43,6 +43,18 @@ def times(
     return by_platform(at_once, lambda platform: _rows_at_once(X.shape[-2], platform.rows_at_once), X, Y)
 
 
+def into_basis(Q_L: Array | None, X: Array, Q_R: Array | None, precision: Any = "highest") -> Array:
+    """``Q_Lᵀ X Q_R``; a side that is None leaves X as it is."""
+    X = X if Q_L is None else times(Q_L.astype(X.dtype).mT, X, precision)
+    return X if Q_R is None else times(X, Q_R.astype(X.dtype), precision)
+
+
+def out_of_basis(Q_L: Array | None, X: Array, Q_R: Array | None, precision: Any = "highest") -> Array:
+    """``Q_L X Q_Rᵀ``; a side that is None leaves X as it is."""
+    X = X if Q_L is None else times(Q_L.astype(X.dtype), X, precision)
+    return X if Q_R is None else times(X, Q_R.astype(X.dtype).mT, precision)
+
+
 def _rows_at_once(m: int, most: int | None) -> int:
     """As many as divide m, where that is not few."""
     if most is None or m <= most:

@@ -6,7 +6,7 @@ from typing import Any
 
 import optax
 
-from .._checks import in_range, one_of
+from .._arguments import in_range, one_of
 from ..capture.to_optimizer import layer_axes, on_layers
 from ..linalg.eigenbasis import LowRank
 from ..matrices.layout import Layer
@@ -17,14 +17,10 @@ from ..preconditioner.precondition import preconditioner
 from ..preconditioner.step import Store
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors, Logits
-from ..transforms.decay import Mask, decayed_weights
+from ..transforms.decay import Mask, decayed_weights, scheduled
 from ..transforms.fallback import layers_with_fallback
-from ..transforms.freeze import Freezable, chain
-from ..transforms.grafting import graft_on, magnitude_of
-from ..transforms.hyperparameters import scheduled
-from ..transforms.kl_clip import once_seen
-from ..transforms.momentum import frozen_trace
-from ..transforms.skip_nonfinite import skip_nonfinite
+from ..transforms.grafting import frozen_trace, graft_on, magnitude_of, once_seen
+from ..transforms.skip_nonfinite import Freezable, chain, skip_nonfinite
 from .kfac_head import ForHeads, apart, check_head, describing, is_head
 
 KINDS = ("matrix", "head")

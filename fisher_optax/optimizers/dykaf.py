@@ -4,14 +4,13 @@ from typing import Any
 
 import optax
 
-from .._checks import one_of
+from .._arguments import injectable, one_of
 from ..preconditioner.applications import adam, in_eigenbasis, rank1_adam
 from ..preconditioner.contracts import Refresh, Storage, storage_of
 from ..preconditioner.factors import projector_splitting
 from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
-from ..transforms.hyperparameters import injectable
 from .soap import STORAGE, check_moments, decay_of, in_bases_of
 
 VARIANTS = {

@@ -4,10 +4,10 @@ from typing import Any
 
 import optax
 
+from .._arguments import injectable
 from ..preconditioner.applications import eigenvalue_corrected
 from ..preconditioner.contracts import Refresh, Storage
 from ..transforms.decay import Mask
-from ..transforms.hyperparameters import injectable
 from . import _kfac
 
 WAYS = ("auto", "eigh", "qr", "cholesky")

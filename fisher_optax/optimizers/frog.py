@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._checks import in_range, value_at
+from .._arguments import in_range, injectable, value_at
 from ..capture.to_optimizer import HOW, KINDS, on_layers
 from ..matrices.layout import Layer
 from ..preconditioner.applications.conjugate_gradient import (
@@ -19,11 +19,9 @@ from ..preconditioner.applications.conjugate_gradient import (
 from ..statistics import Samples
 from ..transforms.decay import Mask, decayed_weights
 from ..transforms.fallback import layers_with_fallback
-from ..transforms.freeze import Freezable, chain, counted
-from ..transforms.hyperparameters import injectable
 from ..transforms.momentum import MomentumState
 from ..transforms.momentum import momentum as weighted_mean
-from ..transforms.skip_nonfinite import skip_nonfinite
+from ..transforms.skip_nonfinite import Freezable, chain, counted, skip_nonfinite
 
 SOLVES: dict[str, Solve] = {"frog": frog_direction, "kfrog": kfrog_direction}
 LAYERS = ("matrix",)  # the author leaves the last classifier out

@@ -4,10 +4,10 @@ from typing import Any
 
 import optax
 
+from .._arguments import injectable
 from ..preconditioner.applications import damped
 from ..preconditioner.contracts import Refresh, Storage, storage_of
 from ..transforms.decay import Mask
-from ..transforms.hyperparameters import injectable
 from . import _kfac
 from .kfac_head import for_heads
 

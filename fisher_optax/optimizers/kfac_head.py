@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jax.scipy as jsp
 from jaxtyping import Array, Float, Int
 
-from .._checks import value_at
+from .._arguments import value_at
 from .._xla import select
 from ..fisher.head.empirical import EmpiricalHead
 from ..fisher.head.softmax import SoftmaxHead
@@ -27,7 +27,7 @@ from ..matrices.axes import LeafAxes
 from ..matrices.layout import Layer
 from ..matrices.rules import HEADS
 from ..statistics import LayerFactors, Logits
-from ..transforms.freeze import Freezable
+from ..transforms.skip_nonfinite import Freezable
 
 FISHERS = ("true", "empirical")
 

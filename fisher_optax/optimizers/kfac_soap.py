@@ -5,6 +5,7 @@ from typing import Any
 
 import optax
 
+from .._arguments import injectable
 from ..capture.to_optimizer import layer_axes, on_layers
 from ..matrices.layout import Layer
 from ..preconditioner.contracts import Refresh, Storage
@@ -14,8 +15,7 @@ from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
 from ..transforms.decay import Mask
 from ..transforms.fallback import layers_with_fallback
-from ..transforms.freeze import Freezable
-from ..transforms.hyperparameters import injectable
+from ..transforms.skip_nonfinite import Freezable
 from ._kfac import same_shapes
 from .soap import adam_in_bases, decay_of
 

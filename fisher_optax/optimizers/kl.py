@@ -4,13 +4,13 @@ from typing import Any
 
 import optax
 
+from .._arguments import injectable
 from ..preconditioner.applications import inverse_root_of_eigenvalues
 from ..preconditioner.contracts import Refresh, Storage, storage_of
 from ..preconditioner.factors import kullback_leibler
 from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
-from ..transforms.hyperparameters import injectable
 from .soap import STORAGE, adam_in_bases, check_moments, decay_of, in_bases_of
 
 

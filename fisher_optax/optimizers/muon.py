@@ -5,17 +5,14 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from .._checks import in_range, whole
+from .._arguments import in_range, injectable, whole
 from ..matrices.axes import MatrixAxes
 from ..matrices.rules import resolve_axes
 from ..transforms.decay import Mask, decayed_weights
 from ..transforms.fallback import Build, is_matrix, with_fallback
-from ..transforms.freeze import Freezable, chain
-from ..transforms.hyperparameters import injectable
 from ..transforms.momentum import with_momentum
-from ..transforms.per_matrix import describe_matrices, per_matrix
-from ..transforms.polar import polar
-from ..transforms.skip_nonfinite import skip_nonfinite
+from ..transforms.per_matrix import describe_matrices, per_matrix, polar
+from ..transforms.skip_nonfinite import Freezable, chain, skip_nonfinite
 
 KINDS = ("matrix",)  # the author leaves embeddings and heads to Adam
 DTYPES = jnp.inexact  # of the matrices that `axes` may name: a complex one has a polar factor too, a unitary one

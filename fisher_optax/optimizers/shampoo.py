@@ -5,20 +5,17 @@ from typing import Any
 
 import optax
 
-from .._checks import in_range, one_of, whole
+from .._arguments import in_range, injectable, one_of, whole
 from ..preconditioner.applications import power
 from ..preconditioner.contracts import Refresh, Storage, refresh_of, storage_of
 from ..preconditioner.decompositions import inverse_root
 from ..preconditioner.factors import outer_product
 from ..preconditioner.precondition import FACTORS, preconditioner
 from ..preconditioner.transform import Preconditioner
-from ..transforms.decay import Mask, decayed_weights
+from ..transforms.decay import Mask, decayed_weights, scheduled
 from ..transforms.fallback import Build, with_fallback
-from ..transforms.freeze import Freezable, chain
-from ..transforms.grafting import graft_on, magnitude_of
-from ..transforms.hyperparameters import injectable, scheduled
-from ..transforms.momentum import trace
-from ..transforms.skip_nonfinite import skip_nonfinite
+from ..transforms.grafting import graft_on, magnitude_of, trace
+from ..transforms.skip_nonfinite import Freezable, chain, skip_nonfinite
 
 KINDS = ("matrix", "head")
 ACCUMULATE = {

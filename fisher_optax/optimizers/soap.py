@@ -4,7 +4,7 @@ from typing import Any
 
 import optax
 
-from .._checks import in_range, one_of
+from .._arguments import in_range, injectable, one_of
 from ..preconditioner.applications import adam, in_eigenbasis
 from ..preconditioner.contracts import (
     Application,
@@ -21,7 +21,6 @@ from ..preconditioner.factors import outer_product
 from ..preconditioner.precondition import FACTORS, direction, optimizer, preconditioner, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..transforms.decay import Mask
-from ..transforms.hyperparameters import injectable
 
 DECOMPOSITIONS = ("auto", "qr", "cholesky", "eigh")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
-from .._checks import in_range, one_of, whole
+from .._arguments import in_range, one_of, whole
 
 PRECISIONS = ("highest", "high", "default")  # of products on an accelerator
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .. import linalg
-from .._checks import one_of
+from .._arguments import one_of
 from .._xla import Platform, branch, by_platform
 from .contracts import PRECISIONS, Decomposition, Eigenbasis, Eigenpairs, InverseRoot, Refreshed
 

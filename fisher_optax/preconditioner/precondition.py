@@ -15,14 +15,11 @@ from typing import Any
 
 import optax
 
-from .._checks import in_range, whole
-from ..transforms.decay import Mask, decay_after_step, decayed_weights
+from .._arguments import in_range, whole
+from ..transforms.decay import Mask, decay_after_step, decayed_weights, scheduled
 from ..transforms.fallback import with_fallback
-from ..transforms.first_step import skip_first_call
-from ..transforms.freeze import Freezable, chain
-from ..transforms.hyperparameters import scheduled
 from ..transforms.per_matrix import describe_matrices, per_matrix
-from ..transforms.skip_nonfinite import skip_nonfinite
+from ..transforms.skip_nonfinite import Freezable, chain, skip_first_call, skip_nonfinite
 from .contracts import Application, Decomposition, Eigenpairs, FactorRule, Refresh, Storage, refresh_of, storage_of
 from .refresh import Policy
 from .step import Store

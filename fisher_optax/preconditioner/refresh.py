@@ -217,10 +217,9 @@ def out_of_bases(
     def body(r: Array, stacks: Any) -> Any:
         j = due.places[r]
         Q_L, Q_R = member_of(tuple(bases[:2]), j)
-        return put(stacks, j, [_times(Q_L, x, Q_R, precision, transpose=False) for x in member_of(stacks, j)])
+        return put(stacks, j, [linalg.out_of_basis(Q_L, x, Q_R, precision) for x in member_of(stacks, j)])
 
-    wide = [m.astype(jnp.promote_types(m.dtype, jnp.float32)) for m in linear]
-    return tuple(repeat(due.count, len(due.places), body, wide)) if linear else ()
+    return tuple(repeat(due.count, len(due.places), body, [_wide(m) for m in linear])) if linear else ()
 
 
 def into_bases(
@@ -243,7 +242,7 @@ def into_bases(
         j = due.places[r]
         now = member_of(stacks, j)
         Q_L, Q_R = member_of(tuple(bases[:2]), j)
-        linear = tuple(_times(Q_L, x, Q_R, precision, transpose=True) for x in now.linear)
+        linear = tuple(linalg.into_basis(Q_L, _wide(x), Q_R, precision) for x in now.linear)
         if not any(now[1:]):
             return put(stacks, j, now._replace(linear=linear))
         if old is None:
@@ -275,7 +274,7 @@ def _squared(now: Moments, left: Any, right: Any, precision: str) -> Moments:
     """With the squares of ``Q_newᵀ Q_old``."""
     return Moments(
         now.linear,
-        tuple(_times(left, v, right, precision, transpose=False) for v in now.quadratic),
+        tuple(linalg.out_of_basis(left, _wide(v), right, precision) for v in now.quadratic),
         *(
             tuple(v if C is None else linalg.times(C, v, precision) for v in vs)
             for C, vs in ((left, now.left), (right, now.right))
@@ -286,13 +285,9 @@ def _squared(now: Moments, left: Any, right: Any, precision: str) -> Moments:
 def _squares(Q: Any, P: Any, precision: str) -> Any:
     if Q is None:
         return None
-    dtype = jnp.promote_types(Q.dtype, jnp.float32)
-    return jnp.square(linalg.times(Q.mT.astype(dtype), P.astype(dtype), precision))
+    return jnp.square(linalg.times(_wide(Q).mT, _wide(P), precision))
 
 
-def _times(L: Any, x: Float[Array, "m n"], R: Any, precision: str, *, transpose: bool) -> Float[Array, "m n"]:
-    """``L x Rᵀ``, or ``Lᵀ x R``, in float32 at least; a side that is None leaves x as it is."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if L is not None:
-        x = linalg.times((L.mT if transpose else L).astype(x.dtype), x, precision)
-    return x if R is None else linalg.times(x, (R if transpose else R.mT).astype(x.dtype), precision)
+def _wide(x: Array) -> Array:
+    """In float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

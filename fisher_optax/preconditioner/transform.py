@@ -16,8 +16,7 @@ from ..matrices.axes import LeafAxes, MatrixAxes
 from ..matrices.blocks import from_stacks, matrix_shapes, sides_to_stacks, to_stacks
 from ..matrices.layout import leaf_layouts, place, share_out, spread
 from ..transforms.fallback import with_fallback
-from ..transforms.first_step import skip_first_call
-from ..transforms.freeze import Freezable, counted
+from ..transforms.skip_nonfinite import Freezable, counted, skip_first_call
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
 from .refresh import KEEP, Policy, renew
 from .step import Step, Store

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from .._checks import value_at
+from .._arguments import injectable, value_at
 from ..matrices.axes import floating, is_function, made
-from .hyperparameters import injectable
+from .skip_nonfinite import Freezable, counted, freezable
 
 Mask = Any | Callable[[Any], Any] | None
 
@@ -140,3 +140,32 @@ def _require_params(params: Any, name: str) -> None:
         raise ValueError(
             f"{name} decays the parameters, but update was called without them: call update(grads, state, params)."
         )
+
+
+class ScheduledState(NamedTuple):
+    """State of `scheduled`, where there are schedules."""
+
+    count: Int[Array, ""]
+    inner: Any
+
+
+def scheduled(factory: Callable[..., Any], **options: Any) -> Freezable:
+    """An Optax transformation that takes numbers alone, with schedules evaluated at the call where there are any.
+
+    `optax.inject_hyperparams` would keep the numbers in the state: an array that the caller still holds among them.
+    """
+
+    def now(count: Any) -> Freezable:
+        return freezable(factory(**{name: value_at(value, count) for name, value in options.items()}))
+
+    def init(params: Any) -> ScheduledState:
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledState(count, now(count).init(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, ScheduledState]:
+        updates, inner = now(state.count).update(updates, state.inner, params, accept=accept, **extra)
+        return updates, ScheduledState(counted(accept, state.count), inner)
+
+    return Freezable(init, update) if any(map(callable, options.values())) else now(None)

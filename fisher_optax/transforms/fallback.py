@@ -14,7 +14,7 @@ import optax
 from ..matrices.axes import LeafAxes, MatrixAxes, step_dtype
 from ..matrices.layout import Layer, layers_of
 from ..matrices.rules import resolve_axes
-from .freeze import Freezable, freezable
+from .skip_nonfinite import Freezable, freezable
 
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
 BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]

@@ -1,4 +1,4 @@
-"""Grafting: the direction of one optimizer with the size of another's step."""
+"""What is done with a direction: grafting (its size from another optimizer), KL clipping, momentum of steps."""
 
 from typing import Any, NamedTuple
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from .._arguments import injectable, value_at
+from .._xla import select
 from ..matrices.axes import MatrixAxes
 from ..matrices.rules import resolve_axes
 from .fallback import in_float32, require_transformation
-from .freeze import Freezable, counted, freezable
-from .hyperparameters import injectable
-from .skip_nonfinite import skip_nonfinite
+from .skip_nonfinite import Freezable, counted, freezable, skip_nonfinite
 
 
 class GraftState(NamedTuple):
@@ -116,3 +116,69 @@ def _resized(d: Array, m: Array, axes: MatrixAxes | None) -> Array:
     (d_unit, d_norm), (m_unit, m_norm) = norm(d), norm(m)
     direction = d.astype(jnp.promote_types(d.dtype, jnp.float32)) / d_unit / jnp.where(d_norm == 0, 1, d_norm)
     return (direction * m_norm * m_unit).astype(d.dtype)
+
+
+# The last stage on layers: no step before there was curvature, and none that changes the model's outputs too much.
+
+
+class ClipState(NamedTuple):
+    """State of the last stage on layers: how often it was called, and whether there were statistics yet."""
+
+    count: Int[Array, ""]
+    seen: Int[Array, ""]  # 0 or 1, as in `SkipFirstState`
+    inner: Any
+
+
+def once_seen(inner: optax.GradientTransformation, clip: Any, learning_rate: Any) -> Freezable:
+    """``ν U``, and 0 as long as no statistics have come."""
+
+    tx = freezable(inner)
+
+    def init(params: Any) -> ClipState:
+        return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), tx.init(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, ClipState]:
+        G = updates
+        U, new = tx.update(G, state.inner, params, accept=accept, **extra)
+        seen = state.seen | (extra["statistics"] is not None)
+        ν: Any = 1.0
+        if clip is not None:
+            dots = (jnp.vdot(u, g.astype(u.dtype)) for u, g in zip(jax.tree.leaves(U), jax.tree.leaves(G), strict=True))
+            change = value_at(learning_rate, state.count) ** 2 * jnp.abs(sum(dots, jnp.zeros([])))
+            ν = jnp.minimum(1, jnp.sqrt(value_at(clip, state.count) / jnp.where(change > 0, change, 1)))
+            ν = jnp.where(change > 0, ν, 1)
+        U = jax.tree.map(lambda u: jnp.where(seen > 0, (ν * u).astype(u.dtype), 0), U)
+        return U, ClipState(counted(accept, state.count), select(accept, seen, state.seen), new)
+
+    return Freezable(init, update)
+
+
+def trace(decay: Any) -> optax.GradientTransformation:
+    """`optax.trace`, whose dtype stays: a decay that is an array of float32 would make float32 of bfloat16."""
+    tx = optax.trace(decay)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
+        _, new = tx.update(updates, state, params)
+        new: Any = jax.tree.map(lambda m, old: m.astype(old.dtype), new, state)
+        return new.trace, new
+
+    return optax.GradientTransformation(tx.init, update)
+
+
+def frozen_trace(decay: Any) -> Freezable:
+    """`trace`, whose step is made of the state that is kept: XLA computes a sum that is used twice twice, and where
+    only one of the two is selected, it copies the old state for the other.
+    """
+    tx = trace(decay)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+    ) -> tuple[Any, optax.TraceState]:
+        del extra
+        _, new = tx.update(updates, state, params)
+        new: Any = select(accept, new, state)
+        return new.trace, new
+
+    return Freezable(tx.init, update)

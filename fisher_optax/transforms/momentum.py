@@ -1,4 +1,4 @@
-"""Momentum that keeps the direction of ``m = β m + G`` and never overflows, and the plain one, overwritten in place."""
+"""Momentum that keeps the direction of ``m = β m + G`` and never overflows."""
 
 from typing import Any, NamedTuple
 
@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from .._checks import value_at
+from .._arguments import value_at
 from .._xla import select, sequenced_after
-from .freeze import Freezable, counted, freezable
+from .skip_nonfinite import Freezable, counted, freezable
 
 
 class MomentumState(NamedTuple):
@@ -88,35 +88,6 @@ def _means(w: Array, mean: Any, updates: Any) -> Any:
 def _next(state: MomentumState, weight: Array, mean: Any, accept: Array | None) -> MomentumState:
     mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
     return MomentumState(counted(accept, state.count), *select(accept, (weight, mean), (state.weight, state.mean)))
-
-
-def trace(decay: Any) -> optax.GradientTransformation:
-    """`optax.trace`, whose dtype stays: a decay that is an array of float32 would make float32 of bfloat16."""
-    tx = optax.trace(decay)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
-        _, new = tx.update(updates, state, params)
-        new: Any = jax.tree.map(lambda m, old: m.astype(old.dtype), new, state)
-        return new.trace, new
-
-    return optax.GradientTransformation(tx.init, update)
-
-
-def frozen_trace(decay: Any) -> Freezable:
-    """`trace`, whose step is made of the state that is kept: XLA computes a sum that is used twice twice, and where
-    only one of the two is selected, it copies the old state for the other.
-    """
-    tx = trace(decay)
-
-    def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
-    ) -> tuple[Any, optax.TraceState]:
-        del extra
-        _, new = tx.update(updates, state, params)
-        new: Any = select(accept, new, state)
-        return new.trace, new
-
-    return Freezable(tx.init, update)
 
 
 def _at_least_float32(x: Any) -> Any:

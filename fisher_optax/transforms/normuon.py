@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from .._checks import in_range
+from .._arguments import in_range, injectable
 from ..matrices.blocks import from_matrices, matrix_shapes, to_matrices
+from .decay import scheduled
 from .fallback import with_fallback
-from .hyperparameters import injectable, scheduled
 from .skip_nonfinite import skip_nonfinite
 
 

@@ -1,17 +1,20 @@
 """A transformation of one matrix, on every matrix of a tree: in blocks, stacks and batches, over a mesh."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Inexact, Int
 
+from .. import linalg
 from .._xla import dynamic_indices, select, sequenced_after
 from ..matrices.axes import LeafAxes, MatrixAxes
 from ..matrices.blocks import by_shape, from_stacks, matrix_shapes, over_stack
 from ..matrices.layout import leaf_layouts, place_moments, share_out, spread
-from .freeze import Freezable, counted
+from .skip_nonfinite import Freezable, counted
 
 
 class PerMatrixState(NamedTuple):
@@ -89,3 +92,45 @@ def describe_matrices(leaf: LeafAxes, block_size: int | None = None) -> dict[str
     """What a report says of a leaf: its matrices."""
     assert leaf.axes is not None
     return {"matrices": tuple(matrix_shapes(leaf.shape, leaf.axes, block_size)), "block_size": block_size}
+
+
+# The polar factor of a matrix, as a step: what Muon does to one.
+
+
+def polar(
+    polynomial: Sequence[Sequence[float]] | None = None,
+    scale: str | float = 1.0,
+    *,
+    method: str = "auto",
+    dtype: Any = None,
+) -> optax.GradientTransformation:
+    """``U = scale(m, n) · polar(G)`` of one matrix, by a Newton-Schulz iteration; `fo.applications.orthogonal` has the
+    arguments, and what they raise.
+    """
+    coefficients = linalg.polar_express() if polynomial is None else linalg.as_polynomial(polynomial)
+    shape_scale(scale, 1, 1)
+    if method not in ("auto", "direct", "gram"):
+        raise ValueError(f"method must be 'auto', 'direct' or 'gram'; got {method!r}.")
+
+    def factor(G: Inexact[Array, "m n"]) -> Array:
+        return shape_scale(scale, *G.shape) * linalg.orthogonalize(G, coefficients, method=method, dtype=dtype)
+
+    def step(updates: Any, params: Any) -> Any:
+        del params
+        return factor(updates)
+
+    return optax.stateless(step)
+
+
+def shape_scale(scale: str | float, m: int, n: int) -> Any:
+    """The factor in front of the polar factor of an ``m x n`` (in x out) matrix."""
+    if not isinstance(scale, str):
+        return scale
+    scales = {
+        "match_rms_adamw": 0.2 * math.sqrt(max(m, n)),
+        "shape": math.sqrt(max(1.0, n / m)),
+        "unit_rms": math.sqrt(n / m),
+    }
+    if scale not in scales:
+        raise ValueError(f"scale must be a number or one of {', '.join(map(repr, scales))}; got {scale!r}.")
+    return scales[scale]

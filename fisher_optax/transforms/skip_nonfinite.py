@@ -1,10 +1,17 @@
-"""One bad step must not spoil a run: skip it whole, count it, and carry on.
+"""Steps that are not taken: because something is not finite, or because it is the first.
 
-Every transformation of this package is wrapped once, at the outside, by `skip_nonfinite`.
+One contract for refusing a step is kept by every stage of an optimizer here. A transformation that is `Freezable` takes
+``update(updates, state, params, *, accept=None, **extra)``. Where ``accept``, a boolean of the program, is false, its
+new state is its old one; its updates are then thrown away, by whoever refused the step. None accepts. A stage selects
+between the two states where it makes the new one, in one pass over both: a conditional around all of it would keep two
+copies of its state.
+
+One bad step must not spoil a run, so every transformation of this package is wrapped once, at the outside, by
+`skip_nonfinite`.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +20,53 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
-from .. import linalg
-from .._xla import in_auto_mode, materialized, on_mesh, select
+from .._xla import branch, by_platform, in_auto_mode, materialized, on_mesh, select
 from ..matrices.axes import arrays, step_dtype
-from ..statistics import LayerFactors
-from .freeze import counted, freezable
+
+
+class Freezable(optax.GradientTransformationExtraArgs):
+    """A transformation whose `update` takes ``accept``: see the top of this file."""
+
+
+def freezable(tx: optax.GradientTransformation) -> Freezable:
+    """``tx`` if it is `Freezable`; else ``tx`` and a selection of its state, on a CPU in a conditional where that is
+    large (`PLATFORMS`).
+    """
+    if isinstance(tx, Freezable):
+        return tx
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> tuple[Any, Any]:
+        def step(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            return inner.update(updates, state, params, **extra)
+
+        def skip(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, state, params)[0]), state
+
+        def either(conditional: bool, accept: Any, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+            if conditional:
+                return branch(accept, step, skip, updates, state, params)
+            new, after = step(updates, state, params)
+            return new, select(accept, after, state)
+
+        if accept is None:
+            return step(updates, state, params)
+        size = sum(x.nbytes for x in jax.tree.leaves(state))
+        large = lambda platform: platform.copied is not None and size > platform.copied  # noqa: E731
+        return by_platform(either, large, accept, updates, state, params)
+
+    return Freezable(inner.init, update)
+
+
+def chain(*stages: optax.GradientTransformation) -> Freezable:
+    """`optax.chain` of stages, each made `freezable`."""
+    return Freezable(*optax.chain(*map(freezable, stages)))
+
+
+def counted(accept: Any, count: Any) -> Any:
+    """One call more, if it is accepted."""
+    return count + (1 if accept is None else accept.astype(count.dtype))
+
 
 STATE_VERSION = 1  # changes whenever a state saved by an older release can no longer be continued
 
@@ -73,8 +122,8 @@ def skip_nonfinite(
             return like_grads(jax.tree.map(jnp.zeros_like, updates)), state._replace(skipped=state.skipped + 1)
 
         def either(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
-            seen = list(_finite_probes(extra.get("statistics")))
-            finite = is_finite([*jax.tree.leaves(updates), *seen], [*squared, *[False] * len(seen)])
+            probes = finite_probes(extra.get("statistics"))
+            finite = is_finite([*jax.tree.leaves(updates), *probes], [*squared, *[False] * len(probes)])
             if not isinstance(finite, Tracer):
                 return (step if finite else skip)(updates, state, params, extra)
             accept = materialized(finite, state.steps)
@@ -90,21 +139,15 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _finite_probes(statistics: Any) -> Iterator[Array]:
-    """Arrays that are finite only where all of the statistics are: of a second moment, its diagonal."""
-    for x in jax.tree.leaves(statistics, is_leaf=lambda x: isinstance(x, LayerFactors)):
-        if not isinstance(x, LayerFactors):
-            yield x
-            continue
-        yield from jax.tree.leaves((x.squares, x.weight))
-        for side in (x.left, x.right):
-            yield from [_diagonal(side)] if hasattr(side, "ndim") else jax.tree.leaves(side)
+def finite_probes(statistics: Any) -> list[Array]:
+    """Arrays that are finite only where all of the statistics are: what a kind names as its ``finite_probes()``, else
+    all of it.
+    """
 
+    def named(x: Any) -> bool:
+        return hasattr(x, "finite_probes")
 
-def _diagonal(side: Array) -> Array:
-    """Of each square matrix of a stack; all of the diagonal that an embedding's side is."""
-    square = side.ndim > 1 and side.shape[-2] == side.shape[-1]
-    return linalg.diagonal(side) if square else side
+    return jax.tree.leaves([x.finite_probes() if named(x) else x for x in jax.tree.leaves(statistics, is_leaf=named)])
 
 
 def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:
@@ -125,3 +168,27 @@ def is_finite(leaves: list[Array], squared: list[bool]) -> Bool[Array, ""]:
 def _magnitudes(x: Array) -> Array:
     x = jnp.abs(x) if jnp.iscomplexobj(x) else x
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class SkipFirstState(NamedTuple):
+    """State of `skip_first_call`."""
+
+    called: Int[Array, ""]  # 0 or 1: `optax.contrib.sam` multiplies and adds states, and makes a bool an int32
+    inner: Any
+
+
+def skip_first_call(tx: optax.GradientTransformation, freeze: bool = True) -> Freezable:
+    """``tx``, but the first call updates nothing and, with ``freeze``, leaves its state alone (a schedule goes on)."""
+    tx = freezable(tx)
+
+    def init(params: Any) -> SkipFirstState:
+        return SkipFirstState(jnp.zeros([], jnp.int32), tx.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> Any:
+        called = state.called > 0
+        later = called if accept is None else accept & called
+        new, inner = tx.update(updates, state.inner, params, accept=later if freeze else accept, **extra)
+        new = select(called, new, jax.tree.map(jnp.zeros_like, new))
+        return new, SkipFirstState(select(accept, jnp.ones([], jnp.int32), state.called), inner)
+
+    return Freezable(init, update)

@@ -27,7 +27,7 @@ from jax.core import Tracer
 from jax.lax import Precision
 from jaxtyping import Array, Float
 
-from ..._checks import in_range
+from ..._arguments import in_range
 from ...linalg import cholesky_inverse, unit_scale
 from .checking import kernel, require_finite
 from .masks import Pattern, Sparsity, as_sparsity, mask

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ..._checks import in_range
+from ..._arguments import in_range
 from ...fisher.diagonals.diagonal_fisher import DiagonalFisher
 from ...linalg import unit_scale
 from .checking import gram, kernel, require_finite

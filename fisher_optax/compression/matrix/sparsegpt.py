@@ -23,7 +23,7 @@ from jax.core import Tracer
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float
 
-from ..._checks import in_range
+from ..._arguments import in_range
 from ...linalg import inverse_cholesky
 from .checking import gram, kernel
 from .masks import Pattern, Sparsity, as_sparsity, check_pattern, count, keep_largest

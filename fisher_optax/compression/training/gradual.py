@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from ..._checks import in_range
+from ..._arguments import in_range, injectable
 from ..._xla import branch
 from ...matrices.axes import shapes
-from ...transforms.hyperparameters import injectable
 from ..matrix.obert import block_moments, obert_scores, obert_step
 from .keeping import kept, masked, transformation, wrapper
 from .targets import Pruning, as_leaves, as_matrices

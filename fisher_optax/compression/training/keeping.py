@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from ..._arguments import injectable
 from ...matrices.axes import path_names
-from ...transforms.hyperparameters import injectable
 from ...transforms.skip_nonfinite import skip_nonfinite
 from .targets import by_path
 

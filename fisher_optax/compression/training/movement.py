@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from ..._checks import in_range, value_at
-from ...transforms.hyperparameters import injectable
+from ..._arguments import in_range, injectable, value_at
 from .keeping import masked, transformation, wrapper
 from .targets import Pruning, as_leaves, as_matrices
 

@@ -11,7 +11,7 @@ import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ..._checks import value_at
+from ..._arguments import value_at
 from ...matrices.axes import made, path_names
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
 from ...matrices.rules import resolve_axes

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ..._checks import in_range
+from ..._arguments import in_range
 from ...capture.gradients import value_and_grad
 from ...capture.kinds.kronecker import KroneckerFactors
 from ...capture.kinds.sums import check_counts

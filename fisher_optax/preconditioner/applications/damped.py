@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ... import linalg
-from ..._checks import value_at
+from ..._arguments import value_at
 from ...statistics import LayerFactors
 from ..contracts import Application, Eigenpairs, InverseRoot, Moments
-from .eigenbasis import into, out_of
 
 
 class DampedState(NamedTuple):
@@ -120,11 +119,12 @@ def _power(G: Array, basis: Eigenpairs, S: Array, λ: Any, p: float) -> Array:
         return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** p, 0)  # without damping, the pseudo-inverse
 
     if S.shape == G.shape:
-        return out_of(into(G, basis) * f(S), basis).astype(G.dtype)
+        H = linalg.into_basis(basis.left, G, basis.right) * f(S)
+        return linalg.out_of_basis(basis.left, H, basis.right).astype(G.dtype)
     Q_B, λ_B = basis.right, basis.right_values
     if Q_B is None or λ_B is None or len(λ_B) == G.shape[1]:
-        H = into(G, basis._replace(left=None))
-        return out_of(_on_left(H, basis, λ_B, f), basis._replace(left=None)).astype(G.dtype)
+        H = linalg.into_basis(None, G, Q_B)
+        return linalg.out_of_basis(None, _on_left(H, basis, λ_B, f), Q_B).astype(G.dtype)
     H = _times(G, Q_B)
     within, beyond = _on_left(H, basis, λ_B, f), _on_left(G - _times(H, Q_B.mT), basis, λ_B[-1:], f)
     return (_times(within, Q_B.mT) + beyond).astype(G.dtype)

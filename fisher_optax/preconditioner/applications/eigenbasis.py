@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from ... import linalg
-from ..._checks import one_of, value_at
+from ..._arguments import one_of, value_at
 from ..contracts import PRECISIONS, Application, Eigenbasis, Eigenpairs, Moments
 
 Matrix = Float[Array, "m n"]
@@ -57,11 +57,12 @@ def in_eigenbasis(
     def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:
         if basis.left is None and basis.right is None:
             return transform.update(G, state, None, **extra)
-        H = into(G, basis, precision)
+        H = linalg.into_basis(basis.left, G, basis.right, precision)
         H = jnp.where(~_is_first(state) | counts(jnp.square(H), first=True), H, 0)
         X, state = transform.update(H, state, None, **extra)
         values = (basis.left_values, basis.right_values) if isinstance(basis, Eigenpairs) else (None, None)
-        return out_of(jnp.where(counts(second_moment(state, H), values=values), X, 0), basis, precision), state
+        X = jnp.where(counts(second_moment(state, H), values=values), X, 0)
+        return linalg.out_of_basis(basis.left, X, basis.right, precision), state
 
     def second_moment(state: Any, H: Matrix) -> Matrix:
         """Of each entry, as the inner state has it; else the square of its mean, or of this gradient."""
@@ -81,20 +82,6 @@ def in_eigenbasis(
 
     accepts = (Eigenbasis, Eigenpairs)
     return Application("in eigenbasis", accepts, inner.init, update, moments, with_moments, precision=precision)
-
-
-def into(G: Matrix, basis: Eigenbasis | Eigenpairs, precision: str = "highest") -> Matrix:
-    """``Q_Lᵀ G Q_R``."""
-    Q_L, Q_R = basis.left, basis.right
-    G = G if Q_L is None else linalg.times(Q_L.astype(G.dtype).mT, G, precision)
-    return G if Q_R is None else linalg.times(G, Q_R.astype(G.dtype), precision)
-
-
-def out_of(X: Matrix, basis: Eigenbasis | Eigenpairs, precision: str = "highest") -> Matrix:
-    """``Q_L X Q_Rᵀ``."""
-    Q_L, Q_R = basis.left, basis.right
-    X = X if Q_L is None else linalg.times(Q_L.astype(X.dtype), X, precision)
-    return X if Q_R is None else linalg.times(X, Q_R.astype(X.dtype).mT, precision)
 
 
 class AdamState(NamedTuple):

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ..._checks import value_at
+from ... import linalg
+from ..._arguments import value_at
 from ..contracts import Application, Eigenpairs, Moments
-from .eigenbasis import counts, into, out_of, ratio
+from .eigenbasis import counts, ratio
 
 
 class EigenvaluesState(NamedTuple):
@@ -38,7 +39,7 @@ def inverse_root_of_eigenvalues(
     def update(G: Float[Array, "m n"], state: Any, basis: Eigenpairs, **extra: Any) -> tuple[Array, EigenvaluesState]:
         del extra
         β, t = value_at(b1, state.count), state.count + 1
-        m = β * state.mu.astype(G.dtype) + (1 - β) * into(G, basis)
+        m = β * state.mu.astype(G.dtype) + (1 - β) * linalg.into_basis(basis.left, G, basis.right)
         λ_L = 1.0 if basis.left_values is None else basis.left_values[:, None]
         λ_R = 1.0 if basis.right_values is None else basis.right_values[None, :]
         # Two roots, since the product of two eigenvalues has the scale of a fourth power.
@@ -46,7 +47,9 @@ def inverse_root_of_eigenvalues(
         # The root is zero before the first gradient that is not.
         u = ratio(m, root) / ((1 - β**t) if bias_correction else 1.0)
         u = jnp.where(counts(jnp.broadcast_to(_in_units(λ_L) * _in_units(λ_R), m.shape)), u, 0)
-        return out_of(u.astype(G.dtype), basis), EigenvaluesState(t, m.astype(state.mu.dtype))
+        return linalg.out_of_basis(basis.left, u.astype(G.dtype), basis.right), EigenvaluesState(
+            t, m.astype(state.mu.dtype)
+        )
 
     return Application(
         "inverse root of eigenvalues",

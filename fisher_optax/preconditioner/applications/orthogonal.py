@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxtyping import Array, Inexact
 
-from ...transforms.polar import polar
+from ...transforms.per_matrix import polar
 from ..contracts import Application, Moments
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ... import linalg
-from ..._checks import value_at
+from ..._arguments import value_at
 from ..contracts import Application, InverseRoot, Moments
 
 

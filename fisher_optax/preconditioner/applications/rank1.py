@@ -8,7 +8,7 @@ import optax
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
-from ..._checks import value_at
+from ..._arguments import value_at
 from .eigenbasis import ratio
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ... import linalg
-from ..._checks import value_at
+from ..._arguments import value_at
 from ..._xla import select
 from ...linalg.eigenbasis import LowRank
 from ...statistics import LayerFactors

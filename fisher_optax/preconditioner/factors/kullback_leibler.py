@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ... import linalg
-from ..._checks import value_at
+from ..._arguments import value_at
 from ..contracts import Eigenpairs, FactorRule, Kronecker
 
 # Of the largest eigenvalue: smaller ones count as this much where they divide.

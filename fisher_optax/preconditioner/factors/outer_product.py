@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ... import linalg
-from ..._checks import one_of, value_at
+from ..._arguments import one_of, value_at
 from ..contracts import PRECISIONS, FactorRule, Kronecker
 
 KINDS = ("ema", "mean", "sum")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ... import linalg
-from ..._checks import value_at
+from ..._arguments import value_at
 from ..._xla import branch, by_platform
 from ..contracts import FactorRule, Kronecker
 

@@ -1,4 +1,4 @@
-"""The arguments of factories: which are hyperparameters, to be traced or scheduled, and which shape the program."""
+"""The arguments of factories: checked at construction, and told hyperparameters from what shapes the program."""
 
 import dataclasses
 import functools
@@ -7,12 +7,42 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
-from .._checks import value_at
-from .freeze import Freezable, counted, freezable
+
+def value_at(value: Any, count: Any) -> Any:
+    """The value of a number, or of a schedule at ``count``."""
+    return value(count) if callable(value) else value
+
+
+def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """A ValueError unless a plain number lies in ``[low, high)``; schedules and traced values pass, strings and the
+    like are a TypeError.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, str | bytes | list | tuple | dict | bool):
+            raise TypeError(f"{name} must be a number, an array or a schedule; got {value!r}.")
+        return
+    if not low <= value < high:
+        raise ValueError(
+            f"{name} must be at least {low}{'' if high == float('inf') else f' and below {high}'}; got {value!r}."
+        )
+
+
+def one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """A ValueError unless ``value`` is one of those."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    """A ValueError unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+
+
+# The arguments of factories: which are hyperparameters, to be traced or scheduled, and which shape the program.
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -96,32 +126,3 @@ def refuse_misplaced(signature: inspect.Signature, names: Iterable[str]) -> None
                     raise TypeError(
                         f"{name}= is a field of {parameter.name}=: pass {parameter.name}=fo.{kind}({name}=...)."
                     )
-
-
-class ScheduledState(NamedTuple):
-    """State of `scheduled`, where there are schedules."""
-
-    count: Int[Array, ""]
-    inner: Any
-
-
-def scheduled(factory: Callable[..., Any], **options: Any) -> Freezable:
-    """An Optax transformation that takes numbers alone, with schedules evaluated at the call where there are any.
-
-    `optax.inject_hyperparams` would keep the numbers in the state: an array that the caller still holds among them.
-    """
-
-    def now(count: Any) -> Freezable:
-        return freezable(factory(**{name: value_at(value, count) for name, value in options.items()}))
-
-    def init(params: Any) -> ScheduledState:
-        count = jnp.zeros([], jnp.int32)
-        return ScheduledState(count, now(count).init(params))
-
-    def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
-    ) -> tuple[Any, ScheduledState]:
-        updates, inner = now(state.count).update(updates, state.inner, params, accept=accept, **extra)
-        return updates, ScheduledState(counted(accept, state.count), inner)
-
-    return Freezable(init, update) if any(map(callable, options.values())) else now(None)
