@@ -154,6 +154,7 @@ def trainer(config: Config, data: Images, images: Any, labels: Any) -> tuple[Cal
 
     def train(_: Any) -> Any:
         nonlocal state
+        loss = None
         for _ in range(config.refresh):
             state, loss = advance(state, images, labels, order, scale, peak)
         return loss

@@ -24,7 +24,7 @@ PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 class Program(NamedTuple):
     """A compiled function and what compiling it took."""
 
-    run: Callable[..., Any]
+    run: jax.stages.Compiled
     trace_s: float  # Python to StableHLO
     compile_s: float  # StableHLO to the machine's code
     stablehlo_lines: int

@@ -98,7 +98,8 @@ class Placed(NamedTuple):
     def size(self) -> dict[str, Any]:
         """What is known of it without a clock."""
         program, state = self.contender.programs[0].run, jax.tree.leaves(self.contender.state)
-        memory, traffic = program.memory_analysis(), collectives(program.as_text())
+        memory: Any = program.memory_analysis()
+        traffic = collectives(program.as_text() or "")
         mine = sum(x.addressable_shards[0].data.nbytes for x in state)
         return {
             "gflop": self.gflop(),

@@ -111,6 +111,7 @@ def train(config: Config, data: Images) -> Trained:
 
     batch = min(BATCH, len(labels))
     with tqdm(total=config.epochs * (len(labels) // batch), unit="step", desc="training") as bar:
+        value = jnp.nan
         for epoch in range(config.epochs):
             order = shuffled(key, jnp.int32(epoch), len(labels))
             for first in range(0, len(labels) - batch + 1, batch):

@@ -6,7 +6,16 @@ from . import compression as compression
 from . import fisher as fisher
 from . import linalg as linalg
 from ._arguments import static_args as _static_args
-from .capture import CaptureReport, InputGram, KroneckerFactors, LayerSamples, infer_axes, losses, value_and_grad
+from .capture import (
+    CaptureReport,
+    InputGram,
+    KroneckerFactors,
+    LayerSamples,
+    StatisticsKind,
+    infer_axes,
+    losses,
+    value_and_grad,
+)
 from .capture.accumulate import accumulate_statistics, all_reduce_statistics
 from .linalg import jordan, polar_express, you
 from .matrices.axes import MatrixAxes
@@ -57,6 +66,7 @@ __all__ = [
     "Refresh",
     "Report",
     "Row",
+    "StatisticsKind",
     "Storage",
     "accumulate_statistics",
     "add_cautious_decay",

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 
-def value_at(value: Any, count: Any) -> Any:
+def value_at(value: object, count: object) -> Any:
     """The value of a number, or of a schedule at ``count``."""
     return value(count) if callable(value) else value
 
 
-def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+def in_range(name: str, value: object, low: float, high: float = float("inf")) -> None:
     """A ValueError unless a plain number lies in ``[low, high)``; schedules and traced values pass, strings and the
     like are a TypeError.
     """
@@ -29,13 +29,13 @@ def in_range(name: str, value: Any, low: float, high: float = float("inf")) -> N
         )
 
 
-def one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+def one_of(name: str, value: object, known: tuple[object, ...]) -> None:
     """A ValueError unless ``value`` is one of those."""
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
 
 
-def whole(name: str, value: Any, least: int) -> None:
+def whole(name: str, value: object, least: int) -> None:
     """A ValueError unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
@@ -64,7 +64,7 @@ TRACED = (
 )
 
 
-def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
+def static_args(factory: Callable[..., object]) -> tuple[str, ...]:
     """The arguments of a factory that must not be traced."""
     return tuple(name for name in inspect.signature(factory).parameters if name not in TRACED)
 
@@ -72,7 +72,7 @@ def static_args(factory: Callable[..., Any]) -> tuple[str, ...]:
 class Fixed(NamedTuple):
     """An argument that is no hyperparameter, so wrapped that it is neither a number nor a callable."""
 
-    value: Any
+    value: object
 
 
 class FactorySignature(inspect.Signature):
@@ -82,7 +82,7 @@ class FactorySignature(inspect.Signature):
     and calls every callable, a mask too, as a schedule.
     """
 
-    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    def bind(self, /, *args: object, **kwargs: object) -> inspect.BoundArguments:
         """The arguments of a call."""
         refuse_misplaced(self, kwargs)
         bound = super().bind(*args, **kwargs)
@@ -98,7 +98,7 @@ def injectable(factory: Callable[P, T]) -> Callable[P, T]:
 
     make: Callable[..., T] = factory
 
-    def given(value: Any) -> Any:
+    def unwrapped(value: object) -> object:
         return value.value if isinstance(value, Fixed) else value
 
     signature = inspect.signature(factory)
@@ -106,7 +106,7 @@ def injectable(factory: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(factory)
     def build(*args: P.args, **kwargs: P.kwargs) -> T:
         refuse_misplaced(signature, kwargs)
-        return make(*map(given, args), **{name: given(value) for name, value in kwargs.items()})
+        return make(*map(unwrapped, args), **{name: unwrapped(value) for name, value in kwargs.items()})
 
     vars(build)["__signature__"] = FactorySignature(
         [*signature.parameters.values()], return_annotation=signature.return_annotation

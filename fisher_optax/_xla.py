@@ -2,15 +2,15 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int, PyTree
 
 
 class Platform(NamedTuple):
@@ -68,7 +68,7 @@ PLATFORMS: dict[str, Platform] = {
 _AMONG: ContextVar[tuple[str, ...]] = ContextVar("among", default=tuple(PLATFORMS))
 
 
-def by_platform(f: Callable[..., Any], setting: Callable[[Platform], Any], *operands: Any) -> Any:
+def by_platform(f: Callable[..., PyTree], setting: Callable[[Platform], Hashable], *operands: PyTree) -> PyTree:
     """``f(setting(platform), *operands)`` for the `Platform` that a program is lowered for, or where it runs.
 
     Args:
@@ -76,7 +76,7 @@ def by_platform(f: Callable[..., Any], setting: Callable[[Platform], Any], *oper
       setting: what f needs of a platform; hashable.
     """
     among = _AMONG.get()
-    settings: Mapping[str, Any] = {name: setting(PLATFORMS[name]) for name in among}
+    settings: Mapping[str, Hashable] = {name: setting(PLATFORMS[name]) for name in among}
     leaves = jax.tree.leaves(operands)
     if len(set(settings.values())) == 1:
         return f(settings[among[0]], *operands)
@@ -84,8 +84,8 @@ def by_platform(f: Callable[..., Any], setting: Callable[[Platform], Any], *oper
         here = next(iter(jnp.asarray(leaves[0]).devices())).platform
         return f(settings.get(here, settings[among[0]]), *operands)
 
-    def case(value: Any) -> Callable[..., Any]:
-        def of_these(*operands: Any) -> Any:
+    def case(value: Hashable) -> Callable[..., PyTree]:
+        def of_these(*operands: PyTree) -> PyTree:
             token = _AMONG.set(tuple(name for name in among if settings[name] == value))
             try:
                 return f(value, *operands)
@@ -100,14 +100,14 @@ def by_platform(f: Callable[..., Any], setting: Callable[[Platform], Any], *oper
     return jax.lax.platform_dependent(*operands, default=cases[others], **named)
 
 
-def branch(choice: Array | bool, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any) -> Any:
+def branch(choice: Array | bool, yes: Callable[..., PyTree], no: Callable[..., PyTree], *operands: PyTree) -> PyTree:
     """``yes(*operands)`` or ``no(*operands)``: `jax.lax.cond`, but calls outside `jit` compile nothing anew."""
     if isinstance(choice, Tracer):
         return jax.lax.cond(choice, yes, no, *operands)
     return (yes if choice else no)(*operands)
 
 
-def select(choice: Array | None, yes: Any, no: Any) -> Any:
+def select(choice: Array | None, yes: PyTree, no: PyTree) -> PyTree:
     """``yes`` (for None, too) or ``no``, two trees of one structure.
 
     Unlike a conditional, which copies all that it returns, this is one pass that XLA fuses with what made the arrays.
@@ -124,7 +124,7 @@ def materialized(choice: Bool[Array, ""], count: Array) -> Bool[Array, ""]:
     return jax.lax.cond(choice, lambda n: n < jnp.iinfo(n.dtype).max, lambda n: n < 0, count)
 
 
-def dynamic_indices(n: int, choice: Array) -> Sequence[Any]:
+def dynamic_indices(n: int, choice: Array) -> Sequence[int | Int[Array, ""]]:
     """0 to n - 1 where ``choice`` is true, as results of the program and not as constants: slices that differ by such a
     number alone become one kernel, where constants make a kernel each, to be compiled on its own.
     """
@@ -134,13 +134,13 @@ def dynamic_indices(n: int, choice: Array) -> Sequence[Any]:
     return jax.lax.cond(choice, lambda: known, lambda: other)
 
 
-def sequenced_after(done: Any, values: Any, count: Array) -> Any:
-    """The arrays ``values``, but not before those of ``done`` are there: what is made of them may then overwrite what
-    these were made of, and use the memory that they no longer need. ``count`` is any counter from 0 on.
+def sequenced_after(earlier: PyTree, values: PyTree, count: Array) -> PyTree:
+    """The arrays ``values``, but not before those of ``earlier`` are there: what is made of them may then overwrite
+    what these were made of, and use the memory that they no longer need. ``count`` is any counter from 0 on.
     """
-    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(done)):
+    if not any(isinstance(x, Tracer) for x in jax.tree.leaves(earlier)):
         return values
-    below = functools.reduce(jnp.logical_or, [x[(0,) * x.ndim].real < 0 for x in jax.tree.leaves(done)])
+    below = functools.reduce(jnp.logical_or, [x[(0,) * x.ndim].real < 0 for x in jax.tree.leaves(earlier)])
     there = below | (count >= 0)  # true, but the compiler cannot know
     return jax.tree.map(lambda x: jax.lax.select(there, x, jnp.zeros_like(x)), values)
 
@@ -148,7 +148,7 @@ def sequenced_after(done: Any, values: Any, count: Array) -> Any:
 # Where state lives: the sharding a parameter implies, and running plain code on an Explicit mesh.
 
 
-def sharding_of(x: Any) -> NamedSharding | None:
+def sharding_of(x: object) -> NamedSharding | None:
     """The named sharding of an array, tracer or ShapeDtypeStruct; None where it has none, or only the compiler will
     know it.
     """
@@ -164,7 +164,9 @@ def is_explicit(sharding: NamedSharding) -> bool:
     return AxisType.Explicit in sharding.mesh.axis_types
 
 
-def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: Any, extra: Any) -> Any:
+def in_auto_mode(
+    update: Callable[..., PyTree], updates: PyTree, state: PyTree, params: PyTree, extra: PyTree
+) -> PyTree:
     """``update(updates, state, params, extra)`` with Explicit mesh axes handed to the compiler, and results laid out as
     what they replace.
     """
@@ -174,31 +176,31 @@ def in_auto_mode(update: Callable[..., Any], updates: Any, state: Any, params: A
     leaves, treedef = jax.tree.flatten(extra)  # not only arrays
     arrays = [x if isinstance(x, jax.Array) else None for x in leaves]
 
-    def with_arrays(updates: Any, state: Any, params: Any, arrays: list[Any]) -> Any:
-        given = [x if a is None else a for x, a in zip(leaves, arrays, strict=True)]
-        return update(updates, state, params, treedef.unflatten(given))
+    def with_arrays(updates: PyTree, state: PyTree, params: PyTree, arrays: list[Array | None]) -> PyTree:
+        values = [x if a is None else a for x, a in zip(leaves, arrays, strict=True)]
+        return update(updates, state, params, treedef.unflatten(values))
 
     whole = NamedSharding(mesh.abstract_mesh, PartitionSpec())
     out = jax.tree.map(
         lambda x: whole if jax.typeof(x).sharding.mesh.empty else jax.typeof(x).sharding, (updates, state)
     )
     with _entered(mesh):
-        automatic: Any = jax.sharding.auto_axes(with_arrays, out_sharding=out)
+        automatic: Callable[..., PyTree] = jax.sharding.auto_axes(with_arrays, out_sharding=out)
         return automatic(updates, state, params, arrays)
 
 
-def in_scope(tree: Any) -> Any:
+def in_scope(tree: PyTree) -> PyTree:
     """Arrays typed by the mesh in scope: a function in `jax.sharding.auto_axes` has another than what is around it."""
     mesh = jax.sharding.get_abstract_mesh()
 
-    def typed(x: Any) -> Any:
+    def typed(x: Array) -> Array:
         there = jax.typeof(x).sharding.mesh
         return x if there.empty or there == mesh else jax.sharding.reshard(x, PartitionSpec())
 
     return tree if mesh.empty else jax.tree.map(typed, tree)
 
 
-def automatic(f: Callable[..., Any], *args: Any) -> Any:
+def automatic(f: Callable[..., PyTree], *args: PyTree) -> PyTree:
     """``f(*args)`` of trees of arrays, with Explicit mesh axes handed to the compiler, and all results whole on every
     device.
     """
@@ -211,7 +213,7 @@ def automatic(f: Callable[..., Any], *args: Any) -> Any:
         return jax.sharding.auto_axes(f, axes=axes, out_sharding=whole)(*args)
 
 
-def on_mesh(init: Callable[[Any], Any], params: Any) -> Any:
+def on_mesh(init: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
     """``init(params)`` with everything, counters too, on the Explicit mesh of the parameters, so that types are the
     same before and after an update.
     """
@@ -225,7 +227,7 @@ def on_mesh(init: Callable[[Any], Any], params: Any) -> Any:
         )
 
 
-def explicit_mesh(tree: Any) -> Any:
+def explicit_mesh(tree: PyTree) -> Mesh | AbstractMesh | None:
     """The mesh of the first leaf that is laid out on an Explicit one; None where there is none."""
     for sharding in map(sharding_of, jax.tree.leaves(tree)):
         if sharding is not None and is_explicit(sharding):
@@ -233,7 +235,7 @@ def explicit_mesh(tree: Any) -> Any:
     return None
 
 
-def _entered(mesh: Any) -> Any:
+def _entered(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager[object]:
     # Only a call outside jit sees a concrete mesh; constants made on the way must land on it.
     there = jax.sharding.get_abstract_mesh() == mesh.abstract_mesh or isinstance(jnp.zeros([]), Tracer)
     return contextlib.nullcontext() if there or not isinstance(mesh, jax.sharding.Mesh) else jax.set_mesh(mesh)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from . import linalg
+from .linalg.eigenbasis import LowRank
 from .matrices.axes import MatrixAxes
 
 
@@ -15,8 +16,11 @@ class Logits(NamedTuple):
     """Some tokens of a softmax cross-entropy, in the place of the right side of the layer that gave their logits."""
 
     logits: Float[Array, "r V"]
-    labels: Any  # (r,) numbers of classes, or (r, V) probabilities
+    labels: Array  # (r,) numbers of classes, or (r, V) probabilities
     weights: Float[Array, " r"]
+
+
+Side = Array | LowRank | Logits | None  # of a layer's statistics; None: not asked for
 
 
 @functools.partial(
@@ -31,16 +35,17 @@ class LayerFactors:
     that nobody knows.
     """
 
-    left: Any  # (*batch, m, m); of an embedding, its diagonal (V,); or `LowRank`
-    right: Any  # (*batch, n, n), `LowRank` or `Logits`
-    squares: Any  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
-    weight: Any  # (): how many inputs it is the mean of
+    # Arrays, and whatever `jax.tree.map` makes of them: shapes, shardings, None.
+    left: PyTree  # (*batch, m, m); of an embedding, its diagonal (V,); or `LowRank`
+    right: PyTree  # (*batch, n, n), `LowRank` or `Logits`
+    squares: PyTree  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
+    weight: PyTree  # (): how many inputs it is the mean of
     bias: str | None = None
     axes: MatrixAxes | None = None
 
-    def finite_probes(self) -> list[Any]:
+    def finite_probes(self) -> list[PyTree]:
         """Of a second moment its diagonal, which bounds all of it."""
-        sides = [_diagonal(side) if isinstance(side, jax.Array) else side for side in (self.left, self.right)]
+        sides = [_diagonal(side) if hasattr(side, "ndim") else side for side in (self.left, self.right)]
         return [self.squares, self.weight, *sides]
 
 
@@ -74,9 +79,9 @@ class Samples:
     ``axes`` as in `LayerFactors`.
     """
 
-    inputs: Any  # (*batch, r, m)
-    gradients: Any  # (*batch, r, n)
-    weight: Any  # (): how many examples they stand for
+    inputs: PyTree  # (*batch, r, m)
+    gradients: PyTree  # (*batch, r, n)
+    weight: PyTree  # (): how many examples they stand for
     bias: str | None = None
     window: Window | None = None
     axes: MatrixAxes | None = None

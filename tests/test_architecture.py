@@ -1,8 +1,10 @@
 """What keeps the package readable: imports go one way, files and functions stay short, public names are explained."""
 
 import ast
+import collections
 import graphlib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +17,9 @@ FILES = sorted(
 )
 FILE_LINES, FUNCTION_LINES, ARGUMENTS = 300, 45, 16
 EVERYTHING = "*"
+# Words that point at a thing instead of naming it, and shares of all names and of all annotations.
+POINTING = {"seen", "held", "kept", "mine", "given", "done", "one", "taken"}
+MOST_POINTING, MOST_ANY = 0.005, 0.15
 
 # Each module or folder of fisher_optax, and which others it may import. A folder inside has a row of its own where it
 # may do less than the one around it.
@@ -179,6 +184,34 @@ def test_files_and_functions_are_short_and_finished(path: Path) -> None:
     assert not long, f"more than {FUNCTION_LINES} code lines: {long}"
     unfinished = [number for number, line in enumerate(lines, 1) if "TO" + "DO" in line or "FIX" + "ME" in line]
     assert not unfinished, f"unfinished at lines {unfinished}"
+
+
+def annotations(tree: ast.AST) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            yield node.annotation
+        elif isinstance(node, ast.FunctionDef) and node.returns is not None:
+            yield node.returns
+
+
+def names(tree: ast.AST) -> Iterator[str]:
+    """Of arguments, variables, functions and classes, where they are made."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+
+
+def test_annotations_and_names_say_what_a_thing_is() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    types = [ast.unparse(x) for tree in trees for x in annotations(tree)]
+    assert sum(re.search(r"\bAny\b", x) is not None for x in types) <= MOST_ANY * len(types)
+    named = [name for tree in trees for name in names(tree)]
+    pointing = collections.Counter(name for name in named if name in POINTING)
+    assert pointing.total() <= MOST_POINTING * len(named), pointing
 
 
 def test_every_public_name_is_explained() -> None:

@@ -3,6 +3,7 @@
 from . import losses as losses
 from .gradients import value_and_grad
 from .kinds.kronecker import InputGram, KroneckerFactors
+from .kinds.protocol import StatisticsKind
 from .kinds.samples import LayerSamples
 from .report import CaptureReport, CaptureRow, capture_report, infer_axes
 
@@ -12,6 +13,7 @@ __all__ = [
     "InputGram",
     "KroneckerFactors",
     "LayerSamples",
+    "StatisticsKind",
     "capture_report",
     "infer_axes",
     "losses",

@@ -1,18 +1,23 @@
 """Statistics of several micro-batches, or devices, as if they had been one."""
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
+from jaxtyping import Array, PyTree
 
 from ..linalg.eigenbasis import LowRank
 from ..matrices.axes import path_names
-from ..statistics import Logits, Samples
+from ..statistics import LayerStatistics, Logits, Samples, Side
 from .to_optimizer import is_statistics
 
+AxisNames = Hashable | tuple[Hashable, ...]  # of a mapped axis, or several
 
-def accumulate_statistics(so_far: Any, new: Any) -> Any:
+
+def accumulate_statistics(so_far: PyTree, new: PyTree) -> PyTree:
     """The statistics of both batches together: means weighted by the number of positions behind each.
 
     `optax.MultiSteps` hands on only the last micro-batch's extra arguments, so gather the others' here and pass the
@@ -48,7 +53,7 @@ def accumulate_statistics(so_far: Any, new: Any) -> Any:
     return jax.tree.map_with_path(_both, so_far, new, is_leaf=is_statistics)
 
 
-def all_reduce_statistics(statistics: Any, axis: Any) -> Any:
+def all_reduce_statistics(statistics: PyTree, axis: AxisNames) -> PyTree:
     """The statistics of all devices along a mapped axis together, from each device's own.
 
     Means weighted by the number of positions behind each; rows, samples and logits of all devices, one after the other,
@@ -74,7 +79,7 @@ def all_reduce_statistics(statistics: Any, axis: Any) -> Any:
       ([2.5, 2.5], [8.0, 8.0])
     """
 
-    def of_all(x: Any) -> Any:
+    def of_all(x: LayerStatistics) -> LayerStatistics:
         total = jax.lax.psum(x.weight, axis)
         gather = lambda rows, place: _gathered(rows, axis, place)  # noqa: E731
         if isinstance(x, Samples):
@@ -83,7 +88,7 @@ def all_reduce_statistics(statistics: Any, axis: Any) -> Any:
             return dataclasses.replace(x, inputs=inputs, gradients=gradients, weight=total)
         share = x.weight / jnp.where(total == 0, 1, total)
 
-        def mean(side: Any) -> Any:
+        def mean(side: Side) -> Side:
             if isinstance(side, Logits):
                 return jax.tree.map(lambda y: gather(y, 0), _shared(side, share))
             if isinstance(side, LowRank):
@@ -96,7 +101,7 @@ def all_reduce_statistics(statistics: Any, axis: Any) -> Any:
     return jax.tree.map(lambda x: of_all(x) if is_statistics(x) else x, statistics, is_leaf=is_statistics)
 
 
-def _gathered(x: Any, axis: Any, place: int) -> Any:
+def _gathered(x: Array, axis: AxisNames, place: int) -> Array:
     """All devices' arrays one after the other along axis ``place``: as a sum, which is known to be the same on all."""
     x = jnp.moveaxis(x, place, 0)
     room = jnp.zeros((jax.lax.axis_size(axis), *x.shape), x.dtype)
@@ -104,7 +109,7 @@ def _gathered(x: Any, axis: Any, place: int) -> Any:
     return jnp.moveaxis(x.reshape(-1, *x.shape[2:]), 0, place)
 
 
-def _both(path: Any, a: Any, b: Any) -> Any:
+def _both(path: KeyPath, a: Any, b: Any) -> Any:
     kinds = [jax.tree.structure(x) for x in (a, b)]
     if kinds[0] != kinds[1]:
         raise ValueError(
@@ -118,7 +123,7 @@ def _both(path: Any, a: Any, b: Any) -> Any:
         inputs, gradients = _joined(a.inputs, b.inputs, a), _joined(a.gradients, b.gradients, a)
         return dataclasses.replace(a, inputs=inputs, gradients=gradients, weight=total)
 
-    def mean(x: Any, y: Any) -> Any:
+    def mean(x: Any, y: Any) -> Side:
         if x is None:
             return None
         if isinstance(x, Logits):
@@ -131,13 +136,13 @@ def _both(path: Any, a: Any, b: Any) -> Any:
     return dataclasses.replace(a, **means, weight=total)
 
 
-def _shared(tokens: Logits, share: Any) -> Logits:
+def _shared(tokens: Logits, share: Array) -> Logits:
     """Tokens whose weights add up to their share of all."""
     total = tokens.weights.sum()
     return tokens._replace(weights=share * tokens.weights / jnp.where(total == 0, 1, total))
 
 
-def _joined(x: Any, y: Any, samples: Samples) -> Any:
+def _joined(x: Array, y: Array, samples: Samples) -> Array:
     return jnp.concatenate([x, y], _sample_axis(samples))
 
 

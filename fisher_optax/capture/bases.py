@@ -1,21 +1,21 @@
 """The bases in which squares are taken, one pair for each captured parameter."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from ..matrices.axes import path_names
+from .kinds.protocol import Bases, StatisticsKind
 from .program.leaves import LeafPlan, in_product_order
 
 
-def bases_of(bases: Any, watched: list[LeafPlan], kind: Any) -> list[Any]:
+def bases_of(bases: PyTree, watched: list[LeafPlan], kind: StatisticsKind) -> list[Bases | None]:
     """The bases of every watched parameter, in the order in which products take its stack.
 
     Raises:
       ValueError: where there are none although squares are wanted, or some do not fit.
     """
-    if not getattr(kind, "squares", False):
+    if not kind.needs_bases():
         return [None] * len(watched)
     if bases is None:
         raise ValueError(
@@ -25,10 +25,11 @@ def bases_of(bases: Any, watched: list[LeafPlan], kind: Any) -> list[Any]:
     if missing := [leaf.path for leaf in watched if leaf.path not in found]:
         # A layer that the optimizer leaves alone needs no squares: identity bases on both sides.
         found |= dict.fromkeys(missing, (None, None))
-    return [tuple(_fitting(leaf, side, Q) for side, Q in enumerate(tuple(found[leaf.path])[:2])) for leaf in watched]
+    pairs = [(leaf, found[leaf.path]) for leaf in watched]
+    return [(_fitting(leaf, 0, pair[0]), _fitting(leaf, 1, pair[1])) for leaf, pair in pairs]
 
 
-def _fitting(leaf: LeafPlan, side: int, Q: Any) -> Any:
+def _fitting(leaf: LeafPlan, side: int, Q: Array | None) -> Array | None:
     if Q is None:
         return None
     site = leaf.sites[0]
@@ -45,5 +46,5 @@ def _fitting(leaf: LeafPlan, side: int, Q: Any) -> Any:
     return in_product_order(Q, leaf)
 
 
-def _is_basis(x: Any) -> bool:
+def _is_basis(x: object) -> bool:
     return isinstance(x, tuple) and "left" in getattr(x, "_fields", ())

@@ -11,15 +11,16 @@ device's, and is averaged by `fo.all_reduce_statistics`.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from jax.extend.core import Literal
+from jax.core import ShapedArray
+from jax.extend.core import Literal, Var
 
-from .program.jaxprs import Program, varying
+from .program.jaxprs import Program, Typed, Value, aval, varying
 from .program.leaves import LeafPlan
 from .program.walk import Plan
 
 Split = tuple[tuple[str, int], ...]  # axes of a mesh and their sizes
+Call = tuple[ShapedArray, ...]  # what a loss is given: types of logits, labels and weights
 
 
 def devices_along(split: Sequence[tuple[str, int]]) -> int:
@@ -27,13 +28,13 @@ def devices_along(split: Sequence[tuple[str, int]]) -> int:
     return math.prod(size for _, size in split)
 
 
-def counted_over(value: Any, logits: Any, labels: Any, *weights: Any) -> tuple[str, ...]:
+def counted_over(value: Typed, logits: Typed, labels: Typed, *weights: Typed) -> tuple[str, ...]:
     """The axes over which a call's examples are split and ``value``, what the loss function returns, is not."""
     del logits
     return tuple(sorted(varying(labels, *weights) - varying(value)))
 
 
-def check_devices(value: Any, calls: Sequence[Any], parameters: Sequence[tuple[LeafPlan, Any]]) -> None:
+def check_devices(value: Typed, calls: Sequence[Call], parameters: Sequence[tuple[LeafPlan, Value]]) -> None:
     """Raises ``ValueError`` where it cannot be told how many examples the gradients of a parameter are of."""
     for logits, labels, *weights in calls:
         if axes := _names(varying(logits) - varying(labels, *weights, value)):
@@ -64,13 +65,13 @@ def check_weighing(program: Program, plan: Plan) -> None:
     """Raises ``ValueError`` where losses of devices are weighed before they are added up, with no types to say how many
     examples each stands for: with types, all of them together are known.
     """
-    plain: set[Any] = set()  # losses, and sums and multiples of them that are the same on all devices
-    weighed: set[Any] = set()
+    plain: set[Var] = set()  # losses, and sums and multiples of them that are the same on all devices
+    weighed: set[Var] = set()
     for i, eqn in enumerate(program.jaxpr.eqns):
-        given = {v for v in eqn.invars if not isinstance(v, Literal)}
+        operands = {v for v in eqn.invars if not isinstance(v, Literal)}
         if i in plan.losses or any(p.has_losses() for p in plan.inner.get(i, [])):
             plain.update(eqn.outvars)
-        elif eqn.primitive.name == "psum" and given & weighed and not varying(*(v.aval for v in given)):
+        elif eqn.primitive.name == "psum" and operands & weighed and not varying(*map(aval, operands)):
             raise ValueError(
                 "loss_fn weighs the losses of devices before it adds them up, where nothing says what differs between "
                 "them (jax.pmap, jax.vmap, check_vma=False): how many examples each stands for cannot be seen. Return "
@@ -78,12 +79,12 @@ def check_weighing(program: Program, plan: Plan) -> None:
                 "W the sum of its weights, and statistics by fo.all_reduce_statistics. Or use jax.shard_map with "
                 "check_vma=True."
             )
-        elif eqn.primitive.name != "psum" and given & (plain | weighed):
-            multiple = eqn.primitive.name not in ("mul", "div") or len(given) == 1
-            (plain if multiple and not given & weighed else weighed).update(eqn.outvars)
+        elif eqn.primitive.name != "psum" and operands & (plain | weighed):
+            multiple = eqn.primitive.name not in ("mul", "div") or len(operands) == 1
+            (plain if multiple and not operands & weighed else weighed).update(eqn.outvars)
 
 
-def check_normalizer(normalizer: Any, parameters: Sequence[tuple[LeafPlan, Any]]) -> None:
+def check_normalizer(normalizer: Value | None, parameters: Sequence[tuple[LeafPlan, Value]]) -> None:
     """Raises ``ValueError`` where it is another number on each device, and the statistics are not."""
     for leaf, x in parameters:
         if axes := _names(varying(normalizer) - varying(x)):

@@ -9,15 +9,16 @@ from jaxtyping import Array
 from .._xla import automatic, in_scope
 from ..statistics import Logits
 from .devices import devices_along
+from .kinds.protocol import StatisticsKind
 from .kinds.rows import picked
 from .losses import example_weights
-from .program.jaxprs import split_over, varying
+from .program.jaxprs import Value, split_over, varying
 from .program.leaves import LeafPlan
 
 
-def marked_heads(watched: list[LeafPlan], kind: Any) -> list[LeafPlan]:
+def marked_heads(watched: list[LeafPlan], kind: StatisticsKind) -> list[LeafPlan]:
     """Heads marked as such where the statistics are to treat them apart."""
-    if getattr(kind, "head_rows", None) is None:
+    if kind.head_tokens() is None:
         return [leaf._replace(head=None) for leaf in watched]
     if all(leaf.head is None for leaf in watched):
         raise ValueError(
@@ -27,23 +28,23 @@ def marked_heads(watched: list[LeafPlan], kind: Any) -> list[LeafPlan]:
     return watched
 
 
-def tokens_of(given: dict[int, Any], leaf: LeafPlan, parameter: Any, count: int) -> Logits:
+def tokens_of(operands: dict[int, Any], leaf: LeafPlan, parameter: Value, count: int) -> Logits:
     """Some of the tokens of the loss that a head gives logits to, spread over all of them."""
-    if leaf.head not in given:
+    if leaf.head not in operands:
         raise ValueError(
             f"the loss of {leaf.path!r} stands inside a remat or shard_map, out of which its logits cannot be handed."
         )
-    axes = [axis for axis in split_over(*given[leaf.head]) if axis[0] not in varying(parameter)]
+    axes = [axis for axis in split_over(*operands[leaf.head]) if axis[0] not in varying(parameter)]
     names = tuple(name for name, _ in axes)
 
     def tokens(z: Array, y: Array, *weights: Array) -> Logits:
         w = example_weights(z, *weights).reshape(-1)
         chosen = picked(len(w), count, devices_along(axes), jax.lax.axis_index(names) if axes else 0)
-        kept = z.reshape(-1, z.shape[-1]), y.reshape(len(w), *y.shape[z.ndim - 1 :]), w
-        z, y, w = (chosen.of(x, 0) for x in kept)
+        flat = z.reshape(-1, z.shape[-1]), y.reshape(len(w), *y.shape[z.ndim - 1 :]), w
+        z, y, w = (chosen.of(x, 0) for x in flat)
         if names:
             z, y, w = (jax.lax.psum(x, names) for x in (z, y, w))
         z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         return Logits(jnp.where(w[:, None] > 0, z, 0), y, w)
 
-    return automatic(tokens, *in_scope(given[leaf.head]))
+    return automatic(tokens, *in_scope(operands[leaf.head]))

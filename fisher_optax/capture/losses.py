@@ -12,14 +12,16 @@ weights act on output gradients alone: by w in "mc" and "true", the Fisher of th
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.core import ShapedArray
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._xla import automatic
-from .program.jaxprs import varying, varying_as
+from .program.jaxprs import Value, varying, varying_as
 from .program.walk import LOSS
 
 
@@ -33,8 +35,8 @@ class Distribution(NamedTuple):
 
     losses: Callable[[Array, Array], Array]
     score: Callable[[Array, Array], Array]
-    sample: Callable[[Array, Array, Any], Array]
-    root: Callable[[Array, Array, Any], Array]
+    sample: Callable[[PRNGKeyArray, Array, float], Array]
+    root: Callable[[Array, Array, float], Array]
 
 
 def _softmax_losses(z: Array, y: Array) -> Array:
@@ -48,7 +50,7 @@ def _softmax_score(z: Array, y: Array) -> Array:
     return jax.nn.softmax(z) - jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
 
 
-def _softmax_root(z: Array, ct: Array, τ: Any) -> Array:
+def _softmax_root(z: Array, ct: Array, τ: float) -> Array:
     r = jnp.sqrt(jax.nn.softmax(z / τ))
     return r * ct - jax.nn.softmax(z) * jnp.sum(r * ct, -1, keepdims=True)
 
@@ -57,7 +59,7 @@ def _sigmoid_losses(z: Array, y: Array) -> Array:
     return jnp.sum(jax.nn.softplus(z) - y * z, -1)
 
 
-def _sigmoid_root(z: Array, ct: Array, τ: Any) -> Array:
+def _sigmoid_root(z: Array, ct: Array, τ: float) -> Array:
     s, warm = jax.nn.sigmoid(z), jax.nn.sigmoid(z / τ)
     # Scores at another temperature have a mean, m, and J Jᵀ = diag(v) + m mᵀ.
     v, m = warm * (1 - warm), s - warm
@@ -86,7 +88,7 @@ DISTRIBUTIONS = {
 
 
 def softmax_cross_entropy(
-    logits: Float[Array, "*positions classes"], labels: Any, weights: Any = None
+    logits: Float[Array, "*positions classes"], labels: ArrayLike, weights: ArrayLike | None = None
 ) -> Float[Array, ""]:
     """Mean of ``-log softmax(logits)[label]``, in nats.
 
@@ -110,7 +112,7 @@ def softmax_cross_entropy(
 
 
 def sigmoid_cross_entropy(
-    logits: Float[Array, "*positions outputs"], labels: Any, weights: Any = None
+    logits: Float[Array, "*positions outputs"], labels: ArrayLike, weights: ArrayLike | None = None
 ) -> Float[Array, ""]:
     """Mean over examples of ``Σ_k log(1 + exp z_k) - y_k z_k``, in nats: yes-or-no outputs, labels in [0, 1].
 
@@ -124,7 +126,9 @@ def sigmoid_cross_entropy(
     return _loss("sigmoid_cross_entropy", logits, jnp.asarray(labels), logits.shape, weights)
 
 
-def gaussian(outputs: Float[Array, "*positions outputs"], labels: Any, weights: Any = None) -> Float[Array, ""]:
+def gaussian(
+    outputs: Float[Array, "*positions outputs"], labels: ArrayLike, weights: ArrayLike | None = None
+) -> Float[Array, ""]:
     """Mean over examples of ``|z - y|² / 2``: the squared error of outputs with unit variance.
 
     Arguments and what raises are as in `softmax_cross_entropy`.
@@ -137,20 +141,20 @@ def gaussian(outputs: Float[Array, "*positions outputs"], labels: Any, weights: 
     return _loss("gaussian", outputs, jnp.asarray(labels), outputs.shape, weights)
 
 
-def _loss(name: str, z: Array, y: Array, wanted: tuple[int, ...], weights: Any) -> Array:
-    weights = () if weights is None else (jnp.asarray(weights),)
-    leading = z.shape[: weights[0].ndim] if weights and weights[0].ndim < z.ndim else None
-    if y.shape != wanted or (weights and weights[0].shape != leading):
-        given = f"logits {z.shape}, labels {y.shape}" + (f", weights {weights[0].shape}" if weights else "")
-        raise ValueError(f"fo.losses.{name}: got {given}; wanted labels {wanted}, weights of its leading axes.")
-    return _JITTED[name](z, y, *weights)
+def _loss(name: str, z: Array, y: Array, wanted: tuple[int, ...], weights: ArrayLike | None) -> Float[Array, ""]:
+    w = () if weights is None else (jnp.asarray(weights),)
+    leading = z.shape[: w[0].ndim] if w and w[0].ndim < z.ndim else None
+    if y.shape != wanted or (w and w[0].shape != leading):
+        shapes = f"logits {z.shape}, labels {y.shape}" + (f", weights {w[0].shape}" if w else "")
+        raise ValueError(f"fo.losses.{name}: got {shapes}; wanted labels {wanted}, weights of its leading axes.")
+    return _JITTED[name](z, y, *w)
 
 
-def example_weights(z: Array, *weights: Array) -> Array:
+def example_weights(z: Array, *weights: Value) -> Array:
     """The weight of every position."""
     if not weights:
         return jnp.ones(z.shape[:-1], jnp.promote_types(z.dtype, jnp.float32))
-    w = weights[0].astype(jnp.promote_types(z.dtype, jnp.float32))
+    w = jnp.asarray(weights[0]).astype(jnp.promote_types(z.dtype, jnp.float32))
     return jnp.broadcast_to(w.reshape(*w.shape, *[1] * (z.ndim - 1 - w.ndim)), z.shape[:-1])
 
 
@@ -179,7 +183,14 @@ _JITTED = {name: _marked(name) for name in DISTRIBUTIONS}
 
 
 def pseudo_loss(
-    name: str, fisher: str, samples: int, key: Any, axes: tuple[str, ...], z: Array, y: Any, *weights: Array
+    name: str,
+    fisher: str,
+    samples: int,
+    key: PRNGKeyArray | None,
+    axes: tuple[str, ...],
+    z: Array,
+    y: Value,
+    *weights: Value,
 ) -> Array:
     """K zeros whose gradients with respect to the logits are, one after the other, what the Fisher is made of.
 
@@ -201,7 +212,7 @@ def pseudo_loss(
         full = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         w = example_weights(full, *weights)
         share = jnp.sqrt(w / total(w, axes))[..., None]
-        own = own_key(jax.random.key(0) if fisher == "true" else key, z)
+        own = own_key(jax.random.key(0) if key is None else key, z)
         if fisher == "true":
             signs = jax.random.rademacher(own, z.shape, full.dtype)
             return (varying_as(share * p.root(full, signs * ct[(None,) * (z.ndim - 1)], 1), z).astype(z.dtype),)
@@ -212,12 +223,12 @@ def pseudo_loss(
     return zeros(z)
 
 
-def own_key(key: Any, z: Array) -> Any:
+def own_key(key: PRNGKeyArray, z: Array) -> PRNGKeyArray:
     """The key of a device's own examples, wherever they differ between devices."""
     axes = tuple(sorted(varying(z)))
     return jax.random.fold_in(key, jax.lax.axis_index(axes)) if axes else key
 
 
-def passes(fisher: str, samples: int, logits: Any) -> int:
+def passes(fisher: str, samples: int, logits: Array | ShapedArray) -> int:
     """How many zeros `pseudo_loss` has."""
     return samples if fisher == "mc" else logits.shape[-1]

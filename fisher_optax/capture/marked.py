@@ -2,37 +2,40 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-from jax.extend.core import Literal
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jaxtyping import Array, Bool
 
 from .._xla import in_scope
-from .devices import counted_over
+from .devices import Call, counted_over
 from .losses import total
 from .program import jaxprs
+from .program.jaxprs import Operand, Value
 from .program.walk import Plan
 
 
 class Counted(NamedTuple):
     """What the losses of a program say of its examples; total and mask are None where there is not just one to ask."""
 
-    total: Any = None
-    mask: Any = None
-    calls: tuple[Any, ...] = ()  # what each loss that can be counted is given: types of logits, labels and weights
+    total: Array | float | None = None
+    mask: Bool[Array, "..."] | None = None
+    calls: tuple[Call, ...] = ()  # of each loss that can be counted
     hidden: str = ""  # the primitive with a loss inside that cannot
 
 
 class _Scope:
     """The equations of one jaxpr, evaluated only as far as they are asked for."""
 
-    def __init__(self, program: jaxprs.Program, operands: Sequence[Callable[[], Any]]):
-        self.known: dict[Any, Callable[[], Any]] = dict(zip(program.jaxpr.invars, operands, strict=True))
+    def __init__(self, program: jaxprs.Program, operands: Sequence[Callable[[], Value]]):
+        self.known: dict[Var, Callable[[], Value]] = dict(zip(program.jaxpr.invars, operands, strict=True))
         for v, x in zip(program.jaxpr.constvars, program.consts, strict=True):
             self.known[v] = lambda x=x: x
         self.made = {v: eqn for eqn in program.jaxpr.eqns for v in eqn.outvars}
 
-    def value(self, v: Any) -> Any:
+    def value(self, v: Operand) -> Value:
         """Of a variable of this jaxpr."""
         if isinstance(v, Literal):
             return v.val
@@ -49,12 +52,12 @@ class _Scope:
             self.known[v] = lambda: out
         return self.known[v]()
 
-    def inside(self, eqn: Any) -> "_Scope":
+    def inside(self, eqn: JaxprEqn) -> "_Scope":
         """The program of a call."""
         return _Scope(jaxprs.body(eqn), [lambda v=v: self.value(v) for v in eqn.invars])
 
 
-def losses_in(program: jaxprs.Program, plan: Plan, operands: Sequence[Any]) -> Counted:
+def losses_in(program: jaxprs.Program, plan: Plan, operands: Sequence[Value]) -> Counted:
     """What the losses of a program count."""
     found, hidden = _find(_Scope(program, [lambda x=x: x for x in operands]), program.jaxpr, plan)
     calls = tuple(tuple(jaxprs.aval(v) for v in eqn.invars) for _, eqn in found)
@@ -65,11 +68,11 @@ def losses_in(program: jaxprs.Program, plan: Plan, operands: Sequence[Any]) -> C
     axes = counted_over(jaxprs.aval(program.jaxpr.outvars[0]), *calls[0])
     if not weights:
         return Counted(float(math.prod(z.shape[:-1]) * jax.lax.axis_size(axes)), None, calls)
-    w = in_scope(scope.value(eqn.invars[2]))
+    w = in_scope(jnp.asarray(scope.value(eqn.invars[2])))
     return Counted(total(w, axes) * math.prod(z.shape[w.ndim : -1]), w != 0, calls)
 
 
-def _find(scope: _Scope, jaxpr: Any, plan: Plan) -> tuple[list[tuple[_Scope, Any]], str]:
+def _find(scope: _Scope, jaxpr: Jaxpr, plan: Plan) -> tuple[list[tuple[_Scope, JaxprEqn]], str]:
     """The losses and their scopes, and the name of a loop or branch with one inside."""
     found, hidden = [(scope, jaxpr.eqns[i]) for i in plan.losses], ""
     if any(_turned(eqn) for _, eqn in found):
@@ -86,7 +89,7 @@ def _find(scope: _Scope, jaxpr: Any, plan: Plan) -> tuple[list[tuple[_Scope, Any
     return found, hidden
 
 
-def _turned(eqn: Any) -> bool:
+def _turned(eqn: JaxprEqn) -> bool:
     """Whether a loss was mapped over an axis that is not the first of all it takes, or over means with weights."""
     z, y, *weights = (jaxprs.aval(v).shape for v in eqn.invars)
     mapped = jaxprs.aval(eqn.outvars[0]).shape != ()

@@ -7,15 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .devices import check_devices, counted_over
-from .gradients import Traced, trace
 from .kinds.kronecker import KroneckerFactors
 from .losses import DISTRIBUTIONS, Distribution, example_weights, total
 from .marked import losses_in
 from .program import jaxprs
+from .program.jaxprs import Value
 from .program.walk import Plan
+from .traced import Traced, trace
 
 
 @functools.partial(
@@ -43,8 +44,8 @@ class Output:
 
 
 def outputs(
-    loss_fn: Callable[..., Any], params: Any, *args: Any, shifts: Sequence[Any] | None = None
-) -> tuple[list[Output], Any]:
+    loss_fn: Callable[..., PyTree], params: PyTree, *args: PyTree, shifts: Sequence[Array] | None = None
+) -> tuple[list[Output], Array]:
     """What ``loss_fn(params, *args)`` hands to `fo.losses`, and what it returns with ``shifts`` added to the logits.
 
     Raises:
@@ -60,12 +61,12 @@ def outputs(
     return _evaluated(traced, shifts)
 
 
-def _evaluated(traced: Traced, shifts: Sequence[Any] | None) -> tuple[list[Output], Any]:
+def _evaluated(traced: Traced, shifts: Sequence[Array] | None) -> tuple[list[Output], Array]:
     found: dict[int, Output] = {}
     value = jaxprs.aval(traced.program.jaxpr.outvars[0])
 
-    def at_loss(name: str, number: int, values: list[Any]) -> list[Any]:
-        z, y, *weights = values
+    def at_loss(name: str, number: int, values: list[Value]) -> list[Array]:
+        z, y, *weights = map(jnp.asarray, values)  # constants of a program may be NumPy's, or numbers
         z = z if shifts is None else z + shifts[number].astype(z.dtype)
         w, logits = example_weights(z, *weights), z.astype(jnp.promote_types(z.dtype, jnp.float32))
         # What is left out may be NaN.
@@ -78,7 +79,10 @@ def _evaluated(traced: Traced, shifts: Sequence[Any] | None) -> tuple[list[Outpu
 
 
 def _run(
-    program: jaxprs.Program, plan: Plan, operands: Sequence[Any], at_loss: Callable[[str, int, list[Any]], list[Any]]
+    program: jaxprs.Program,
+    plan: Plan,
+    operands: Sequence[Value],
+    at_loss: Callable[[str, int, list[Value]], list[Array]],
 ) -> list[Any]:
     """The results of a program whose losses are given other operands."""
     env = dict(zip(program.jaxpr.constvars, program.consts, strict=True))

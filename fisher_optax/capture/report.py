@@ -1,16 +1,17 @@
 """What capture makes of each parameter: a table for people, and axes for optimizers."""
 
-import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jaxtyping import Array, PyTree
 
 from .._tables import table
 from ..matrices.axes import MatrixAxes
-from .gradients import checked_kind, trace, value_and_grad
+from .gradients import value_and_grad
 from .kinds.kronecker import KroneckerFactors
+from .kinds.protocol import StatisticsKind
+from .traced import checked_kind, trace
 
 
 class CaptureRow(NamedTuple):
@@ -45,7 +46,7 @@ class CaptureReport(NamedTuple):
 
 
 def capture_report(
-    loss_fn: Callable[..., Any], params: Any, *args: Any, statistics: Any = None, **kwargs: Any
+    loss_fn: Callable[..., PyTree], params: PyTree, *args: PyTree, statistics: object = None, **kwargs: PyTree
 ) -> CaptureReport:
     """`fo.report` of a loss function."""
     kind = checked_kind(KroneckerFactors() if statistics is None else statistics)
@@ -61,24 +62,28 @@ def capture_report(
     )
 
 
-def _sampled(kind: Any, shapes: tuple[tuple[int, ...], ...]) -> str:
+def _sampled(kind: StatisticsKind, shapes: tuple[tuple[int, ...], ...]) -> str:
     """Why a side is no matrix."""
-    longest = getattr(kind, "max_dim", math.inf)
+    longest = kind.longest_side()
     sides = [shape[-2:] for shape in shapes if len(shape) > 1 and shape[-1] > longest]
     return "; ".join(f"{d} > max_dim={longest}: {r} sampled rows" for r, d in sides)
 
 
 def _shapes(
-    loss_fn: Callable[..., Any], kind: Any, params: Any, args: Any, kwargs: Any
+    loss_fn: Callable[..., PyTree],
+    kind: StatisticsKind,
+    params: PyTree,
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
 ) -> list[tuple[tuple[int, ...], ...]]:
     """Of each leaf's statistics."""
-    kind = dataclasses.replace(kind, squares=False) if getattr(kind, "squares", False) else kind
+    kind = kind.without_bases()
     values, treedef = jax.tree.flatten((params, args, kwargs))
     arrays = [i for i, x in enumerate(values) if hasattr(x, "shape") and hasattr(x, "dtype")]
 
-    def statistics(*given: Any) -> Any:
+    def statistics(*operands: Array) -> PyTree:
         filled = list(values)
-        for i, x in zip(arrays, given, strict=True):
+        for i, x in zip(arrays, operands, strict=True):
             filled[i] = x
         params, args, kwargs = treedef.unflatten(filled)
         first = lambda *args, **kwargs: jax.tree.leaves(loss_fn(*args, **kwargs))[0]  # noqa: E731  a pair has aux
@@ -89,7 +94,9 @@ def _shapes(
     return [tuple(x.shape for x in jax.tree.leaves(s) if x.ndim) for s in each]
 
 
-def infer_axes(loss_fn: Callable[..., Any], params: Any, *args: Any, statistics: Any = None, **kwargs: Any) -> Any:
+def infer_axes(
+    loss_fn: Callable[..., PyTree], params: PyTree, *args: PyTree, statistics: object = None, **kwargs: PyTree
+) -> PyTree:
     """Which axes of each parameter are inputs, outputs and batch, read off the traced program: made for ``axes=``.
 
     A leaf gets `fo.MatrixAxes`, with the path of its bias, where `fo.value_and_grad` captures it, and None (fallback)

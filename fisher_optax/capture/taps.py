@@ -13,38 +13,44 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, PRNGKeyArray
 
 from .._xla import automatic, in_scope
 from . import losses
 from .devices import Split, counted_over, devices_along
-from .kinds.sums import Seen
+from .kinds.protocol import Bases, StatisticsKind, Sums, Tapped
 from .program import jaxprs
+from .program.jaxprs import Value
 from .program.leaves import LeafPlan
 from .program.sites import Site, in_parts
 from .program.views import View
 from .program.walk import Plan
 
+Steps = tuple[tuple[Any, ...], ...]  # what loops and indices took of a parameter, as in `View`
 # What a parameter's taps need, by the parameter and what loops and indices have taken of it: (slots, bases).
-Scope = dict[tuple[int, tuple[Any, ...]], Any]
+Scope = dict[tuple[int, Steps], tuple[list[Sums], Bases | None]]
+
+Results = tuple[list[Value], Array | None]  # of a program, and its pseudo-losses
+Operands = tuple[Value, Array | None, Bases | None]  # of a tap: a product's input, mask, bases
+Plans = Sequence[Plan]
+Entries = dict[int, View]
 
 
 class Watch(NamedTuple):
     """What all of one evaluation shares."""
 
-    kind: Any
+    kind: StatisticsKind
     leaves: dict[int, LeafPlan]  # by number of the site
     slots: dict[int, int]
-    mask: Any
+    mask: Array | None
     fisher: str
     samples: int
-    key: Any
-    seen: list[Any] | None = None  # what losses were given, by their numbers
+    key: PRNGKeyArray | None
+    at_losses: list[tuple[int, list[Value]]] | None = None  # operands of losses, by their numbers
     value: Any = None  # the loss, or its type
 
 
-def run(
-    program: jaxprs.Program, plan: Plan, operands: Sequence[Any], scope: Scope, watch: Watch
-) -> tuple[list[Any], Any]:
+def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], scope: Scope, watch: Watch) -> Results:
     """The results of a program, and the sum of its pseudo-losses (None without any)."""
     env = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
     env.update(zip(program.jaxpr.invars, operands, strict=True))
@@ -67,30 +73,30 @@ def run(
             with eqn.ctx.manager:
                 extra = _drawn(*plan.losses[i], values, watch)
             pseudo = _plus(pseudo, in_scope(extra))
-        if i in plan.losses and watch.seen is not None:
-            watch.seen.append((plan.losses[i][1], values))
+        if i in plan.losses and watch.at_losses is not None:
+            watch.at_losses.append((plan.losses[i][1], values))
         env.update(zip(eqn.outvars, out, strict=True))
     return [jaxprs.read(env, v) for v in program.jaxpr.outvars], pseudo
 
 
-def _plus(x: Any, y: Any) -> Any:
+def _plus(x: Array | None, y: Array | None) -> Array | None:
     return x if y is None else y if x is None else x + y
 
 
-def _drawn(name: str, number: int, values: list[Any], watch: Watch) -> Any:
+def _drawn(name: str, number: int, values: list[Value], watch: Watch) -> Array:
     """The pseudo-losses of a loss."""
     axes = counted_over(watch.value, *values)
 
-    def pseudo(key: Any, *values: Any) -> Any:
+    def pseudo(key: PRNGKeyArray | None, *values: Any) -> Array:
         key = None if key is None else jax.random.fold_in(key, number)
         return losses.pseudo_loss(name, watch.fisher, watch.samples, key, axes, *values)
 
     return automatic(pseudo, in_scope(watch.key), *values)
 
 
-def _tapped(site: Site, y: Any, x: Any, scope: Scope, watch: Watch) -> Any:
+def _tapped(site: Site, y: Value, x: Value, scope: Scope, watch: Watch) -> Value:
     plan = watch.leaves[site.number]
-    slots, bases = _entry(scope, site.leaf, site.taken)
+    slots, bases = _entry(scope, site.leaf, site.steps)
     probe, mask, bases = in_scope((slots[watch.slots[site.number]], watch.mask, bases))
     own = jaxprs.varying(*jax.tree.leaves(probe))
     split = tuple(axis for axis in jaxprs.split_over(y, x, mask) if axis[0] not in own)
@@ -99,29 +105,33 @@ def _tapped(site: Site, y: Any, x: Any, scope: Scope, watch: Watch) -> Any:
     return _tap(collect, y, jax.lax.stop_gradient((x, mask, bases)), probe)
 
 
-def _collected(kind: Any, plan: LeafPlan, site: Site, split: Split, seen: Seen) -> Any:
+def _collected(kind: StatisticsKind, plan: LeafPlan, site: Site, split: Split, tapped: Tapped) -> Sums:
     """The statistics of one tap, to be added up over the devices along these axes of a shard_map."""
     device = jax.lax.axis_index(tuple(name for name, _ in split)) if split else 0
-    return kind.collect(plan, site, seen._replace(devices=devices_along(split), device=device))
+    return kind.collect(plan, site, tapped._replace(devices=devices_along(split), device=device))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tap(collect: Callable[[Seen], Any], y: Any, seen: Any, probe: Any) -> Any:
-    del collect, seen, probe
+def _tap(collect: Callable[[Tapped], Sums], y: Value, operands: Operands, probe: Sums) -> Value:
+    del collect, operands, probe
     return y
 
 
-def _forwards(collect: Any, y: Any, seen: Any, probe: Any) -> tuple[Any, Any]:
+def _forwards(
+    collect: Callable[[Tapped], Sums], y: Value, operands: Operands, probe: Sums
+) -> tuple[Value, tuple[Operands, Sums]]:
     del collect
-    return y, (seen, probe)
+    return y, (operands, probe)
 
 
-def _backwards(collect: Any, kept: Any, delta: Any) -> tuple[Any, None, Any]:
-    (x, mask, bases), probe = kept
+def _backwards(
+    collect: Callable[[Tapped], Sums], residuals: tuple[Operands, Sums], delta: Array
+) -> tuple[Array, None, Sums]:
+    (x, mask, bases), probe = residuals
 
-    def collected(x: Any, delta: Any, *given: Any) -> Any:
+    def collected(x: Array, delta: Array, mask: Array | None, bases: Bases | None) -> Sums:
         # Of a complex output, a cotangent is the real part's gradient less i times the imaginary part's.
-        return collect(Seen(in_parts(x), in_parts(delta.conj()), *given))
+        return collect(Tapped(in_parts(x), in_parts(delta.conj()), mask, bases))
 
     statistics = automatic(collected, x, delta, mask, bases)
     like = lambda s, p: jaxprs.varying_as(s.astype(p.dtype).reshape(p.shape), p)  # noqa: E731
@@ -131,48 +141,46 @@ def _backwards(collect: Any, kept: Any, delta: Any) -> tuple[Any, None, Any]:
 _tap.defvjp(_forwards, _backwards)
 
 
-def _entry(scope: Scope, leaf: int, taken: tuple[Any, ...]) -> Any:
+def _entry(scope: Scope, leaf: int, steps: Steps) -> tuple[list[Sums], Bases | None]:
     """What the scope holds of a parameter, at the places that indices have taken since it was entered."""
-    for k in range(len(taken), -1, -1):
-        if (leaf, taken[:k]) in scope:
-            entry = scope[leaf, taken[:k]]
-            for item in taken[k:]:
+    for k in range(len(steps), -1, -1):
+        if (leaf, steps[:k]) in scope:
+            entry = scope[leaf, steps[:k]]
+            for item in steps[k:]:
                 entry = jax.tree.map(lambda x, i=item[2]: x[i], entry)
             return entry
-    raise AssertionError(f"parameter {leaf} is not in scope after {taken}")
+    raise AssertionError(f"parameter {leaf} is not in scope after {steps}")
 
 
-def _call(eqn: JaxprEqn, plans: Any, entries: Any, values: Any, scope: Scope, watch: Watch) -> tuple[list[Any], Any]:
+def _call(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch) -> Results:
     del entries
     return run(jaxprs.body(eqn), plans[0], values, scope, watch)
 
 
-def _remat(eqn: JaxprEqn, plans: Any, entries: Any, values: Any, scope: Scope, watch: Watch) -> tuple[list[Any], Any]:
+def _remat(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch) -> Results:
     del entries
     keys = list(scope)
 
-    def again(values: Any, kept: Any) -> Any:
-        inner = watch._replace(seen=None)
-        return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, kept, strict=True)), inner)
+    def again(values: list[Value], entries: list[Any]) -> Results:
+        inner = watch._replace(at_losses=None)
+        return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, entries, strict=True)), inner)
 
     p = eqn.params
     return jax.checkpoint(again, policy=p["policy"], prevent_cse=p["prevent_cse"])(values, list(scope.values()))
 
 
-def _scan(
-    eqn: JaxprEqn, plans: Any, entries: dict[int, View], values: Any, scope: Scope, watch: Watch
-) -> tuple[list[Any], Any]:
+def _scan(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch) -> Results:
     consts, carry = jaxprs.scan_counts(eqn)
     fixed, first, over = values[:consts], values[consts : consts + carry], values[consts + carry :]
     stacked = {}
     for k, view in entries.items():
         before = _before(view)
         if k >= consts + carry and before is not None and _has(scope, view.root[1]):
-            stacked[view.root[1], view.taken] = _entry(scope, view.root[1], before)
+            stacked[view.root[1], view.steps] = _entry(scope, view.root[1], before)
 
-    def body(carried: Any, step: Any) -> Any:
-        xs, kept = step
-        inner = scope | dict(zip(stacked, kept, strict=True))
+    def body(carried: list[Value], step: tuple[list[Value], list[Any]]) -> tuple[list[Value], list[Value]]:
+        xs, slices = step
+        inner = scope | dict(zip(stacked, slices, strict=True))
         out, pseudo = run(jaxprs.body(eqn), plans[0], [*fixed, *carried, *xs], inner, watch)
         assert pseudo is None
         return out[:carry], out[carry:]
@@ -184,35 +192,35 @@ def _scan(
     return [*carried, *ys], None
 
 
-def _before(view: View) -> tuple[Any, ...] | None:
+def _before(view: View) -> Steps | None:
     """What was taken of a parameter before a loop ran over it; None where the loop took nothing."""
-    return view.taken[:-1] if view.taken and view.taken[-1][0] == "scan" else None
+    return view.steps[:-1] if view.steps and view.steps[-1][0] == "scan" else None
 
 
 def _has(scope: Scope, leaf: int) -> bool:
     return any(key[0] == leaf for key in scope)
 
 
-def _cond(eqn: JaxprEqn, plans: Any, entries: Any, values: Any, scope: Scope, watch: Watch) -> tuple[list[Any], Any]:
+def _cond(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch) -> Results:
     del entries
     choice, *rest = values
 
-    def taken(program: jaxprs.Program, plan: Plan) -> Callable[..., Any]:
+    def branch(program: jaxprs.Program, plan: Plan) -> Callable[..., list[Value]]:
         return lambda *rest: run(program, plan, rest, scope, watch)[0]
 
-    made = [taken(program, plan) for program, plan in zip(jaxprs.branches(eqn), plans, strict=True)]
+    made = [branch(program, plan) for program, plan in zip(jaxprs.branches(eqn), plans, strict=True)]
     return jax.lax.switch(choice, made, *rest), None
 
 
 def _shard_map(
-    eqn: JaxprEqn, plans: Any, entries: Any, values: Any, scope: Scope, watch: Watch
-) -> tuple[list[Any], Any]:
+    eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch
+) -> Results:
     del entries
     p, keys = eqn.params, list(scope)
 
-    def again(values: Any, kept: Any, mask: Any) -> Any:
-        inner = watch._replace(mask=mask, seen=None)
-        return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, kept, strict=True)), inner)[0]
+    def again(values: list[Value], entries: list[Any], mask: Array | None) -> list[Value]:
+        inner = watch._replace(mask=mask, at_losses=None)
+        return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, entries, strict=True)), inner)[0]
 
     whole = jax.tree.map(lambda _: PartitionSpec(), list(scope.values()))
     split = None if watch.mask is None else _like(watch.mask, values, p["in_specs"])
@@ -227,7 +235,7 @@ def _shard_map(
     return shared(list(values), list(scope.values()), watch.mask), None
 
 
-def _like(mask: Any, values: Sequence[Any], specs: Sequence[Any]) -> PartitionSpec:
+def _like(mask: Array, values: Sequence[Any], specs: Sequence[PartitionSpec]) -> PartitionSpec:
     """How a mask is split over devices: as the first operand that begins with its axes."""
     for x, spec in zip(values, specs, strict=True):
         if jnp.shape(x)[: mask.ndim] == mask.shape:
@@ -238,7 +246,7 @@ def _like(mask: Any, values: Sequence[Any], specs: Sequence[Any]) -> PartitionSp
     )
 
 
-ENTER: dict[str, Callable[..., tuple[list[Any], Any]]] = {
+ENTER: dict[str, Callable[..., Results]] = {
     **dict.fromkeys(jaxprs.CALLS, _call),
     **dict.fromkeys(jaxprs.REMAT, _remat),
     "scan": _scan,
@@ -247,24 +255,26 @@ ENTER: dict[str, Callable[..., tuple[list[Any], Any]]] = {
 }
 
 
-def zeros(kind: Any, plan: LeafPlan, parameter: Any, mask: Any, bases: Any) -> list[Any]:
+def zeros(
+    kind: StatisticsKind, plan: LeafPlan, parameter: Value, mask: Array | None, bases: Bases | None
+) -> list[Sums]:
     """The probes of a parameter, one a slot: zeros of the shapes that its taps return.
 
     They differ between devices where the parameter does: as its gradient is, statistics then are each device's own, and
     otherwise sums over devices.
     """
-    taken = plan.taken_shape
-    some = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[len(taken) :], x.dtype), bases)
+    stack = plan.stack_shape
+    some = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[len(stack) :], x.dtype), bases)
     marks = None if mask is None else jax.ShapeDtypeStruct(mask.shape, mask.dtype)
 
-    mine = jaxprs.varying(parameter)
+    own = jaxprs.varying(parameter)
 
-    def shapes(site: Site) -> Any:
+    def shapes(site: Site) -> dict[str, jax.ShapeDtypeStruct]:
         split = dict(site.split) | dict(() if mask is None else jaxprs.split_over(mask))
-        devices = devices_along(tuple(axis for axis in split.items() if axis[0] not in mine))
-        collect = lambda x, d, m, b: kind.collect(plan, site, Seen(x, d, m, b, devices))  # noqa: E731
+        devices = devices_along(tuple(axis for axis in split.items() if axis[0] not in own))
+        collect = lambda x, d, m, b: kind.collect(plan, site, Tapped(x, d, m, b, devices))  # noqa: E731
         return jax.eval_shape(collect, *site.avals, marks, some)
 
     first = [next(site for site in plan.sites if plan.turns[site.number] == k) for k in range(kind.slots(plan))]
-    zero = lambda x: jaxprs.varying_as(jnp.zeros((*taken, *x.shape), x.dtype), parameter)  # noqa: E731
+    zero = lambda x: jaxprs.varying_as(jnp.zeros((*stack, *x.shape), x.dtype), parameter)  # noqa: E731
     return [jax.tree.map(zero, shapes(site)) for site in first]

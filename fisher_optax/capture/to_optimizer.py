@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import tree_flatten_with_path
+from jaxtyping import PyTree
 
 from ..linalg.eigenbasis import LowRank
 from ..matrices.axes import MatrixAxes, path_names
@@ -24,6 +25,7 @@ REMEDY = (
     "the fallback, and a head is a matrix, unless None is put there; fo.report with the same arguments says why"
 )
 
+MISSING = object()  # where `update` is called without ``statistics=``
 T = TypeVar("T", bound=optax.GradientTransformationExtraArgs)
 
 
@@ -33,18 +35,18 @@ def on_layers(
     *,
     method: str,
     wants: type[LayerStatistics],
-    check: Callable[[Layer, Any, tuple[int, ...]], None] = lambda layer, statistics, shape: None,
-    check_shape: Callable[[Layer, tuple[int, ...]], None] = lambda layer, shape: None,
+    check: Callable[[Layer, Any, tuple[int, ...]], object] = lambda layer, statistics, shape: None,
+    check_shape: Callable[[Layer, tuple[int, ...]], object] = lambda layer, shape: None,
 ) -> T:
     """``inner`` on the joined matrices of a tree of layers, with each one's statistics in the same order.
 
-    ``inner.update(matrices, state, params, statistics=[...])`` gets lists, or None for statistics. The result is of
-    inner's type.
+    ``inner.update(matrices, state, params, statistics=[...])`` gets lists, or None for statistics: from here on they
+    are an argument of their own. The result is of inner's type.
     """
     for layer in layers:
         _require_order(layer, method)
 
-    def init(params: Any) -> Any:
+    def init(params: PyTree) -> PyTree:
         # Without layers, `optax.tree.map_params` asks with a placeholder where the parameters would be.
         if not layers:
             return inner.init(params)
@@ -53,27 +55,28 @@ def on_layers(
             check_shape(layer, x.shape)
         return inner.init(described)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, *, statistics: PyTree = MISSING, **extra: PyTree
+    ) -> tuple[PyTree, PyTree]:
         leaves, treedef = jax.tree.flatten(updates)
         if not layers:
             return updates, state
-        mine = _aligned(extra, layers, method, wants)
-        for layer, statistics in zip(layers, mine or (), strict=mine is not None):
-            _require_axes(layer, statistics, leaves[layer.kernel].shape, method)
-        if mine is not None and wants is LayerFactors:
-            mine = [_with_bias(s, layer) for s, layer in zip(mine, layers, strict=True)]
-        extra["statistics"] = mine
-        for layer, statistics in zip(layers, mine or (), strict=mine is not None):
-            check(layer, statistics, layer.shape(leaves))
+        of_layers = _aligned(statistics, layers, method, wants)
+        if of_layers is not None:
+            for layer, found in zip(layers, of_layers, strict=True):
+                _require_axes(layer, found, leaves[layer.kernel].shape, method)
+            of_layers = [_with_bias(found, layer) for found, layer in zip(of_layers, layers, strict=True)]
+            for layer, found in zip(layers, of_layers, strict=True):
+                check(layer, found, layer.shape(leaves))
         weights = None if params is None else join(layers, treedef.flatten_up_to(params))
-        moved: Any = inner.update(join(layers, leaves), state, weights, **extra)
-        out, state = moved
-        return treedef.unflatten(split(layers, out, leaves)), state
+        result: Any = inner.update(join(layers, leaves), state, weights, statistics=of_layers, **extra)
+        moved, state = result
+        return treedef.unflatten(split(layers, moved, leaves)), state
 
     return type(inner)(init, update)
 
 
-def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: type) -> list[Any] | None:
+def _aligned(statistics: PyTree, layers: list[Layer], method: str, wants: type) -> list[LayerStatistics] | None:
     """The statistics of each layer, in order; None where the caller gave None.
 
     Raises:
@@ -81,15 +84,15 @@ def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: typ
       ValueError: where a layer has none.
     """
     how = HOW.format(kind=KINDS[wants])
-    if "statistics" not in extra:
+    if statistics is MISSING:
         none = "; statistics=None means no new curvature" if wants is LayerFactors else ""
         raise TypeError(
             f"fo.{method}: update needs statistics=: {how}{none}. A wrapper has to hand them on, "
             "as optax.chain, MultiSteps and most others do; optax.contrib.sam and optax.lookahead do not."
         )
-    if extra["statistics"] is None:
+    if statistics is None:
         return None
-    found = by_path(extra["statistics"])
+    found = by_path(statistics)
     if missing := [layer.path for layer in layers if found.get(layer.path) is None]:
         have = ", ".join(map(repr, found)) or "nothing"
         raise ValueError(
@@ -98,8 +101,8 @@ def _aligned(extra: dict[str, Any], layers: list[Layer], method: str, wants: typ
         )
     for layer in layers:
         if not isinstance(found[layer.path], wants):
-            given = type(found[layer.path]).__name__
-            raise TypeError(f"fo.{method}: statistics of {layer.path!r} are {given}, wanted {wants.__name__}: {how}.")
+            kind = type(found[layer.path]).__name__
+            raise TypeError(f"fo.{method}: statistics of {layer.path!r} are {kind}, wanted {wants.__name__}: {how}.")
     return [found[layer.path] for layer in layers]
 
 
@@ -113,28 +116,30 @@ def _require_order(layer: Layer, method: str) -> None:
             )
 
 
-def _require_axes(layer: Layer, given: LayerStatistics, shape: tuple[int, ...], method: str) -> None:
+def _require_axes(layer: Layer, statistics: LayerStatistics, shape: tuple[int, ...], method: str) -> None:
     """A ValueError unless the statistics are of the matrix that the layer is; of statistics without axes nothing is
     known but shapes.
 
     One of the two may have no bias, see `_with_bias`.
     """
-    if given.axes is None:
+    if statistics.axes is None:
         return
-    mine, theirs = layer.axes, given.axes.resolve(f"{layer.path} in its statistics", shape)
-    other_bias = None not in (mine.bias, theirs.bias) and mine.bias != theirs.bias
-    if other_bias or not mine.same_matrix(theirs, shape):
-        read, seen = (f"{a}" + (f" with bias {a.bias!r}" if other_bias else "") for a in (mine, theirs))
+    ours, theirs = layer.axes, statistics.axes.resolve(f"{layer.path} in its statistics", shape)
+    other_bias = None not in (ours.bias, theirs.bias) and ours.bias != theirs.bias
+    if other_bias or not ours.same_matrix(theirs, shape):
+        read, used = (f"{a}" + (f" with bias {a.bias!r}" if other_bias else "") for a in (ours, theirs))
         raise ValueError(
-            f"fo.{method} reads {layer.path!r} of shape {shape} as {read}, but its statistics are of {seen}, as the "
-            f"program uses it: {REMEDY.format(kind=KINDS[type(given)])}."
+            f"fo.{method} reads {layer.path!r} of shape {shape} as {read}, but its statistics are of {used}, as the "
+            f"program uses it: {REMEDY.format(kind=KINDS[type(statistics)])}."
         )
 
 
-def _with_bias(given: LayerFactors, layer: Layer) -> LayerFactors:
+def _with_bias(statistics: LayerStatistics, layer: Layer) -> LayerStatistics:
     """The statistics with a bias's row and column exactly if the layer has one."""
-    if (given.bias is not None) == (layer.bias is not None) or given.left is None:
-        return given
+    if not isinstance(statistics, LayerFactors) or statistics.left is None:
+        return statistics
+    if (statistics.bias is not None) == (layer.bias is not None):
+        return statistics
     drop = layer.bias is None
 
     def side(A: Any) -> Any:
@@ -145,17 +150,18 @@ def _with_bias(given: LayerFactors, layer: Layer) -> LayerFactors:
         # A bias that was added elsewhere too: as if its input, always 1, were uncorrelated with the others.
         return jnp.pad(A, [(0, 0)] * (A.ndim - 2) + [(0, 1)] * 2).at[..., -1, -1].set(1)
 
-    squares = None if given.squares is None else given.squares[..., :-1, :] if drop else given.squares
-    return LayerFactors(side(given.left), given.right, squares, given.weight)
+    squares = statistics.squares
+    squares = squares[..., :-1, :] if drop and squares is not None else squares
+    return LayerFactors(side(statistics.left), statistics.right, squares, statistics.weight)
 
 
-def by_path(statistics: Any) -> dict[str, LayerStatistics]:
+def by_path(statistics: PyTree) -> dict[str, LayerStatistics]:
     """The statistics in a tree, by the path of the leaf they belong to."""
     flat = tree_flatten_with_path(statistics, is_leaf=is_statistics)[0]
     return {"/".join(path_names(path)): x for path, x in flat if is_statistics(x)}
 
 
-def is_statistics(x: Any) -> bool:
+def is_statistics(x: object) -> bool:
     """Whether ``x`` is the statistics of one layer."""
     return isinstance(x, LayerFactors | Samples)
 

@@ -5,14 +5,16 @@ which no token of R occurs, neither read nor to be predicted, each position's lo
 exactly. A removed row is cut off or its logit put to -∞; a row of zeros would have logit 0, more than many others.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..capture.losses import example_weights, total
 from ..fisher import DiagonalFisher
@@ -20,15 +22,17 @@ from ..matrices.axes import LeafAxes, path_names
 from ..matrices.rules import resolve_axes
 from .matrix.checking import require_finite
 
+Ids: TypeAlias = ArrayLike | Sequence[object]  # an array, or numbers in sequences
+
 
 class Trimmed(NamedTuple):
     """What `remove_tokens` returns; all arrays, to be saved together."""
 
-    params: Any
+    params: PyTree
     id_map: Int[Array, " old"]  # from old ids to new ones; -1 for a removed token
     kept: Int[Array, " new"]  # from new ids to old ones
 
-    def encode(self, tokens: Any) -> Int[Array, "..."]:
+    def encode(self, tokens: Ids) -> Int[Array, "..."]:
         """Old ids as new ones. Under `jit` what has none becomes -1.
 
         Raises:
@@ -45,7 +49,7 @@ class Trimmed(NamedTuple):
 
 
 def remove_tokens(
-    params: Any, ids: Any, *, vocabulary: int | None = None, leaves: Mapping[str, int] | None = None
+    params: PyTree, ids: Ids, *, vocabulary: int | None = None, leaves: Mapping[str, int] | None = None
 ) -> Trimmed:
     """The model without some tokens: every leaf with a vocabulary axis, sliced once.
 
@@ -81,15 +85,15 @@ def remove_tokens(
     if wrong := {path: n for path, n in lengths.items() if n != V}:
         raise ValueError(f"remove_tokens: {wrong} along the axes of leaves=; wanted {V} tokens everywhere.")
     gone = _ids("remove_tokens", ids, V)
-    kept = np.setdiff1d(np.arange(V), gone).astype(np.int32)
+    retained = np.setdiff1d(np.arange(V), gone).astype(np.int32)
     id_map = np.full(V, -1, np.int32)
-    id_map[kept] = np.arange(len(kept))
+    id_map[retained] = np.arange(len(retained))
 
-    def slice_(path: Any, x: Any) -> Any:
+    def slice_(path: KeyPath, x: object) -> object:
         axis = axes.get("/".join(path_names(path)))
-        return x if axis is None else jnp.take(jnp.asarray(x), kept, axis)
+        return x if axis is None else jnp.take(jnp.asarray(x), retained, axis)
 
-    return Trimmed(jax.tree_util.tree_map_with_path(slice_, params), jnp.asarray(id_map), jnp.asarray(kept))
+    return Trimmed(jax.tree_util.tree_map_with_path(slice_, params), jnp.asarray(id_map), jnp.asarray(retained))
 
 
 ASK = "Name the leaves to slice: leaves={path: vocabulary axis}."
@@ -142,7 +146,7 @@ def _given(found: list[LeafAxes], leaves: Mapping[str, int]) -> dict[str, int]:
     return dict(leaves)
 
 
-def _ids(name: str, ids: Any, V: int) -> np.ndarray:
+def _ids(name: str, ids: Ids, V: int) -> np.ndarray:
     """Sorted, each once."""
     if isinstance(ids, Tracer):
         raise TypeError(f"{name}: ids shape the result: they cannot be traced, so give them outside of jit.")
@@ -161,7 +165,7 @@ def _some(ids: np.ndarray) -> str:
     return f"ids {text}{', ...' if ids.size > 8 else ''}"
 
 
-def removal_bias(ids: Any, vocabulary: int, dtype: Any = jnp.float32) -> Float[Array, " vocabulary"]:
+def removal_bias(ids: Ids, vocabulary: int, dtype: DTypeLike = jnp.float32) -> Float[Array, " vocabulary"]:
     """0, and -∞ for ``ids``: added to the logits, it removes tokens without slicing.
 
     Raises:
@@ -176,7 +180,7 @@ def removal_bias(ids: Any, vocabulary: int, dtype: Any = jnp.float32) -> Float[A
 
 
 def removal_loss_change(
-    logits: Float[Array, "*positions vocabulary"], labels: Any, ids: Any, weights: Any = None
+    logits: Float[Array, "*positions vocabulary"], labels: ArrayLike, ids: Ids, weights: ArrayLike | None = None
 ) -> Float[Array, ""]:
     """By how much the mean loss changes when tokens are removed: the mean of ``log(1 - p_R)``, in nats, never above 0.
 
@@ -199,12 +203,12 @@ def removal_loss_change(
       -0.6931
     """
     z, labels = jnp.asarray(logits), jnp.asarray(labels)
-    V, given = z.shape[-1], () if weights is None else (jnp.asarray(weights),)
-    if labels.shape != z.shape[:-1] or any(w.shape != z.shape[: w.ndim] or w.ndim == z.ndim for w in given):
-        shapes = f"logits {z.shape}, labels {labels.shape}" + "".join(f", weights {w.shape}" for w in given)
+    V, weightings = z.shape[-1], () if weights is None else (jnp.asarray(weights),)
+    if labels.shape != z.shape[:-1] or any(w.shape != z.shape[: w.ndim] or w.ndim == z.ndim for w in weightings):
+        shapes = f"logits {z.shape}, labels {labels.shape}" + "".join(f", weights {w.shape}" for w in weightings)
         raise ValueError(f"removal_loss_change: got {shapes}; wanted labels {z.shape[:-1]}, weights of leading axes.")
     removed = jnp.zeros(V, bool).at[_ids("removal_loss_change", ids, V)].set(True)
-    w = example_weights(z, *given)
+    w = example_weights(z, *weightings)
     lost = (w != 0) & ((labels < 0) | removed.at[labels].get(mode="fill", fill_value=True))
     if not isinstance(lost, Tracer) and bool(jnp.any(lost)):
         raise ValueError(
@@ -221,7 +225,7 @@ def removal_loss_change(
 
 
 def tokens_to_remove(
-    importance: Any, count: int | None = None, *, threshold: float | None = None, level: float = 0.95
+    importance: PyTree, count: int | None = None, *, threshold: float | None = None, level: float = 0.95
 ) -> Int[np.ndarray, " removed"]:
     """The ids of the least important tokens, the least first, ties by id.
 
@@ -257,7 +261,7 @@ def tokens_to_remove(
     return order[:count]
 
 
-def _per_token(tree: Any) -> np.ndarray:
+def _per_token(tree: PyTree) -> np.ndarray:
     leaves = [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)]
     if len(leaves) != 1 or leaves[0].ndim != 1:
         raise ValueError(

@@ -21,15 +21,15 @@ bound.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.lax import Precision
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arguments import in_range
 from .log_density import information, promoted, score, statistic_information
@@ -55,7 +55,7 @@ Fisher = ArrayLike | Operator
 LIMIT = 20_000
 
 
-def inner_product(F: Fisher, u: Any, v: Any) -> Float[Array, ""]:
+def inner_product(F: Fisher, u: PyTree, v: PyTree) -> Float[Array, ""]:
     """``⟨u, v⟩_F = uᵀ F v``, the Fisher metric; u and v are trees like the parameters, or vectors of D.
 
     Raises:
@@ -70,7 +70,7 @@ def inner_product(F: Fisher, u: Any, v: Any) -> Float[Array, ""]:
     return jnp.vdot(_vector(F, u), _product(F, _vector(F, v)), precision=Precision.HIGHEST)
 
 
-def kl_quadratic(F: Fisher, delta: Any) -> Float[Array, ""]:
+def kl_quadratic(F: Fisher, delta: PyTree) -> Float[Array, ""]:
     """``½ ΔᵀFΔ``: KL(p_θ ‖ p_(θ+Δ)) in nats, up to ``O(|Δ|³)``. Arguments and what raises are as in `inner_product`.
 
     Example:
@@ -81,7 +81,7 @@ def kl_quadratic(F: Fisher, delta: Any) -> Float[Array, ""]:
     return inner_product(F, delta, delta) / 2
 
 
-def natural_gradient(F: Fisher, grad: Any, damping: Any = 0.0, iterations: int = 1000) -> Any:
+def natural_gradient(F: Fisher, grad: PyTree, damping: ArrayLike = 0.0, iterations: int = 1000) -> PyTree:
     """``(F + damping I)⁻¹ grad``, a tree like ``grad``, in float32 at least.
 
     Of an array by eigenvalues. Undamped and singular, the pseudo-inverse: the shortest solution, and the part of
@@ -143,7 +143,9 @@ def jeffreys_log_prior(F: Fisher, tolerance: float | None = None) -> Float[Array
     return jnp.where(jnp.any(zero), -jnp.inf, jnp.sum(jnp.log(jnp.where(zero, 1, λ))) / 2)
 
 
-def cramer_rao_bound(F: Fisher, jacobian: Any = None, tolerance: float | None = None) -> Float[Array, "m m"]:
+def cramer_rao_bound(
+    F: Fisher, jacobian: ArrayLike | None = None, tolerance: float | None = None
+) -> Float[Array, "m m"]:
     """What no covariance of an unbiased estimator is below: ``F⁻¹`` for θ itself, ``J F⁺ Jᵀ`` for m functions of it.
 
     Args:
@@ -206,7 +208,7 @@ def null_directions(F: Fisher, tolerance: float | None = None) -> Float[Array, "
     return Q[:, zero]
 
 
-def reparametrised(F: Fisher, jacobian: Any) -> Float[Array, "n n"]:
+def reparametrised(F: Fisher, jacobian: ArrayLike) -> Float[Array, "n n"]:
     """``Jᵀ F J``, the Fisher of n parameters η with ``J = ∂θ/∂η``, D x n. With few columns, for operators of any size.
 
     Raises:
@@ -224,24 +226,24 @@ def reparametrised(F: Fisher, jacobian: Any) -> Float[Array, "n n"]:
     return jnp.matmul(FJ, J, precision=Precision.HIGHEST)
 
 
-def _rounding(x: Array) -> Any:
+def _rounding(x: Array) -> np.floating:
     """What is no rounding, as a share of the largest."""
     return jnp.finfo(x.dtype).eps ** 0.5
 
 
-def _matrix(F: Any) -> Any:
+def _matrix(F: Fisher) -> Array | Operator:
     if isinstance(F, Operator):
         return F
-    F = promoted(F)
-    if F.ndim != 2 or F.shape[0] != F.shape[1] or not F.size:
-        raise ValueError(f"F must be a square matrix or a fo.fisher.Operator; got shape {F.shape}.")
-    F, largest, skew = _symmetric(F)
-    if not isinstance(F, Tracer):
+    A = promoted(F)
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or not A.size:
+        raise ValueError(f"F must be a square matrix or a fo.fisher.Operator; got shape {A.shape}.")
+    A, largest, skew = _symmetric(A)
+    if not isinstance(A, Tracer):
         if not jnp.isfinite(largest):
             raise ValueError("F is not finite: look for points where the log-density or its gradient is not.")
-        if skew > _rounding(F) * largest:
+        if skew > _rounding(A) * largest:
             raise ValueError(f"F must be symmetric; F - Fᵀ has entries of {skew:.2g}, F of {largest:.2g}.")
-    return F
+    return A
 
 
 @jax.jit
@@ -250,11 +252,11 @@ def _symmetric(F: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array
     return (F + F.T) / 2, jnp.max(jnp.abs(F)), jnp.max(jnp.abs(F - F.T))
 
 
-def _size(F: Any) -> int:
+def _size(F: Array | Operator) -> int:
     return F.size if isinstance(F, Operator) else len(F)
 
 
-def _vector(F: Any, v: Any) -> Array:
+def _vector(F: Array | Operator, v: PyTree) -> Array:
     """A tree like the parameters, or a vector already, as a vector."""
     leaves, structure = jax.tree.flatten(v)
     shapes = [jnp.shape(x) for x in leaves]
@@ -268,13 +270,13 @@ def _vector(F: Any, v: Any) -> Array:
     return ravel_pytree(jax.tree.map(promoted, v))[0]
 
 
-def _product(F: Any, v: Array) -> Array:
+def _product(F: Array | Operator, v: Array) -> Array:
     if isinstance(F, Operator):
         return F.ravel(F @ F.unravel(v)).astype(v.dtype)
     return jnp.matmul(F, v, precision=Precision.HIGHEST)
 
 
-def _spectrum(F: Any, tolerance: Any) -> tuple[Float[Array, " d"], Float[Array, "d d"], Bool[Array, " d"]]:
+def _spectrum(F: Fisher, tolerance: float | None) -> tuple[Float[Array, " d"], Float[Array, "d d"], Bool[Array, " d"]]:
     """Eigenvalues, eigenvectors as columns, and which eigenvalues count as 0."""
     if isinstance(F, Operator):
         if F.size > LIMIT:

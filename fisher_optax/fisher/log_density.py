@@ -6,8 +6,7 @@ its D numbers in the order of `jax.flatten_util.ravel_pytree`. These run as writ
 ``jax.jit(information, static_argnums=0)``; weights are then not checked.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,14 @@ from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jax.lax import Precision
 from jax.tree_util import keystr, tree_leaves_with_path
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, PyTree
 
-LogDensity = Callable[[Any, Any], Any]
+LogDensity = Callable[[PyTree, PyTree], ArrayLike]
+Weights = ArrayLike | Sequence[ArrayLike]
 
 
-def score(log_density: LogDensity, theta: Any, x: Any) -> Any:
+def score(log_density: LogDensity, theta: PyTree, x: PyTree) -> PyTree:
     """``∂ log p_θ(x) / ∂θ``, a tree like ``theta``, in float32 at least.
 
     Args:
@@ -43,7 +44,7 @@ def score(log_density: LogDensity, theta: Any, x: Any) -> Any:
 
 
 def information(
-    log_density: LogDensity, theta: Any, xs: Any, weights: Any = None, form: str = "score"
+    log_density: LogDensity, theta: PyTree, xs: PyTree, weights: Weights | None = None, form: str = "score"
 ) -> Float[Array, "d d"]:
     """``F(θ)``, as ``Σ w s sᵀ`` or as ``-Σ w ∂² log p``.
 
@@ -76,7 +77,11 @@ def information(
 
 
 def statistic_information(
-    log_density: LogDensity, theta: Any, xs: Any, statistic: Callable[[Any], Any], weights: Any = None
+    log_density: LogDensity,
+    theta: PyTree,
+    xs: PyTree,
+    statistic: Callable[[PyTree], ArrayLike],
+    weights: Weights | None = None,
 ) -> Float[Array, "d d"]:
     """``F_T(θ)``, what is left when T(x) is seen instead of x: ``E[s̃ s̃ᵀ]`` with ``s̃(t) = E[s | T = t]``.
 
@@ -103,12 +108,12 @@ def statistic_information(
     return _gram(w, means)
 
 
-def promoted(x: Any) -> Array:
+def promoted(x: ArrayLike) -> Array:
     """In float32 at least."""
     return jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
 
 
-def _raveled(log_density: LogDensity, theta: Any) -> tuple[LogDensity, Array, Callable[[Array], Any]]:
+def _raveled(log_density: LogDensity, theta: PyTree) -> tuple[LogDensity, Array, Callable[[Array], PyTree]]:
     """``log p`` of a vector, that vector, and its way back to a tree."""
     kinds = {keystr(path) or "theta": jnp.result_type(x) for path, x in tree_leaves_with_path(theta)}
     other = [f"{path} is {kind}" for path, kind in kinds.items() if not jnp.issubdtype(kind, jnp.floating)]
@@ -119,7 +124,7 @@ def _raveled(log_density: LogDensity, theta: Any) -> tuple[LogDensity, Array, Ca
         )
     θ, unravel = ravel_pytree(jax.tree.map(promoted, theta))
 
-    def log_p(θ: Array, x: Any) -> Array:
+    def log_p(θ: Array, x: PyTree) -> Array:
         value = jnp.asarray(log_density(unravel(θ), x))
         if value.shape:
             raise ValueError(f"log_density must give one number for one point; got shape {value.shape}. Sum over it?")
@@ -128,7 +133,7 @@ def _raveled(log_density: LogDensity, theta: Any) -> tuple[LogDensity, Array, Ca
     return log_p, θ, unravel
 
 
-def _points(xs: Any, weights: Any, dtype: Any) -> tuple[Any, Array]:
+def _points(xs: PyTree, weights: Weights | None, dtype: DTypeLike) -> tuple[PyTree, Array]:
     """Points that can be evaluated, and the weight of each."""
     xs = jax.tree.map(jnp.asarray, xs)
     lengths = {x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(xs)}
@@ -147,7 +152,7 @@ def _points(xs: Any, weights: Any, dtype: Any) -> tuple[Any, Array]:
     return jax.tree.map(lambda x: x[there], xs), w
 
 
-def _scores(log_density: LogDensity, theta: Any, xs: Any, weights: Any) -> tuple[Array, Array, Any]:
+def _scores(log_density: LogDensity, theta: PyTree, xs: PyTree, weights: Weights | None) -> tuple[Array, Array, PyTree]:
     """Of each point, as rows; the weights; the points."""
     log_p, θ, _ = _raveled(log_density, theta)
     points, w = _points(xs, weights, θ.dtype)

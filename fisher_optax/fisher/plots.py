@@ -6,20 +6,29 @@ where ``path`` is given. All need matplotlib (``pip install 'fisher_optax[plots]
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from os import PathLike
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
+from jax.typing import ArrayLike
 from scipy.special import stdtrit
 
 from .spectra.capacity import BlockSpectrum
 from .spectra.spectrum import Density, Spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Target = str | PathLike[str] | IO[bytes]  # what a picture is saved to
+Numbers = ArrayLike | Sequence[ArrayLike]
 
 # Side of the largest picture of a matrix.
 PIXELS = 600
 EIGENVALUE = "eigenvalue (loss per parameter²)"
 
 
-def spectrum_plot(spectrum: Spectrum, *, title: str = "Largest eigenvalues", path: Any = None) -> Any:
+def spectrum_plot(spectrum: Spectrum, *, title: str = "Largest eigenvalues", path: Target | None = None) -> "Figure":
     """Eigenvalues by rank on a logarithmic axis, with their residuals; hollow where they have not converged.
 
     Negative ones are shown by their size, in red.
@@ -45,7 +54,7 @@ def spectrum_plot(spectrum: Spectrum, *, title: str = "Largest eigenvalues", pat
         floor = max(known[known > 0].min(), np.finfo(λ.dtype).eps * known.max())
         axes.set(yscale="log", ylim=(floor / 2, 2 * known.max()))
     axes.set(xlabel="rank of the eigenvalue", ylabel=EIGENVALUE)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     axes.grid(alpha=0.3)
     axes.legend()
     said = f"condition number of those found {float(spectrum.condition_number):.3g}"
@@ -54,8 +63,13 @@ def spectrum_plot(spectrum: Spectrum, *, title: str = "Largest eigenvalues", pat
 
 
 def density_plot(
-    density: Density, *, level: float = 0.95, log: bool = True, title: str = "Spectral density", path: Any = None
-) -> Any:
+    density: Density,
+    *,
+    level: float = 0.95,
+    log: bool = True,
+    title: str = "Spectral density",
+    path: Target | None = None,
+) -> "Figure":
     """The density with a band of Student's intervals over the random vectors, and the trace's in the title.
 
     Args:
@@ -82,7 +96,7 @@ def density_plot(
     return _finish(figure, f"{title}\ntrace {float(density.trace):.4g}, {100 * level:g}% in [{a:.4g}, {b:.4g}]", path)
 
 
-def block_plot(spectra: Mapping[str, BlockSpectrum], *, title: str = "Blocks", path: Any = None) -> Any:
+def block_plot(spectra: Mapping[str, BlockSpectrum], *, title: str = "Blocks", path: Target | None = None) -> "Figure":
     """Left the eigenvalues of each block, right how many directions it uses, in the same colours."""
     if not spectra:
         raise ValueError("block_plot: there is no block; wanted what block_spectra returns.")
@@ -117,17 +131,17 @@ def block_plot(spectra: Mapping[str, BlockSpectrum], *, title: str = "Blocks", p
 
 
 def importance_plot(
-    means: Any,
-    lower: Any,
-    upper: Any,
+    means: Numbers,
+    lower: Numbers,
+    upper: Numbers,
     labels: Sequence[str] | None = None,
     *,
     top: int = 40,
     quantity: str = "importance",
     log: bool = False,
     title: str = "Importance",
-    path: Any = None,
-) -> Any:
+    path: Target | None = None,
+) -> "Figure":
     """The largest ``top`` of these estimates, sorted, each with its interval.
 
     Args:
@@ -166,14 +180,14 @@ def importance_plot(
 
 
 def matrices_plot(
-    matrices: Mapping[str, Any],
+    matrices: Mapping[str, ArrayLike],
     *,
-    order: Any = None,
+    order: Numbers | None = None,
     boundaries: Mapping[str, int] | None = None,
     decades: float = 4,
     title: str = "log |F|",
-    path: Any = None,
-) -> Any:
+    path: Target | None = None,
+) -> "Figure":
     """``log10 |F|`` of dense matrices side by side, three in a row, in one order and on one scale of colours.
 
     Above 600 rows a pixel is the mean of |F| over a square.
@@ -217,6 +231,7 @@ def matrices_plot(
             axes.set(xlabel="parameter", ylabel="parameter")
         else:
             _draw_boundaries(axes, boundaries, first=i % 3 == 0)
+    assert image is not None
     figure.colorbar(image, ax=panels, label="log10 |F| (loss per parameter²)", shrink=0.8)
     return _finish(figure, title, path)
 
@@ -228,7 +243,7 @@ def _pooled(A: np.ndarray) -> np.ndarray:
     return np.add.reduceat(np.add.reduceat(A, starts, 0), starts, 1) / np.outer(counts, counts)
 
 
-def _draw_boundaries(axes: Any, boundaries: Mapping[str, int], first: bool) -> None:
+def _draw_boundaries(axes: "Axes", boundaries: Mapping[str, int], first: bool) -> None:
     """Lines between blocks, and on the first panel of a row the names of those with room for one."""
     sizes = np.array(list(boundaries.values()))
     ends = np.cumsum(sizes)
@@ -244,7 +259,7 @@ def _draw_boundaries(axes: Any, boundaries: Mapping[str, int], first: bool) -> N
         axes.set_yticklabels([list(boundaries)[i] for i in roomy], fontsize=8)
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as missing:
@@ -254,7 +269,7 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _finish(figure: Any, title: str, path: Any) -> Any:
+def _finish(figure: "Figure", title: str, path: Target | None) -> "Figure":
     figure.suptitle(title)
     if path is not None:
         figure.savefig(path, dpi=150)

@@ -6,7 +6,6 @@ any is used, then take five eighths of the memory. Where a matrix is not compute
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,10 +61,10 @@ def diagonal(S: Float[Array, "*batch d d"]) -> Float[Array, "*batch d"]:
     return _by_platform(by_blocks, S)
 
 
-def _by_platform(f: Callable[..., Any], S: Array, *others: Any) -> Any:
+def _by_platform(f: Callable[..., Array], S: Array, *others: Array) -> Array:
     """``f(rows, S, *others)``, in blocks of one matrix under `jit`; elsewhere a copy would be made for each."""
-    d, one = S.shape[-1], S.ndim == 2 and isinstance(S, Tracer)
-    return by_platform(f, lambda platform: row_sizes(d, platform.symmetric_blocks if one else None), S, *others)
+    d, single = S.shape[-1], S.ndim == 2 and isinstance(S, Tracer)
+    return by_platform(f, lambda platform: row_sizes(d, platform.symmetric_blocks if single else None), S, *others)
 
 
 def _cuts(rows: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Orthonormal eigenbases of symmetric matrices: exact, or followed one orthogonal iteration at a time."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,8 +155,8 @@ def followed_by_products(
         # In the first of these rounds a larger shift leaves directions that A makes nothing of where they are.
         floor = jnp.where(jnp.logical_and(first, i < FIRST_ROUNDS // 2), ε**0.5, FLOOR * ε)
         new = cholesky_qr(_spanning(Q, P, places, floor, least), count=jnp.where(settled, 0, len(A)))
-        kept = jnp.where(settled, same, places)
-        return i + 1, jnp.where(settled, 0, most), jnp.where(settled, Q, new), order[kept]
+        change = jnp.where(settled, same, places)
+        return i + 1, jnp.where(settled, 0, most), jnp.where(settled, Q, new), order[change]
 
     start = jnp.zeros([], jnp.int32), jnp.where(first, FIRST_ROUNDS, rounds), Q, same
     _, _, Q, order = jax.lax.while_loop(lambda c: (c[0] < c[1]) & (c[0] < FIRST_ROUNDS), one_round, start)
@@ -167,8 +167,8 @@ def _spanning(
     Q: Float[Array, "*batch d d"],
     P: Float[Array, "*batch d d"],
     order: Int[Array, "*batch d"],
-    floor: Any,
-    least: Any = 0,
+    floor: Float[Array, ""] | float,
+    least: Float[Array, ""] | float = 0,
 ) -> Float[Array, "*batch d d"]:
     """``(A - least I + floor |A| I) Q`` in that order, from ``P = A Q``; Q's own columns where that is rounding."""
     norm = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True)

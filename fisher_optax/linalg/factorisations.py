@@ -3,18 +3,17 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.lax import Precision
-from jaxtyping import Array, Float, Int
+from jax.lax import Precision, PrecisionLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._xla import by_platform
 from .products import times
 
 
-def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
+def one_by_one(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """``f``, of single matrices, over leading axes and under `jax.vmap`: on a CPU as a loop.
 
     jaxlib (0.10 to 0.12) runs a batched factorisation in blocks on XLA's thread pool and waits for them on a thread of
@@ -26,7 +25,7 @@ def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
     Array([2., 2.], dtype=float32)
     """
 
-    def of_batch(alone: bool, *arrays: Array) -> Any:
+    def of_batch(alone: bool, *arrays: Array) -> PyTree:
         batch = arrays[0].shape[:-2]
         flat = tuple(x.reshape(-1, *x.shape[-2:]) for x in arrays)
         if len(flat[0]) == 1:
@@ -36,13 +35,13 @@ def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
         return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
     @jax.custom_batching.custom_vmap
-    def call(*arrays: Array) -> Any:
+    def call(*arrays: Array) -> PyTree:
         if math.prod(arrays[0].shape[:-2]) == 1:
             return of_batch(False, *arrays)
         return by_platform(of_batch, lambda platform: platform.one_factorisation, *arrays)
 
     @call.def_vmap
-    def batched(size: int, which: list[bool], *arrays: Array) -> tuple[Any, Any]:
+    def batched(size: int, which: list[bool], *arrays: Array) -> tuple[PyTree, PyTree]:
         every = (x if there else jnp.broadcast_to(x, (size, *x.shape)) for x, there in zip(arrays, which, strict=True))
         result = call(*every)
         return result, jax.tree.map(lambda _: True, result)
@@ -50,7 +49,7 @@ def one_by_one(f: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def sequential(f: Callable[..., Any]) -> Callable[..., Any]:
+def sequential(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """``f`` of single matrices and whatever else; under `jax.vmap` a loop, so that its conditionals stay what they are.
 
     >>> jax.vmap(sequential(jnp.linalg.cholesky))(4 * jnp.ones((2, 1, 1))).ravel()
@@ -114,7 +113,7 @@ def cholesky_qr(
     return jax.lax.fori_loop(0, last, block, jnp.zeros_like(padded))[:, :d]
 
 
-def _one_pass(Q: Array, V: Array, shift: Any, precision: Any) -> Array:
+def _one_pass(Q: Array, V: Array, shift: Float[Array, ""], precision: PrecisionLike) -> Array:
     V = V - times(Q, times(Q.mT, V, precision), precision)
     lengths = jnp.sqrt(jnp.sum(V * V, axis=0, keepdims=True))
     filled = jnp.where(lengths == 0, 1, 0).astype(V.dtype)  # columns beyond the last
@@ -167,6 +166,6 @@ def frequent_directions(R: Float[Array, "n d"], r: int) -> Float[Array, "r d"]:
     [[2.828 0.   ]]
     """
     μ, Q = eigenpairs(jnp.matmul(R, R.T, precision=Precision.HIGHEST))
-    kept, left_out = μ[-r:], jnp.maximum(μ[-r - 1], 0)
-    shrunk = jnp.sqrt(jnp.maximum(1 - left_out / jnp.where(kept > 0, kept, 1), 0))
+    largest, left_out = μ[-r:], jnp.maximum(μ[-r - 1], 0)
+    shrunk = jnp.sqrt(jnp.maximum(1 - left_out / jnp.where(largest > 0, largest, 1), 0))
     return shrunk[:, None] * jnp.matmul(Q[:, -r:].T, R, precision=Precision.HIGHEST)

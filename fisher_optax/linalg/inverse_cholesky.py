@@ -6,10 +6,9 @@ inputs are taken in order: ``1 / U_ii²`` is the variance of input i given those
 these make up for it (Frantar and Alistarh 2023, arXiv 2301.00774, section 3.3).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from .factorisations import one_by_one
@@ -22,7 +21,7 @@ ROUNDING = 16
 
 
 def inverse_cholesky(
-    H: Float[Array, "*batch d d"], damping: Any = 0.0
+    H: Float[Array, "*batch d d"], damping: ArrayLike = 0.0
 ) -> tuple[Float[Array, "*batch d d"], Float[Array, "*batch"]]:
     """Upper triangular ``U`` with ``(H + damping_used mean(diag H) I)⁻¹ = Uᵀ U``, and ``damping_used``.
 
@@ -53,11 +52,11 @@ def _raising(H: Array, damping: Array) -> tuple[Array, Array]:
     eye = jnp.eye(H.shape[-1], dtype=H.dtype)
     mean, none = jnp.trace(H) / H.shape[-1], jnp.full_like(H, jnp.nan)
 
-    def goes_on(carry: Any) -> Array:
+    def goes_on(carry: tuple[Array, ...]) -> Array:
         tries, _, _, U = carry
         return (tries < TRIES) & jnp.isnan(U[0, 0])
 
-    def attempt(carry: Any) -> Any:
+    def attempt(carry: tuple[Array, ...]) -> tuple[Array, ...]:
         tries, _, damping, _ = carry
         damped = H + damping * mean * eye
         L = one_by_one(lambda A: jax.lax.linalg.cholesky(A, symmetrize_input=False))(_reversed(damped))

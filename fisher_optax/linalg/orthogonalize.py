@@ -3,11 +3,13 @@
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Inexact
 
 from .._xla import Platform, by_platform
@@ -25,8 +27,8 @@ def orthogonalize(
     *,
     method: str = "auto",
     restarts: tuple[int, ...] | None = None,
-    precision: Any = None,
-    dtype: Any = None,
+    precision: PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> Inexact[Array, "*batch m n"]:
     """``U p(S) Vᵀ`` for ``X / |X| = U S Vᵀ`` and p about 1: the nearest (semi-)orthogonal matrix, by products alone.
 
@@ -168,8 +170,12 @@ def _direct(X: Array, polynomial: Polynomial, products: Products) -> Array:
     return jax.lax.scan(step, unit_frobenius(X), _coefficients(polynomial, X))[0]
 
 
+# R, Z and Q.
+_Carry = tuple[Symmetric, Symmetric, Symmetric]
+
+
 def _gram(X: Array, polynomial: Polynomial, restarts: tuple[int, ...], products: Products) -> Array:
-    def step(carry: tuple[Symmetric, Symmetric, Symmetric], hs: tuple[Array, Array]) -> tuple[Any, None]:
+    def step(carry: _Carry, hs: tuple[Array, Array]) -> tuple[_Carry, None]:
         (R, Z, Q), ((a_before, _, _), (a, b, c)) = carry, hs
         hR = combine(a_before, R, 1, products.product(Z, R))
         R = combine(a_before, hR, 1, products.product(hR, Z))
@@ -190,7 +196,7 @@ def _gram(X: Array, polynomial: Polynomial, restarts: tuple[int, ...], products:
     return X
 
 
-def _check(X: Array, method: str, dtype: Any) -> jnp.dtype:
+def _check(X: Array, method: str, dtype: DTypeLike | None) -> jnp.dtype:
     """The dtype of the products, or what is wrong."""
     if not jnp.issubdtype(X.dtype, jnp.inexact):
         raise TypeError(f"orthogonalize: X must be floating point; got {X.dtype}. Cast it first.")
@@ -208,11 +214,11 @@ def _coefficients(polynomial: Polynomial, X: Array) -> Array:
     return jnp.asarray(polynomial, jnp.finfo(X.dtype).dtype)
 
 
-def _at_least_float32(dtype: Any) -> Any:
+def _at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _unit_roundoff(dtype: Any, precision: Any, default: float) -> float:
+def _unit_roundoff(dtype: DTypeLike, precision: PrecisionLike, default: float) -> float:
     """Of products with these operands; ``default``: of float32 ones on a platform, where no precision is asked for."""
     dtype = jnp.finfo(dtype).dtype  # of the parts, where it is complex
     if precision is None:
@@ -224,7 +230,7 @@ def _unit_roundoff(dtype: Any, precision: Any, default: float) -> float:
     return default if _is_level(precision) else 2.0**-9
 
 
-def _is_level(precision: Any) -> bool:
+def _is_level(precision: PrecisionLike) -> bool:
     """Whether it asks for a number of passes, which a CPU ignores, rather than for an algorithm with its own dtype."""
     levels = precision if isinstance(precision, tuple) else (precision,)
     names = ("default", "fastest", "high", "bfloat16", "bfloat16_3x", "tensorfloat32")
@@ -241,12 +247,12 @@ def symmetric_flops(rows: tuple[int, ...], m: int | None = None) -> int:
     return (n * n + sum(r * r for r in rows)) * (n if m is None else m)
 
 
-def combine(a: Any, S: Symmetric, b: Any, T: Symmetric) -> Symmetric:
+def combine(a: Array | float, S: Symmetric, b: Array | float, T: Symmetric) -> Symmetric:
     """``a S + b T``."""
     return tuple(a * s + b * t for s, t in zip(S, T, strict=True))
 
 
-def add_identity(a: Any, S: Symmetric) -> Symmetric:
+def add_identity(a: Array | float, S: Symmetric) -> Symmetric:
     """``a I + S``."""
     return tuple(s + a * i for s, i in zip(S, _identity(S), strict=True))
 

@@ -7,11 +7,12 @@ enough: ``(k + 1) / 2k`` of the flops. Of complex matrices, ᵀ is the conjugate
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Complex, Float, Inexact
 
 from .._xla import by_platform
@@ -24,7 +25,7 @@ Symmetric = tuple[Inexact[Array, "..."], ...]
 
 
 def times(
-    X: Float[Array, "*batch m k"], Y: Float[Array, "*batch k n"], precision: Any = jax.lax.Precision.HIGHEST
+    X: Float[Array, "*batch m k"], Y: Float[Array, "*batch k n"], precision: PrecisionLike = jax.lax.Precision.HIGHEST
 ) -> Float[Array, "*batch m n"]:
     """``X Y``, some rows at once where a compiler takes long for all of them.
 
@@ -43,13 +44,13 @@ def times(
     return by_platform(at_once, lambda platform: _rows_at_once(X.shape[-2], platform.rows_at_once), X, Y)
 
 
-def into_basis(Q_L: Array | None, X: Array, Q_R: Array | None, precision: Any = "highest") -> Array:
+def into_basis(Q_L: Array | None, X: Array, Q_R: Array | None, precision: PrecisionLike = "highest") -> Array:
     """``Q_Lᵀ X Q_R``; a side that is None leaves X as it is."""
     X = X if Q_L is None else times(Q_L.astype(X.dtype).mT, X, precision)
     return X if Q_R is None else times(X, Q_R.astype(X.dtype), precision)
 
 
-def out_of_basis(Q_L: Array | None, X: Array, Q_R: Array | None, precision: Any = "highest") -> Array:
+def out_of_basis(Q_L: Array | None, X: Array, Q_R: Array | None, precision: PrecisionLike = "highest") -> Array:
     """``Q_L X Q_Rᵀ``; a side that is None leaves X as it is."""
     X = X if Q_L is None else times(Q_L.astype(X.dtype), X, precision)
     return X if Q_R is None else times(X, Q_R.astype(X.dtype).mT, precision)
@@ -76,8 +77,8 @@ class Products:
 
     tall: bool
     rows: tuple[int, ...]
-    dtype: Any
-    precision: Any
+    dtype: DTypeLike
+    precision: PrecisionLike
 
     def outer(self, X: Array) -> Symmetric:
         """``X Xᵀ``."""

@@ -4,10 +4,9 @@ All of them damp: eigenvalues below ``ridge`` times the largest count as that, o
 computation knows none of them to better than 1e-7 of the largest. A zero matrix has the identity as its power.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from .factorisations import one_by_one
@@ -23,7 +22,7 @@ LEAF = 126
 
 
 def matrix_power(
-    A: Float[Array, "d d"], exponent: float, *, method: str = "eigh", ridge: Any = 1e-6
+    A: Float[Array, "d d"], exponent: float, *, method: str = "eigh", ridge: ArrayLike = 1e-6
 ) -> Float[Array, "d d"]:
     """``(A + ridge |A| I)^exponent`` for an exponent from -1 to 0, |A| the largest eigenvalue or a bound on it.
 
@@ -112,7 +111,7 @@ def _blocks(A: Array, B: Array, C: Array, D: Array) -> Array:
     return jnp.concatenate([jnp.concatenate([A, B], -1), jnp.concatenate([C, D], -1)], -2)
 
 
-def check_exponent(exponent: Any, method: str) -> None:
+def check_exponent(exponent: object, method: str) -> None:
     """A ValueError unless the method has the exponent."""
     if method not in METHODS:
         raise ValueError(f"method of a root must be one of {', '.join(map(repr, METHODS))}; got {method!r}.")
@@ -140,7 +139,7 @@ def halvings(exponent: float) -> int:
     return round(-1 / exponent).bit_length() - 1
 
 
-def _by_eigenvalues(A: Array, exponent: float, ridge: Any) -> Array:
+def _by_eigenvalues(A: Array, exponent: float, ridge: ArrayLike) -> Array:
     def eigh(A: Array) -> Array:
         """Values on top of the vectors, in one array."""
         λ, Q = jnp.linalg.eigh(A, symmetrize_input=False)
@@ -153,7 +152,7 @@ def _by_eigenvalues(A: Array, exponent: float, ridge: Any) -> Array:
     return times(Q * (λ**exponent)[None], Q.mT)
 
 
-def _coupled_newton(A: Array, p: int, ridge: Any) -> Array:
+def _coupled_newton(A: Array, p: int, ridge: ArrayLike) -> Array:
     """``X ← X M', M ← M'^p M, M' = ((p+1) I - M) / p`` from ``X = z^(1/p) I, M = z A``: M tends to I, X to the root."""
     eye = jnp.eye(A.shape[-1], dtype=A.dtype)
     A = A + ridge * _largest_eigenvalue(A) * eye
@@ -162,11 +161,11 @@ def _coupled_newton(A: Array, p: int, ridge: Any) -> Array:
     def distance(M: Array) -> Array:
         return jnp.max(jnp.abs(M - eye))
 
-    def goes_on(carry: Any) -> Array:
+    def goes_on(carry: tuple[Array, ...]) -> Array:
         i, _, _, error, before, _ = carry
         return (i < NEWTON_STEPS) & (error > 1e-6) & (error < 1.2 * before)
 
-    def step(carry: Any) -> Any:
+    def step(carry: tuple[Array, ...]) -> tuple[Array, ...]:
         i, X, M, error, _, best = carry
         change = ((p + 1) * eye - M) / p
         X_new, M_new = times(X, change), times(_power(change, p), M)
@@ -179,7 +178,7 @@ def _coupled_newton(A: Array, p: int, ridge: Any) -> Array:
     return jax.lax.while_loop(goes_on, step, start)[-1]
 
 
-def _coupled_polynomial(A: Array, halvings: int, ridge: Any) -> Array:
+def _coupled_polynomial(A: Array, halvings: int, ridge: ArrayLike) -> Array:
     """``P = Z Y; H = a I + b P + c P²; Y ← Y H, Z ← H Z`` from ``Y = A / c, Z = I``: Y tends to ``(A/c)^1/2``, Z to
     ``(A/c)^-1/2``; again on Y for the next root.
     """

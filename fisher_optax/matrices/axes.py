@@ -7,6 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
+
+# A leaf of which only the shape and the dtype are read.
+Typed = Array | np.ndarray | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -66,11 +73,11 @@ class MatrixAxes:
         >>> MatrixAxes(0, 1).same_matrix(MatrixAxes(1, 0), (4, 4))
         False
         """
-        mine, theirs = (
+        own, others = (
             [[a for a in group if shape[a] != 1] for group in (axes.inputs, axes.outputs, axes.batch)]
             for axes in (self, other)
         )
-        return mine == theirs
+        return own == others
 
 
 class LeafAxes(NamedTuple):
@@ -85,7 +92,7 @@ class LeafAxes(NamedTuple):
     bias: str | None = None  # the leaf that is added to a matrix's outputs
 
 
-def path_names(path: tuple) -> tuple[str, ...]:
+def path_names(path: KeyPath) -> tuple[str, ...]:
     """A leaf's path in words: ``("Block_0", "attention", "kernel")``."""
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):  # the box of nn.Partitioned and nnx.Param
         path = path[:-1]
@@ -95,7 +102,7 @@ def path_names(path: tuple) -> tuple[str, ...]:
 # Trees that come from outside: told from functions, and read leaf by leaf as arrays.
 
 
-def is_function(x: Any) -> bool:
+def is_function(x: object) -> bool:
     """Whether ``x`` is to be called, and is not a tree: an Equinox or nnx module, or any node with a ``__call__``, is a
     tree though it could be called. As in `optax.masked`, a tree is a function where all of its leaves are.
     """
@@ -103,12 +110,12 @@ def is_function(x: Any) -> bool:
     return isinstance(x, jax.tree_util.Partial) or (callable(x) and len(leaves) > 0 and all(map(callable, leaves)))
 
 
-def made(tree: Any | Callable[[Any], Any], params: Any) -> Any:
+def made(tree: PyTree | Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
     """``tree``, or what it makes of ``params`` where it is a function."""
     return tree(params) if is_function(tree) else tree
 
 
-def arrays(tree: Any) -> Any:
+def arrays(tree: PyTree) -> PyTree:
     """``tree`` with an array for each leaf: numbers become arrays, and float8 and float4, which JAX promotes to no
     other type, are cast to float32. Every `jax.ShapeDtypeStruct` stays one.
 
@@ -117,14 +124,14 @@ def arrays(tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(_array, tree)
 
 
-def shapes(tree: Any) -> Any:
+def shapes(tree: PyTree) -> PyTree:
     """The shape and the dtype of each leaf, numbers included. Raises as `arrays`."""
 
-    def one(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+    def of_leaf(path: KeyPath, x: PyTree) -> jax.ShapeDtypeStruct:
         x = x if hasattr(x, "dtype") else _array(path, x)
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
 def step_dtype(dtype: Any) -> Any:
@@ -132,7 +139,7 @@ def step_dtype(dtype: Any) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.result_type(float)
 
 
-def floating(x: Any) -> jax.Array:
+def floating(x: ArrayLike) -> Array:
     """An array or a number as an array in its `step_dtype`."""
     return jnp.asarray(x, step_dtype(jnp.result_type(x)))
 
@@ -142,7 +149,7 @@ def wide_dtype(dtype: Any) -> Any:
     return jnp.float32 if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8 else dtype
 
 
-def _array(path: Any, x: Any) -> Any:
+def _array(path: KeyPath, x: object) -> Array | jax.ShapeDtypeStruct:
     if not isinstance(x, jax.Array | jax.ShapeDtypeStruct):
         if getattr(x, "dtype", None) == jax.dtypes.float0:
             raise TypeError(
@@ -164,5 +171,5 @@ def _array(path: Any, x: Any) -> Any:
     return x.astype(wide)
 
 
-def _named(path: Any) -> str:
+def _named(path: KeyPath) -> str:
     return repr("/".join(path_names(path)))

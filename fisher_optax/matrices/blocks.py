@@ -8,12 +8,13 @@ one stack.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Inexact, Int, Shaped
+from jax.typing import DTypeLike
+from jaxtyping import Array, Inexact, Int, PyTree, Shaped
 
 from .._xla import Platform, by_platform
 from .axes import MatrixAxes
@@ -92,7 +93,7 @@ def _unblock(x: Array, batch: tuple[int, ...], rows: Cut, columns: Cut) -> Array
     return jnp.moveaxis(x, -2, -3).reshape(*batch, rows.count * rows.size, columns.count * columns.size)
 
 
-def stack_key(shape: tuple[int, ...], dtype: Any) -> str:
+def stack_key(shape: tuple[int, ...], dtype: DTypeLike) -> str:
     """The name of the stack that a matrix belongs to, e.g. "384x1536"."""
     return f"{shape[-2]}x{shape[-1]}" + ("" if dtype == jnp.float32 else f" {jnp.dtype(dtype)}")
 
@@ -116,13 +117,13 @@ def to_stacks(
 
 
 def sides_to_stacks(
-    statistics: Sequence[Any], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
-) -> dict[str, Any]:
+    statistics: Sequence[PyTree], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
+) -> dict[str, PyTree]:
     """Statistics of the leaves (with ``left``, ``right``, ``squares``), one entry a matrix, stacked as by `to_stacks`.
 
     A matrix that is a block gets the blocks on the diagonals that belong to its rows and columns.
     """
-    members: dict[str, list[Any]] = {}
+    members: dict[str, list[PyTree]] = {}
     for x, a, s in zip(leaves, axes, statistics, strict=True):
         *batch, m, n = canonical_shape(x.shape, a)
         N = math.prod(batch)
@@ -145,7 +146,7 @@ def sides_to_stacks(
     return {key: jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces) for key, pieces in members.items()}
 
 
-def _diagonal_blocks(A: Any, cut: Cut, grid: tuple[int, int, int], along: int) -> Any:
+def _diagonal_blocks(A: PyTree, cut: Cut, grid: tuple[int, int, int], along: int) -> PyTree:
     """The blocks of a cut on the diagonal of each ``A: (N, d, d)``, for every matrix of a grid of blocks; a side of low
     rank is whole.
     """
@@ -162,23 +163,23 @@ def from_stacks(
     like: list[Array],
     axes: list[MatrixAxes],
     block_size: int | None = None,
-    places: Sequence[Any] | None = None,
+    places: Sequence[int | Int[Array, ""]] | None = None,
 ) -> list[Array]:
     """The leaves again, shaped like ``like``: the inverse of `to_stacks`.
 
     ``places`` holds the numbers of the places in a stack, where the compiler is not to see them as constants.
     """
     places = range(max(map(len, stacks.values()), default=0)) if places is None else places
-    taken = dict.fromkeys(stacks, 0)
+    used = dict.fromkeys(stacks, 0)
     leaves = []
     for x, a in zip(like, axes, strict=True):
         pieces = []
         for shape in matrix_shapes(x.shape, a, block_size):
             key, count = stack_key(shape, jnp.promote_types(x.dtype, jnp.float32)), math.prod(shape[:-2])
-            place = places[taken[key]]
-            mine = jax.lax.dynamic_slice_in_dim(stacks[key], place, count, allow_negative_indices=False)
-            pieces.append(mine.reshape(shape))
-            taken[key] += count
+            place = places[used[key]]
+            own = jax.lax.dynamic_slice_in_dim(stacks[key], place, count, allow_negative_indices=False)
+            pieces.append(own.reshape(shape))
+            used[key] += count
         leaves.append(from_matrices(tuple(pieces), x.shape, a, block_size))
     return leaves
 
@@ -186,24 +187,24 @@ def from_stacks(
 # One function of one matrix, over a stack of them: as a loop in place, or as a batch.
 
 
-# One(overwritten, copied, read) -> (overwritten, copied), of one matrix.
-One = Callable[[Any, Any, Any], tuple[Any, Any]]
+# (overwritten, copied, read) -> (overwritten, copied), of one matrix.
+MatrixStep = Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
 def over_stack(
-    one: One,
-    overwritten: Any,
-    copied: Any,
-    read: Any,
+    step_one: MatrixStep,
+    overwritten: PyTree,
+    copied: PyTree,
+    read: PyTree,
     *,
     max_stack: int,
     grouped: bool = False,
-) -> tuple[Any, Any]:
-    """``one`` of every matrix of the stack: trees of arrays, each with the stack along its leading axis.
+) -> tuple[PyTree, PyTree]:
+    """``step_one`` of every matrix of the stack: trees of arrays, each with the stack along its leading axis.
 
     Args:
-      one: of a matrix: what is overwritten and what is copied, and what else it reads; gives the new ones of the two,
-        with the latter whatever else it makes.
+      step_one: of a matrix: what is overwritten and what is copied, and what else it reads; gives the new ones of the
+        two, with the latter whatever else it makes.
       overwritten: large arrays, which a loop writes in place.
       copied: the rest that changes. It goes from one stack to another: XLA fuses reading and writing it, and would copy
         a stack that is both, once for each of its members.
@@ -215,14 +216,14 @@ def over_stack(
     largest = max(jax.tree.leaves(everything), key=lambda x: x.size)
     N = len(largest)
     if not isinstance(largest, Tracer) or N == 1:
-        results = [one(*jax.tree.map(lambda x: x[i], everything)) for i in range(N)]  # noqa: B023
+        results = [step_one(*jax.tree.map(lambda x: x[i], everything)) for i in range(N)]  # noqa: B023
         return jax.tree.map(lambda *xs: jnp.stack(xs), *results)
 
-    def loop(at_once: int, *stacks: Any) -> tuple[Any, Any]:
+    def loop(at_once: int, *stacks: PyTree) -> tuple[PyTree, PyTree]:
         if at_once == 1:
-            return _in_place(one, *stacks)
+            return _in_place(step_one, *stacks)
         groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), stacks)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(jax.vmap(one), *groups))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(jax.vmap(step_one), *groups))
 
     def at_once(platform: Platform) -> int:
         if platform.numbers_at_once is None:
@@ -233,10 +234,10 @@ def over_stack(
     return by_platform(loop, at_once, *everything)
 
 
-def _in_place(one: One, overwritten: Any, copied: Any, read: Any) -> tuple[Any, Any]:
-    def body(carry: Any, member: Any) -> Any:
+def _in_place(step_one: MatrixStep, overwritten: PyTree, copied: PyTree, read: PyTree) -> tuple[PyTree, PyTree]:
+    def body(carry: PyTree, member: PyTree) -> PyTree:
         i, stacks = carry
-        new, results = one(member_of(stacks, i), member, member_of(read, i))
+        new, results = step_one(member_of(stacks, i), member, member_of(read, i))
         return (i + 1, put(stacks, i, new)), results
 
     length = len(jax.tree.leaves((overwritten, copied, read))[0])
@@ -244,14 +245,14 @@ def _in_place(one: One, overwritten: Any, copied: Any, read: Any) -> tuple[Any, 
     return overwritten, copied
 
 
-def member_of(stacks: Any, i: Int[Array, ""] | int) -> Any:
+def member_of(stacks: PyTree, i: Int[Array, ""] | int) -> PyTree:
     """Entry i of every array."""
     return jax.tree.map(
         lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False, allow_negative_indices=False), stacks
     )
 
 
-def put(stacks: Any, i: Int[Array, ""], new: Any) -> Any:
+def put(stacks: PyTree, i: Int[Array, ""], new: PyTree) -> PyTree:
     """The stacks with entry i of every array replaced."""
     return jax.tree.map(
         lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y.astype(x.dtype), i, 0, allow_negative_indices=False),
@@ -260,7 +261,7 @@ def put(stacks: Any, i: Int[Array, ""], new: Any) -> Any:
     )
 
 
-def repeat(count: Int[Array, ""], most: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+def repeat(count: Int[Array, ""], most: int, body: Callable[[Int[Array, ""], PyTree], PyTree], carry: PyTree) -> PyTree:
     """``body(i, carry)`` for i from 0 to ``count - 1``, a number that the program finds out, and ``most`` is the
     largest of: so that what it can cost is written there.
     """

@@ -3,24 +3,24 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
 
 from .._xla import sharding_of
-from .axes import LeafAxes, MatrixAxes
+from .axes import LeafAxes, MatrixAxes, Typed
 from .blocks import canonical_shape, from_matrices, matrix_shapes, stack_key, to_matrices
 
 
 class Layout(NamedTuple):
     """Where the matrices of a leaf live: how their rows and columns are spread over a mesh."""
 
-    mesh: Any
-    rows: Any
-    columns: Any
+    mesh: Mesh | AbstractMesh
+    rows: object  # of the mesh: an entry of a `PartitionSpec`
+    columns: object
 
     def of(self, kind: str, ndim: int) -> NamedSharding:
         """For a stacked ``ndim``-array of kind "matrix", "left" or "right"; a factor's rows are laid out like the side
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
         return NamedSharding(self.mesh, PartitionSpec(None, *sides) if ndim == 3 else PartitionSpec())
 
 
-def matrix_layout(x: Any, axes: MatrixAxes, whole: bool) -> Layout | None:
+def matrix_layout(x: Typed, axes: MatrixAxes, whole: bool) -> Layout | None:
     """The layout that leaf ``x`` implies for its matrices, None where nothing is known.
 
     A side that was cut into blocks (``whole=False``), or that merges axes of which another than the first is sharded,
@@ -41,7 +41,7 @@ def matrix_layout(x: Any, axes: MatrixAxes, whole: bool) -> Layout | None:
         return None
     spec = tuple(sharding.spec) + (None,) * (len(x.shape) - len(sharding.spec))
 
-    def merged(group: tuple[int, ...]) -> Any:
+    def merged(group: tuple[int, ...]) -> object:
         return spec[group[0]] if whole and all(spec[a] is None for a in group[1:]) else None
 
     return Layout(sharding.mesh, merged(axes.inputs), merged(axes.outputs))
@@ -51,12 +51,12 @@ class StackLayout(NamedTuple):
     """What a stack holds, and how the leaves that its matrices come from are laid out."""
 
     shape: tuple[int, int]
-    dtype: Any  # float32 at least
+    dtype: jnp.dtype  # float32 at least
     count: int
     layouts: set[Layout | None]
 
 
-def leaf_layouts(leaves: list[Any], axes: list[MatrixAxes], block_size: int | None) -> dict[str, StackLayout]:
+def leaf_layouts(leaves: Sequence[Typed], axes: Sequence[MatrixAxes], block_size: int | None) -> dict[str, StackLayout]:
     """Of each stack that the matrices of these leaves make."""
     stacks: dict[str, StackLayout] = {}
     for x, a in zip(leaves, axes, strict=True):
@@ -69,19 +69,19 @@ def leaf_layouts(leaves: list[Any], axes: list[MatrixAxes], block_size: int | No
     return stacks
 
 
-def place(state: Any, layouts: set[Layout | None]) -> Any:
+def place(state: PyTree, layouts: set[Layout | None]) -> PyTree:
     """The state of a stack, laid out over devices like the leaves it comes from, if these agree."""
     layout = next(iter(layouts)) if len(layouts) == 1 else None
     if layout is None:
         return state
 
-    def put(x: Any, kind: str) -> Any:
+    def put(x: PyTree, kind: str) -> PyTree:
         if isinstance(x, tuple):  # rows of a side that is too long for a matrix
             return jax.tree.map(lambda y: jax.device_put(y, layout.of(kind, 0)), x)
         packed = kind != "matrix" and x.shape[-1] != x.shape[-2]
         return jax.device_put(x, layout.of(kind, 0 if packed else x.ndim))
 
-    def sides(pair: Any) -> Any:
+    def sides(pair: PyTree) -> PyTree:
         """A matrix of each side, and whatever else there is."""
         if not pair:
             return pair
@@ -95,7 +95,7 @@ def place(state: Any, layouts: set[Layout | None]) -> Any:
     )
 
 
-def place_moments(state: Any, layouts: set[Layout | None]) -> Any:
+def place_moments(state: PyTree, layouts: set[Layout | None]) -> PyTree:
     """Stacks of matrices, and of what goes with them, laid out like the leaves they come from, if these agree."""
     layout = next(iter(layouts)) if len(layouts) == 1 else None
     if layout is None:
@@ -103,7 +103,7 @@ def place_moments(state: Any, layouts: set[Layout | None]) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, layout.of("matrix", x.ndim)), state)
 
 
-def share_out(state: Any, mesh_axis: str | None) -> Any:
+def share_out(state: PyTree, mesh_axis: str | None) -> PyTree:
     """The state of a stack as `spread` leaves it: every device holds its part, of a stack that is filled up until all
     parts are equal. As it is where no mesh with that axis is in scope.
     """
@@ -114,7 +114,7 @@ def share_out(state: Any, mesh_axis: str | None) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, PartitionSpec(mesh_axis)), filled)
 
 
-def spread(f: Callable[..., Any], mesh_axis: str, matrices: Any, *stacks: Any) -> Any:
+def spread(f: Callable[..., PyTree], mesh_axis: str, matrices: PyTree, *stacks: PyTree) -> PyTree:
     """``f(matrices, *stacks)`` with the leading axis of all arrays shared out over a mesh axis: every device does its
     part. Results are as long as ``matrices``, an array or several by name; the second, the state, is as long as it was,
     and what else there is has a part of every device.
@@ -136,7 +136,7 @@ def spread(f: Callable[..., Any], mesh_axis: str, matrices: Any, *stacks: Any) -
     return U, jax.tree.map(cut, state, stacks[0]), *rest
 
 
-def _filled(stacks: Any, devices: int) -> Any:
+def _filled(stacks: PyTree, devices: int) -> PyTree:
     """With zeros at the end of the leading axes, whose lengths the number of devices then divides."""
     return jax.tree.map(lambda x: jnp.pad(x, ((0, -len(x) % devices), *[(0, 0)] * (x.ndim - 1))), stacks)
 
@@ -171,7 +171,7 @@ class Layer(NamedTuple):
         bias = None if self.bias is None else places.index(self.bias)
         return self._replace(kernel=places.index(self.kernel), bias=bias)
 
-    def shape(self, leaves: Sequence[Any]) -> tuple[int, ...]:
+    def shape(self, leaves: Sequence[Typed]) -> tuple[int, ...]:
         """``(m, n)`` or ``(N, m, n)``, with the bias's row."""
         *batch, m, n = canonical_shape(leaves[self.kernel].shape, self.axes)
         return (*batch, m + (self.bias is not None), n)
@@ -181,11 +181,11 @@ def layers_of(leaves: list[LeafAxes], kinds: tuple[str, ...], with_bias: bool = 
     """The layers among ``leaves``: every matrix of these kinds, with the bias that no other of them has taken."""
     places = {leaf.path: i for i, leaf in enumerate(leaves)}
     matrices = [(i, leaf) for i, leaf in enumerate(leaves) if leaf.axes is not None and leaf.kind in kinds]
-    taken = {leaf.path for _, leaf in matrices}
+    used = {leaf.path for _, leaf in matrices}
     layers = []
     for i, leaf in matrices:
-        bias = leaf.bias if with_bias and leaf.bias not in taken else None
-        taken |= {bias} if bias else set()
+        bias = leaf.bias if with_bias and leaf.bias not in used else None
+        used |= {bias} if bias else set()
         assert leaf.axes is not None
         axes = dataclasses.replace(leaf.axes, bias=bias)
         layers.append(Layer(leaf.path, i, None if bias is None else places[bias], axes))
@@ -197,12 +197,12 @@ def matrix_axes(shape: tuple[int, ...]) -> MatrixAxes:
     return MatrixAxes(-2, -1, 0 if len(shape) == 3 else ()).resolve("layer", shape)
 
 
-def shapes(layers: list[Layer], leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+def shapes(layers: list[Layer], leaves: Sequence[Typed]) -> list[jax.ShapeDtypeStruct]:
     """What `join` gives of such leaves. The row of a bias leaves the rows of its matrix whole on every device."""
     return [_shape(layer, leaves) for layer in layers]
 
 
-def _shape(layer: Layer, leaves: Sequence[Any]) -> jax.ShapeDtypeStruct:
+def _shape(layer: Layer, leaves: Sequence[Typed]) -> jax.ShapeDtypeStruct:
     W, shape = leaves[layer.kernel], layer.shape(leaves)
     layout, sharding = matrix_layout(W, layer.axes, whole=True), None
     if layout is not None:
@@ -211,12 +211,12 @@ def _shape(layer: Layer, leaves: Sequence[Any]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, W.dtype, sharding=sharding)
 
 
-def join(layers: list[Layer], leaves: Sequence[Any]) -> list[Any]:
+def join(layers: list[Layer], leaves: Sequence[Array]) -> list[Array]:
     """One matrix ``(m, n)`` or stack of them ``(N, m, n)`` a layer, in the kernel's dtype."""
     return [_joined(layer, leaves) for layer in layers]
 
 
-def _joined(layer: Layer, leaves: Sequence[Any]) -> Any:
+def _joined(layer: Layer, leaves: Sequence[Array]) -> Array:
     (W,) = to_matrices(leaves[layer.kernel], layer.axes)
     if layer.bias is None:
         return W
@@ -224,7 +224,7 @@ def _joined(layer: Layer, leaves: Sequence[Any]) -> Any:
     return jnp.concatenate([W, b.astype(W.dtype).reshape(*W.shape[:-2], 1, W.shape[-1])], axis=-2)
 
 
-def split(layers: list[Layer], matrices: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+def split(layers: list[Layer], matrices: Sequence[Array], like: Sequence[Array]) -> list[Array]:
     """The leaves again, shaped like ``like``: the inverse of `join`, for leaves that all belong to layers."""
     leaves = list(like)
     for layer, X in zip(layers, matrices, strict=True):

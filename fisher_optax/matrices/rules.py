@@ -13,11 +13,12 @@ and to what is kept for each output.
 
 import collections
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from .axes import LeafAxes, MatrixAxes, made, path_names
 
@@ -52,7 +53,7 @@ class Leaf(NamedTuple):
         return LeafAxes("/".join(self.names), self.shape, self.dtype, axes, kind, reason)
 
 
-def no_matrix(leaf: Leaf, dtypes: Any = jnp.floating) -> LeafAxes | None:
+def no_matrix(leaf: Leaf, dtypes: DTypeLike = jnp.floating) -> LeafAxes | None:
     """The verdict on a leaf that is no matrix of these dtypes whatever its name, or None."""
     if not jnp.issubdtype(leaf.dtype, dtypes):
         return leaf.as_("other", None, f"{leaf.dtype}, not real floating point")
@@ -190,9 +191,7 @@ def _layer(leaf: Leaf, axes: MatrixAxes) -> str:
 # Which axes of each parameter are inputs, outputs and batch of a matrix: by rules, or as the user says.
 
 
-def resolve_axes(
-    params: Any, axes: Any | Callable[[Any], Any] | None = None, dtypes: Any = jnp.floating
-) -> list[LeafAxes]:
+def resolve_axes(params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.floating) -> list[LeafAxes]:
     """One ``LeafAxes`` per leaf of ``params``, in the order of ``jax.tree.leaves``.
 
     Args:
@@ -229,7 +228,7 @@ def _bias_path(leaf: LeafAxes, shapes: dict[str, tuple[int, ...]]) -> str | None
     return path if shapes.get(path) == shape else None
 
 
-def label_params(params: Any, axes: Any | Callable[[Any], Any] | None = None) -> Any:
+def label_params(params: PyTree, axes: PyTree = None) -> PyTree:
     """A tree like ``params`` that says what each leaf is, made for ``optax.partition``.
 
     ``"embedding"``: below a name with "embed", wte or wpe; ``"head"``: a matrix of head, lm_head, logits; ``"matrix"``:
@@ -242,19 +241,19 @@ def label_params(params: Any, axes: Any | Callable[[Any], Any] | None = None) ->
     return jax.tree.structure(params).unflatten([leaf.kind for leaf in resolve_axes(params, axes, jnp.inexact)])
 
 
-def _read_given(tree: Any, leaves: list[Leaf], dtypes: Any) -> list[LeafAxes]:
+def _read_given(tree: PyTree, leaves: list[Leaf], dtypes: DTypeLike) -> list[LeafAxes]:
     """The verdicts of a user's tree, matched by path."""
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
-    given = {path_names(path): value for path, value in flat}
-    for names, value in given.items():
+    entries = {path_names(path): value for path, value in flat}
+    for names, value in entries.items():
         if not isinstance(value, MatrixAxes | None):
             raise TypeError(f"axes= at {'/'.join(names)!r} is {value!r}; wanted fo.MatrixAxes or None (fallback).")
-    missing = ["/".join(leaf.names) for leaf in leaves if leaf.names not in given]
+    missing = ["/".join(leaf.names) for leaf in leaves if leaf.names not in entries]
     if missing:
         raise ValueError(
             f"axes= has no entry for {missing[0]!r} ({len(missing)} of {len(leaves)} leaves are missing; it has "
-            f"{', '.join(repr('/'.join(names)) for names in list(given)[:4]) or 'no entries'}). Give every leaf of the "
-            "parameters a fo.MatrixAxes, or None for the fallback, under the leaf's own path."
+            f"{', '.join(repr('/'.join(names)) for names in list(entries)[:4]) or 'no entries'}). Give every leaf of "
+            "the parameters a fo.MatrixAxes, or None for the fallback, under the leaf's own path."
         )
 
     def read(leaf: Leaf, axes: MatrixAxes | None) -> LeafAxes:
@@ -270,4 +269,4 @@ def _read_given(tree: Any, leaves: list[Leaf], dtypes: Any) -> list[LeafAxes]:
             "matrix" if axes else "other", axes, "user" if axes else "user: fallback"
         )
 
-    return [read(leaf, given[leaf.names]) for leaf in leaves]
+    return [read(leaf, entries[leaf.names]) for leaf in leaves]

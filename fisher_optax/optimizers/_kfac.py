@@ -2,9 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import in_range, one_of
 from ..capture.to_optimizer import layer_axes, on_layers
@@ -30,8 +30,8 @@ Build = Callable[[list[Layer]], Freezable]
 
 def captured(
     name: str,
-    curvature_decay: Any,
-    damping: Any,
+    curvature_decay: optax.ScalarOrSchedule,
+    damping: optax.ScalarOrSchedule,
     exponent: float,
     application: Application,
     precondition_frequency: int,
@@ -50,8 +50,8 @@ def captured(
     if options.decomposition == "inverse" and options.when == "adaptive":
         bases = ", ".join(repr(way) for way in ways if way != "inverse")
         raise ValueError(f"refresh='adaptive' needs an eigenbasis: decomposition must be {bases}; got 'inverse'.")
-    kept = storage_of(name, storage, STORAGE)
-    factors, decomposition = _parts(curvature_decay, damping, exponent, options.decomposition, kept.rank)
+    stored = storage_of(name, storage, STORAGE)
+    factors, decomposition = _parts(curvature_decay, damping, exponent, options.decomposition, stored.rank)
     return preconditioner(
         factors,
         decomposition,
@@ -59,11 +59,13 @@ def captured(
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
         refresh=dataclasses.replace(options, transport="squared", first_step="adam"),
-        storage=kept,
+        storage=stored,
     )
 
 
-def _parts(decay: Any, damping: Any, exponent: float, way: str | None, rank: int) -> tuple[FactorRule, Decomposition]:
+def _parts(
+    decay: optax.ScalarOrSchedule, damping: optax.ScalarOrSchedule, exponent: float, way: str | None, rank: int
+) -> tuple[FactorRule, Decomposition]:
     factors = kronecker(decay, rank=rank)
     if way == "inverse":
         root = cholesky_inverse() if exponent == -1 else inverse_root(exponent, ridge=0.0)
@@ -76,11 +78,11 @@ def direction_of(
     name: str,
     method: Preconditioner,
     *,
-    grafting: Any = None,
+    grafting: object = None,
     of_heads: ForHeads | None = None,
     squares: bool = False,
-    kl_clip: Any = None,
-    learning_rate: Any = 0.0,
+    kl_clip: optax.ScalarOrSchedule | None = None,
+    learning_rate: optax.ScalarOrSchedule = 0.0,
 ) -> Build:
     """The direction of a tree of layers: preconditioned, then grafted, then clipped.
 
@@ -91,11 +93,11 @@ def direction_of(
     """
     magnitude = None if grafting is None else magnitude_of(grafting)
 
-    def check(layer: Layer, given: Any, shape: tuple[int, ...]) -> None:
+    def check(layer: Layer, statistics: LayerFactors, shape: tuple[int, ...]) -> None:
         if of_heads and is_head(layer.path):
-            check_head(name, of_heads.fisher, layer, given, shape)
+            check_head(name, of_heads.fisher, layer, statistics, shape)
         else:
-            same_shapes(name, method.storage, squares, layer, given, shape)
+            same_shapes(name, method.storage, squares, layer, statistics, shape)
 
     def build(layers: list[Layer]) -> Freezable:
         axes = layer_axes(layers)
@@ -111,14 +113,19 @@ def direction_of(
             method=name,
             wants=LayerFactors,
             check=check,
-            check_shape=lambda *given: whole_sides(name, method.storage, *given) if squares else None,
+            check_shape=lambda layer, shape: whole_sides(name, method.storage, layer, shape) if squares else None,
         )
 
     return build
 
 
 def direction(
-    name: str, method: Preconditioner, build: Build, fallback: Any, axes: Any, of_heads: ForHeads | None = None
+    name: str,
+    method: Preconditioner,
+    build: Build,
+    fallback: optax.GradientTransformation | None,
+    axes: PyTree,
+    of_heads: ForHeads | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``build`` on layers, and ``fallback``, a direction, on the rest; by default Adam."""
     rest = optax.scale_by_adam() if fallback is None else fallback
@@ -130,12 +137,12 @@ def optimizer(
     name: str,
     method: Preconditioner,
     build: Build,
-    fallback: Any,
-    axes: Any,
+    fallback: optax.GradientTransformation | None,
+    axes: PyTree,
     *,
-    learning_rate: Any,
-    momentum: Any,
-    weight_decay: Any,
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
     of_heads: ForHeads | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -149,7 +156,12 @@ def optimizer(
     return direction(name, method, built, rest, axes, of_heads)
 
 
-def check_numbers(learning_rate: Any, momentum: Any, weight_decay: Any, kl_clip: Any) -> None:
+def check_numbers(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    kl_clip: optax.ScalarOrSchedule | None,
+) -> None:
     """A ValueError for what is out of range."""
     in_range("learning_rate", learning_rate, 0)
     in_range("momentum", momentum, 0, 1)
@@ -171,27 +183,26 @@ def whole_sides(method: str, storage: Store, layer: Layer, shape: tuple[int, ...
 
 
 def same_shapes(
-    method: str, storage: Store, squares: bool, layer: Layer, given: LayerFactors, shape: tuple[int, ...]
+    method: str, storage: Store, squares: bool, layer: Layer, statistics: LayerFactors, shape: tuple[int, ...]
 ) -> None:
     """A ValueError unless the statistics are of a matrix of that shape, each side kept as the optimizer keeps it."""
     *_, m, n = shape
-    if squares and given.squares is None:
+    if squares and statistics.squares is None:
         raise ValueError(
             f"fo.{method}: statistics of {layer.path!r} have no squares: use fo.KroneckerFactors(squares=True) and "
             "grad_fn(..., bases=fo.eigenbases(opt_state, params))."
         )
-    if isinstance(given.right, Logits):
+    if isinstance(statistics.right, Logits):
         raise ValueError(
             f"fo.{method}: the right statistics of {layer.path!r} are logits, which fo.kfac(head=...) takes of a layer "
             "called head, lm_head or logits: call it so and pass head=, or leave head_rows= out of fo.KroneckerFactors."
         )
     for name, side, d, whole in zip(
-        ("left", "right"), (given.left, given.right), (m, n), storage.wanted(m, n), strict=True
+        ("left", "right"), (statistics.left, statistics.right), (m, n), storage.wanted(m, n), strict=True
     ):
-        have = (
-            "nothing" if side is None else f"{side.rows.shape} rows" if isinstance(side, LowRank) else f"{side.shape}"
-        )
-        fits = isinstance(side, LowRank) if not whole else getattr(side, "shape", ())[-2:] == (d, d)
+        size = getattr(side, "shape", ())
+        have = "nothing" if side is None else f"{side.rows.shape} rows" if isinstance(side, LowRank) else f"{size}"
+        fits = isinstance(side, LowRank) if not whole else size[-2:] == (d, d)
         if not fits:
             wanted = f"a {d} x {d} matrix" if whole else f"rows of a side longer than {storage.max_dim}"
             raise ValueError(

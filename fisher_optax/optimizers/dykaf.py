@@ -1,8 +1,7 @@
 """DyKAF: SOAP whose factors follow the nearest Kronecker product of the Fisher."""
 
-from typing import Any
-
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import injectable, one_of
 from ..preconditioner.applications import adam, in_eigenbasis, rank1_adam
@@ -22,20 +21,20 @@ VARIANTS = {
 
 @injectable
 def scale_by_dykaf(
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
+    b1: optax.ScalarOrSchedule = 0.95,
+    b2: optax.ScalarOrSchedule = 0.95,
+    eps: optax.ScalarOrSchedule = 1e-8,
     *,
     init: str = "dominant",
     variant: str = "inputs_first",
     rank1_second_moment: bool = False,
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `dykaf`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2, eps)``.
@@ -52,22 +51,22 @@ def scale_by_dykaf(
 @injectable
 def dykaf(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.01,
+    b1: optax.ScalarOrSchedule = 0.95,
+    b2: optax.ScalarOrSchedule = 0.95,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     *,
     init: str = "dominant",
     variant: str = "inputs_first",
     rank1_second_moment: bool = False,
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """DyKAF: SOAP's step in the eigenbases of L and R, where ``L ⊗ R`` follows ``F ← βs F + (1-βs) g gᵀ``, g = vec G.
 
@@ -114,13 +113,13 @@ def dykaf(
 
 
 def _preconditioner(
-    b1: Any,
-    b2: Any,
-    eps: Any,
+    b1: optax.ScalarOrSchedule,
+    b2: optax.ScalarOrSchedule,
+    eps: optax.ScalarOrSchedule,
     init: str,
     variant: str,
     rank1: bool,
-    shampoo_beta: Any,
+    shampoo_beta: optax.ScalarOrSchedule | None,
     precondition_frequency: int,
     max_precond_dim: int,
     refresh: Refresh | str,

@@ -1,8 +1,7 @@
 """EKFAC: K-FAC with the Fisher's own diagonal in the eigenbasis."""
 
-from typing import Any
-
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import injectable
 from ..preconditioner.applications import eigenvalue_corrected
@@ -15,17 +14,17 @@ WAYS = ("auto", "eigh", "qr", "cholesky")
 
 @injectable
 def scale_by_ekfac(
-    curvature_decay: Any = 0.95,
-    damping: Any = 1e-3,
+    curvature_decay: optax.ScalarOrSchedule = 0.95,
+    damping: optax.ScalarOrSchedule = 1e-3,
     *,
     exponent: float = -1.0,
-    grafting: Any = None,
+    grafting: object = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 4096,
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `ekfac`, without clipping, momentum, rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam()``.
@@ -44,21 +43,21 @@ def scale_by_ekfac(
 @injectable
 def ekfac(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Any = 0.9,
-    curvature_decay: Any = 0.95,
-    damping: Any = 1e-3,
-    weight_decay: Any = 0.0,
+    momentum: optax.ScalarOrSchedule = 0.9,
+    curvature_decay: optax.ScalarOrSchedule = 0.95,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
     exponent: float = -1.0,
-    grafting: Any = None,
-    kl_clip: Any = None,
+    grafting: object = None,
+    kl_clip: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 4096,
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """EKFAC: K-FAC with S, the moving average of the squares of each example's gradient in the eigenbasis, in the place
     of ``λ_A λ_Bᵀ``; it is carried over as squares when the basis turns.

@@ -1,10 +1,12 @@
 """FROG and K-FROG: natural gradients by a few steps of conjugate gradients on this step's sampled examples."""
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._arguments import in_range, injectable, value_at
 from ..capture.to_optimizer import HOW, KINDS, on_layers
@@ -37,13 +39,13 @@ class FrogState(NamedTuple):
 
 @injectable
 def scale_by_frog(
-    momentum: Any = 0.9,
-    damping: Any = 1e-4,
+    momentum: optax.ScalarOrSchedule = 0.9,
+    damping: optax.ScalarOrSchedule = 1e-4,
     iterations: int = 4,
     *,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
-    momentum_dtype: Any = None,
+    axes: PyTree = None,
+    momentum_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `frog`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam()``.
@@ -58,13 +60,13 @@ def scale_by_frog(
 
 @injectable
 def scale_by_kfrog(
-    momentum: Any = 0.9,
-    damping: Any = 1e-4,
+    momentum: optax.ScalarOrSchedule = 0.9,
+    damping: optax.ScalarOrSchedule = 1e-4,
     iterations: int = 4,
     *,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
-    momentum_dtype: Any = None,
+    axes: PyTree = None,
+    momentum_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `kfrog`, as `scale_by_frog` is that of `frog`.
 
@@ -79,15 +81,15 @@ def scale_by_kfrog(
 @injectable
 def frog(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Any = 0.9,
-    damping: Any = 1e-4,
+    momentum: optax.ScalarOrSchedule = 0.9,
+    damping: optax.ScalarOrSchedule = 1e-4,
     iterations: int = 4,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
-    momentum_dtype: Any = None,
+    axes: PyTree = None,
+    momentum_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """FROG: natural gradients by a few steps of conjugate gradients on this step's sampled examples.
 
@@ -135,15 +137,15 @@ def frog(
 @injectable
 def kfrog(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Any = 0.9,
-    damping: Any = 1e-4,
+    momentum: optax.ScalarOrSchedule = 0.9,
+    damping: optax.ScalarOrSchedule = 1e-4,
     iterations: int = 4,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
-    momentum_dtype: Any = None,
+    axes: PyTree = None,
+    momentum_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FROG, FROG's forerunner: cheaper, since one Fisher of the inputs serves all outputs.
 
@@ -170,7 +172,7 @@ def kfrog(
 
 
 def _scale_by(
-    method: str, direction: Freezable, fallback: optax.GradientTransformation | None, axes: Any
+    method: str, direction: Freezable, fallback: optax.GradientTransformation | None, axes: PyTree
 ) -> optax.GradientTransformationExtraArgs:
     def build(layers: list[Layer]) -> Freezable:
         return _on_samples(direction, method, layers)
@@ -182,11 +184,11 @@ def _scale_by(
 def _complete(
     method: str,
     direction: Freezable,
-    learning_rate: Any,
-    weight_decay: Any,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
     fallback: optax.GradientTransformation | None,
-    axes: Any,
+    axes: PyTree,
 ) -> optax.GradientTransformationExtraArgs:
     in_range("learning_rate", learning_rate, 0)
     in_range("weight_decay", weight_decay, 0)
@@ -200,13 +202,19 @@ def _complete(
 
 
 def _on_samples(direction: Freezable, method: str, layers: list[Layer]) -> Freezable:
-    def check(layer: Layer, samples: Any, shape: tuple[int, ...]) -> None:
+    def check(layer: Layer, samples: Samples, shape: tuple[int, ...]) -> None:
         check_samples(layer.path, samples, shape, bias=layer.bias is not None)
 
     return on_layers(direction, layers, method=method, wants=Samples, check=check)
 
 
-def _direction(method: str, momentum: Any, damping: Any, iterations: int, momentum_dtype: Any) -> Freezable:
+def _direction(
+    method: str,
+    momentum: optax.ScalarOrSchedule,
+    damping: optax.ScalarOrSchedule,
+    iterations: int,
+    momentum_dtype: DTypeLike | None,
+) -> Freezable:
     """Z of lists of matrices and their samples."""
     in_range("momentum", momentum, 0, 1)
     in_range("damping", damping, 0)
@@ -216,14 +224,19 @@ def _direction(method: str, momentum: Any, damping: Any, iterations: int, moment
         raise ValueError(f"iterations must be a number of steps, 1 or more; got {iterations!r}.")
     average = weighted_mean(momentum, momentum_dtype)
 
-    def init(params: Any) -> FrogState:
+    def init(params: PyTree) -> FrogState:
         return FrogState(jnp.zeros([], jnp.int32), cast(MomentumState, average.init(params)))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        accept: Bool[Array, ""] | None = None,
+        statistics: Sequence[Samples] | None = None,
+        **extra: PyTree,
     ) -> tuple[list[Array], FrogState]:
-        del params
-        statistics: list[Samples] | None = extra["statistics"]
+        del params, extra
         if statistics is None and updates:
             raise ValueError(
                 f"fo.{method} keeps no curvature between steps, so that statistics=None leaves it none: {SOURCE}."

@@ -1,8 +1,7 @@
 """K-FAC: natural gradient with one Kronecker product a layer, of statistics that capture takes in the backward pass."""
 
-from typing import Any
-
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import injectable
 from ..preconditioner.applications import damped
@@ -16,18 +15,18 @@ WAYS = ("auto", "eigh", "qr", "cholesky", "inverse")
 
 @injectable
 def scale_by_kfac(
-    curvature_decay: Any = 0.95,
-    damping: Any = 1e-3,
+    curvature_decay: optax.ScalarOrSchedule = 0.95,
+    damping: optax.ScalarOrSchedule = 1e-3,
     *,
     exponent: float = -1.0,
-    grafting: Any = None,
+    grafting: object = None,
     head: str | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 4096,
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction D or U of `kfac`, without clipping, momentum, rate and decay; ``fallback`` is a direction too,
     default ``optax.scale_by_adam()``.
@@ -48,14 +47,14 @@ def scale_by_kfac(
 @injectable
 def kfac(
     learning_rate: optax.ScalarOrSchedule,
-    momentum: Any = 0.9,
-    curvature_decay: Any = 0.95,
-    damping: Any = 1e-3,
-    weight_decay: Any = 0.0,
+    momentum: optax.ScalarOrSchedule = 0.9,
+    curvature_decay: optax.ScalarOrSchedule = 0.95,
+    damping: optax.ScalarOrSchedule = 1e-3,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
     exponent: float = -1.0,
-    grafting: Any = None,
-    kl_clip: Any = None,
+    grafting: object = None,
+    kl_clip: optax.ScalarOrSchedule | None = None,
     head: str | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 4096,
@@ -63,7 +62,7 @@ def kfac(
     storage: Storage | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC: natural gradient with one Kronecker product a layer.
 

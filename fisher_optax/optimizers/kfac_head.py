@@ -11,13 +11,15 @@ B is V x V for V words and never formed: it is kept as a few tokens of a moving 
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import jax.scipy as jsp
-from jaxtyping import Array, Float, Int
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arguments import value_at
 from .._xla import select
@@ -32,13 +34,16 @@ from ..transforms.skip_nonfinite import Freezable
 FISHERS = ("true", "empirical")
 
 
+Head = SoftmaxHead | EmpiricalHead
+
+
 class HeadState(NamedTuple):
     """State of `scale_by_head` for one matrix."""
 
     count: Int[Array, ""]
     weight: Float[Array, ""]  # of the moving averages
     left: Float[Array, "m m"]
-    right: Any  # SoftmaxHead or EmpiricalHead, of ``rows`` rows
+    right: Head  # of ``rows`` rows
 
 
 class ForHeads(NamedTuple):
@@ -49,7 +54,12 @@ class ForHeads(NamedTuple):
 
 
 def for_heads(
-    head: str | None, grafting: Any, exponent: float, curvature_decay: Any, damping: Any, rank: int
+    head: str | None,
+    grafting: object,
+    exponent: float,
+    curvature_decay: optax.ScalarOrSchedule,
+    damping: optax.ScalarOrSchedule,
+    rank: int,
 ) -> ForHeads | None:
     """Of K-FAC's arguments; None: heads get what all layers get.
 
@@ -84,17 +94,25 @@ def is_head(path: str) -> bool:
     return not HEADS.isdisjoint(path.split("/")[-2:])
 
 
-def scale_by_head(fisher: str, decay: Any, damping: Any, rows: int) -> Freezable:
+def scale_by_head(fisher: str, decay: optax.ScalarOrSchedule, damping: optax.ScalarOrSchedule, rows: int) -> Freezable:
     """U for a list of matrices ``(m, V)``, with ``statistics=[LayerFactors, ...]`` whose right sides are `Logits`."""
 
-    def init(params: Any) -> list[HeadState]:
+    def init(params: PyTree) -> PyTree:
         return [_start(fisher, W.shape[0], W.shape[1], rows) for W in params]
 
-    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> Any:
-        del params
-        new, statistics = state, extra["statistics"]
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        accept: Bool[Array, ""] | None = None,
+        statistics: Sequence[LayerFactors] | None = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, PyTree]:
+        del params, extra
+        new = state
         if statistics is not None:
-            new = [_seen(s, x, value_at(decay, s.count), rows) for s, x in zip(state, statistics, strict=True)]
+            new = [_followed(s, x, value_at(decay, s.count), rows) for s, x in zip(state, statistics, strict=True)]
         out = [_solved(G, s, value_at(damping, s.count)) for G, s in zip(updates, new, strict=True)]
         return out, select(accept, [s._replace(count=s.count + 1) for s in new], state)
 
@@ -104,15 +122,16 @@ def scale_by_head(fisher: str, decay: Any, damping: Any, rows: int) -> Freezable
 def _start(fisher: str, m: int, V: int, rows: int) -> HeadState:
     total, none = jnp.zeros([]), jnp.zeros((rows, V))
     if fisher == "empirical":
-        right: Any = EmpiricalHead(none, total)
+        right: Head = EmpiricalHead(none, total)
     else:
         right = SoftmaxHead(jnp.zeros(V), none, jnp.zeros(rows), total, False)
     return HeadState(jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.zeros((m, m)), right)
 
 
-def _seen(state: HeadState, seen: LayerFactors, decay: Any, rows: int) -> HeadState:
+def _followed(state: HeadState, statistics: LayerFactors, decay: ArrayLike, rows: int) -> HeadState:
     β = jnp.where(state.weight > 0, decay, 0.0)
-    z, y, w = seen.right
+    left: Any = statistics.left
+    z, y, w = cast(Logits, statistics.right)
     if isinstance(state.right, SoftmaxHead):
         new = SoftmaxHead.from_logits(z, w)
     elif y.ndim == 2:
@@ -121,11 +140,11 @@ def _seen(state: HeadState, seen: LayerFactors, decay: Any, rows: int) -> HeadSt
         new = EmpiricalHead.from_logits(z, y, w)
     old = _weighing(state.right, β * state.right.total)
     right = old.merge(_weighing(new, jnp.where(new.total > 0, 1 - β, 0)), rows)
-    left = β * state.left + (1 - β) * seen.left.astype(state.left.dtype)
+    left = β * state.left + (1 - β) * left.astype(state.left.dtype)
     return HeadState(state.count, β * state.weight + (1 - β), left, right)
 
 
-def _weighing(head: Any, total: Any) -> Any:
+def _weighing(head: Any, total: ArrayLike) -> Any:
     """The same head with another total weight."""
     total = jnp.asarray(total, head.total.dtype)
     if isinstance(head, EmpiricalHead):
@@ -134,7 +153,7 @@ def _weighing(head: Any, total: Any) -> Any:
     return dataclasses.replace(head, weights=scale * head.weights, total=total)
 
 
-def _solved(G: Float[Array, "m V"], state: HeadState, damping: Any) -> Float[Array, "m V"]:
+def _solved(G: Float[Array, "m V"], state: HeadState, damping: ArrayLike) -> Float[Array, "m V"]:
     """``(A + π sqrt(λ) I)⁻¹ G (B + sqrt(λ)/π I)⁻¹``."""
     λ, X = jnp.asarray(damping, jnp.float32), G.astype(jnp.float32)
     A = state.left / jnp.where(state.weight > 0, state.weight, 1)
@@ -153,15 +172,20 @@ def _trace(head: Any) -> Array:
     return jnp.sum(share[:, None] * head.rows * (1 - head.rows))
 
 
-def check_head(method: str, fisher: str, layer: Layer, given: LayerFactors, shape: tuple[int, ...]) -> None:
+def check_head(method: str, fisher: str, layer: Layer, statistics: LayerFactors, shape: tuple[int, ...]) -> None:
     """A ValueError unless the statistics are those of a head of that shape."""
     *batch, m, V = shape
-    fits = isinstance(given.right, Logits) and given.right.logits.shape[-1] == V
-    if batch or not fits or jnp.shape(given.left) != (m, m):
-        have = f"logits {given.right.logits.shape}" if isinstance(given.right, Logits) else type(given.right).__name__
+    left: Any = statistics.left
+    fits = isinstance(statistics.right, Logits) and statistics.right.logits.shape[-1] == V
+    if batch or not fits or jnp.shape(left) != (m, m):
+        have = (
+            f"logits {statistics.right.logits.shape}"
+            if isinstance(statistics.right, Logits)
+            else type(statistics.right).__name__
+        )
         raise ValueError(
             f"fo.{method}: head={fisher!r} and {layer.path!r} of shape {shape} want a {m} x {m} left side and the "
-            f"logits of {V} words; got left {jnp.shape(given.left)} and {have}. Take the statistics by "
+            f"logits of {V} words; got left {jnp.shape(left)} and {have}. Take the statistics by "
             "fo.KroneckerFactors(head_rows=256), with a loss by fo.losses.softmax_cross_entropy."
         )
 
@@ -169,21 +193,27 @@ def check_head(method: str, fisher: str, layer: Layer, given: LayerFactors, shap
 def apart(heads: list[int], of_heads: Freezable, others: Freezable) -> Freezable:
     """One transformation on the matrices of these numbers in a list, another on the rest."""
 
-    def parts(tree: Any) -> tuple[Any, Any]:
+    def parts(tree: PyTree) -> tuple[PyTree, PyTree]:
         if tree is None:
             return None, None
         return [x for i, x in enumerate(tree) if i in heads], [x for i, x in enumerate(tree) if i not in heads]
 
-    def init(params: Any) -> tuple[Any, Any]:
-        mine, rest = parts(params)
-        return of_heads.init(mine), others.init(rest)
+    def init(params: PyTree) -> tuple[PyTree, PyTree]:
+        at_heads, rest = parts(params)
+        return of_heads.init(at_heads), others.init(rest)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        seen = parts(extra.pop("statistics"))
-        given = zip((of_heads, others), parts(updates), state, parts(params), seen, strict=True)
-        done: Any = [tx.update(G, s, W, statistics=x, **extra) for tx, G, s, W, x in given]
-        (mine, mine_state), (rest, rest_state) = done
-        left = (iter(rest), iter(mine))
-        return [next(left[i in heads]) for i in range(len(updates))], (mine_state, rest_state)
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        statistics: Sequence[LayerFactors] | None = None,
+        **extra: PyTree,
+    ) -> tuple[list[Array], tuple[PyTree, PyTree]]:
+        both = zip((of_heads, others), parts(updates), state, parts(params), parts(statistics), strict=True)
+        results: Any = [tx.update(G, s, W, statistics=x, **extra) for tx, G, s, W, x in both]
+        (at_heads, head_state), (rest, rest_state) = results
+        remaining = (iter(rest), iter(at_heads))
+        return [next(remaining[i in heads]) for i in range(len(updates))], (head_state, rest_state)
 
     return Freezable(init, update)

@@ -1,9 +1,9 @@
 """KFAC-SOAP: Adam in the eigenbases of K-FAC's factors instead of Shampoo's."""
 
 from collections.abc import Callable
-from typing import Any
 
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import injectable
 from ..capture.to_optimizer import layer_axes, on_layers
@@ -22,11 +22,11 @@ from .soap import adam_in_bases, decay_of
 
 @injectable
 def scale_by_kfac_soap(
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
+    b1: optax.ScalarOrSchedule = 0.95,
+    b2: optax.ScalarOrSchedule = 0.95,
+    eps: optax.ScalarOrSchedule = 1e-8,
     *,
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     bias_correction: bool = True,
@@ -34,7 +34,7 @@ def scale_by_kfac_soap(
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `kfac_soap`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2, eps)``.
@@ -70,12 +70,12 @@ def scale_by_kfac_soap(
 @injectable
 def kfac_soap(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.01,
+    b1: optax.ScalarOrSchedule = 0.95,
+    b2: optax.ScalarOrSchedule = 0.95,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     *,
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     bias_correction: bool = True,
@@ -84,7 +84,7 @@ def kfac_soap(
     storage: Storage | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """KFAC-SOAP: Adam in the eigenbases of K-FAC's factors instead of Shampoo's.
 
@@ -142,8 +142,8 @@ def kfac_soap(
 
 
 def _on_layers(method: Preconditioner) -> Callable[[list[Layer]], Freezable]:
-    def fits(*given: Any) -> None:
-        same_shapes("kfac_soap", method.storage, False, *given)
+    def fits(layer: Layer, statistics: LayerFactors, shape: tuple[int, ...]) -> None:
+        same_shapes("kfac_soap", method.storage, False, layer, statistics, shape)
 
     def build(layers: list[Layer]) -> Freezable:
         inner = method.on_matrices(layer_axes(layers))

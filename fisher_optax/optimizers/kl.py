@@ -1,8 +1,7 @@
 """KL-Shampoo and KL-SOAP: preconditioners in the eigenbases of the factors nearest in Kullback-Leibler divergence."""
 
-from typing import Any
-
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import injectable
 from ..preconditioner.applications import inverse_root_of_eigenvalues
@@ -16,12 +15,12 @@ from .soap import STORAGE, adam_in_bases, check_moments, decay_of, in_bases_of
 
 @injectable
 def scale_by_kl_soap(
-    b1: Any = 0.9,
-    b2: Any = 0.98,
-    eps: Any = 1e-8,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.98,
+    eps: optax.ScalarOrSchedule = 1e-8,
     *,
     init: str = "gradient",
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     bias_correction: bool = True,
@@ -29,7 +28,7 @@ def scale_by_kl_soap(
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `kl_soap`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2, eps)``.
@@ -57,13 +56,13 @@ def scale_by_kl_soap(
 @injectable
 def kl_soap(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.98,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.01,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.98,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     *,
     init: str = "gradient",
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     bias_correction: bool = True,
@@ -72,7 +71,7 @@ def kl_soap(
     storage: Storage | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """KL-SOAP: SOAP's step in the eigenbases of the factors nearest in Kullback-Leibler divergence.
 
@@ -123,19 +122,19 @@ def kl_soap(
 
 @injectable
 def scale_by_kl_shampoo(
-    b1: Any = 0.9,
-    b2: Any = 0.98,
-    eps: Any = 1e-8,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.98,
+    eps: optax.ScalarOrSchedule = 1e-8,
     *,
     init: str = "gradient",
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     bias_correction: bool = True,
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `kl_shampoo`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2, eps)``.
@@ -152,13 +151,13 @@ def scale_by_kl_shampoo(
 @injectable
 def kl_shampoo(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
-    b1: Any = 0.9,
-    b2: Any = 0.98,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.01,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.98,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     *,
     init: str = "gradient",
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     bias_correction: bool = True,
@@ -166,7 +165,7 @@ def kl_shampoo(
     storage: Storage | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """KL-Shampoo: the root of the factors nearest in Kullback-Leibler divergence, in the basis of the last refresh.
 
@@ -208,11 +207,11 @@ def kl_shampoo(
 
 
 def _kl_shampoo(
-    b1: Any,
-    b2: Any,
-    eps: Any,
+    b1: optax.ScalarOrSchedule,
+    b2: optax.ScalarOrSchedule,
+    eps: optax.ScalarOrSchedule,
     init: str,
-    shampoo_beta: Any,
+    shampoo_beta: optax.ScalarOrSchedule | None,
     bias_correction: bool,
     precondition_frequency: int,
     max_precond_dim: int,

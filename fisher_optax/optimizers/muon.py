@@ -1,9 +1,11 @@
 """Muon: momentum, orthogonalised."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from .._arguments import in_range, injectable, whole
 from ..matrices.axes import MatrixAxes
@@ -20,18 +22,18 @@ DTYPES = jnp.inexact  # of the matrices that `axes` may name: a complex one has 
 
 @injectable
 def scale_by_muon(
-    beta: Any = 0.95,
+    beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
     *,
     scale: str | float = "match_rms_adamw",
-    polynomial: Any = None,
-    momentum_dtype: Any = None,
+    polynomial: Sequence[Sequence[float]] | None = None,
+    momentum_dtype: DTypeLike | None = None,
     method: str = "auto",
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_stack: int = 256,
     mesh_axis: str | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `muon`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam()``.
@@ -54,18 +56,18 @@ def scale_by_muon(
 @injectable
 def muon(
     learning_rate: optax.ScalarOrSchedule,
-    beta: Any = 0.95,
+    beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
-    weight_decay: Any = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
     scale: str | float = "match_rms_adamw",
-    polynomial: Any = None,
+    polynomial: Sequence[Sequence[float]] | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
-    momentum_dtype: Any = None,
+    axes: PyTree = None,
+    momentum_dtype: DTypeLike | None = None,
     method: str = "auto",
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     max_stack: int = 256,
     mesh_axis: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -122,7 +124,12 @@ def muon(
 
 
 def _orthogonalized(
-    scale: Any, polynomial: Any, method: str, dtype: Any, max_stack: int, mesh_axis: str | None
+    scale: str | float,
+    polynomial: Sequence[Sequence[float]] | None,
+    method: str,
+    dtype: DTypeLike | None,
+    max_stack: int,
+    mesh_axis: str | None,
 ) -> Build:
     """The polar factor of every matrix, of their axes."""
     whole("max_stack", max_stack, 1)
@@ -130,7 +137,9 @@ def _orthogonalized(
     return lambda matrices: per_matrix(tx, matrices, max_stack=max_stack, mesh_axis=mesh_axis)
 
 
-def _on_matrices(build: Build, fallback: optax.GradientTransformation, axes: Any) -> Any:
+def _on_matrices(
+    build: Build, fallback: optax.GradientTransformation, axes: PyTree
+) -> optax.GradientTransformationExtraArgs:
     # An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares.
     return skip_nonfinite(
         with_fallback("muon", build, fallback, axes=axes, kinds=KINDS, describe=describe_matrices, dtypes=DTYPES),

@@ -1,11 +1,12 @@
 """Shampoo: a negative power of the gradients' row and column covariances on each side."""
 
 import dataclasses
-from typing import Any
 
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import in_range, injectable, one_of, whole
+from ..matrices.axes import MatrixAxes
 from ..preconditioner.applications import power
 from ..preconditioner.contracts import Refresh, Storage, refresh_of, storage_of
 from ..preconditioner.decompositions import inverse_root
@@ -28,12 +29,12 @@ BLOCK_SIZE = 1024
 
 @injectable
 def scale_by_shampoo(
-    b1: Any = 0.9,
-    b2: Any = 0.99,
-    eps: Any = 1e-6,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.99,
+    eps: optax.ScalarOrSchedule = 1e-6,
     *,
     exponent: float = -0.25,
-    grafting: Any = "adam",
+    grafting: object = "adam",
     accumulate: str = "mean",
     precondition_frequency: int = 10,
     start_preconditioning_step: int | None = None,
@@ -41,7 +42,7 @@ def scale_by_shampoo(
     refresh: Refresh | str = "every",
     storage: Storage | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `shampoo`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2)``.
@@ -60,13 +61,13 @@ def scale_by_shampoo(
 @injectable
 def shampoo(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Any = 0.9,
-    b2: Any = 0.99,
-    eps: Any = 1e-6,
-    weight_decay: Any = 0.0,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.99,
+    eps: optax.ScalarOrSchedule = 1e-6,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     *,
     exponent: float = -0.25,
-    grafting: Any = "adam",
+    grafting: object = "adam",
     accumulate: str = "mean",
     precondition_frequency: int = 10,
     start_preconditioning_step: int | None = None,
@@ -75,7 +76,7 @@ def shampoo(
     storage: Storage | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Shampoo: a negative power of the gradients' row and column covariances on each side.
 
@@ -132,16 +133,16 @@ def shampoo(
     after = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
     rest = optax.chain(_adam(b1, b2), after) if fallback is None else fallback
 
-    def build(leaf_axes: list[Any]) -> Freezable:
+    def build(leaf_axes: list[MatrixAxes]) -> Freezable:
         return chain(grafted(leaf_axes), after)
 
     return skip_nonfinite(with_fallback("shampoo", build, rest, axes=axes, kinds=KINDS, describe=method.describe))
 
 
 def _preconditioner(
-    b1: Any,
-    b2: Any,
-    eps: Any,
+    b1: optax.ScalarOrSchedule,
+    b2: optax.ScalarOrSchedule,
+    eps: optax.ScalarOrSchedule,
     exponent: float,
     accumulate: str,
     precondition_frequency: int,
@@ -164,20 +165,22 @@ def _preconditioner(
         raise ValueError(
             "refresh must be 'every' or 'staggered'; 'adaptive' measures an eigenbasis, Shampoo has roots."
         )
-    kept = storage_of("shampoo", storage, (*FACTORS, "momentum_dtype"))
-    kept = kept if kept.block_size is not None else dataclasses.replace(kept, block_size=BLOCK_SIZE)
+    storage = storage_of("shampoo", storage, (*FACTORS, "momentum_dtype"))
+    storage = storage if storage.block_size is not None else dataclasses.replace(storage, block_size=BLOCK_SIZE)
     return preconditioner(
         outer_product(b2, **ACCUMULATE[accumulate]),
         inverse_root(exponent, method=options.decomposition or "auto", ridge=eps),
-        power(b1, twice_alone=exponent >= -0.25, mu_dtype=kept.momentum_dtype),
+        power(b1, twice_alone=exponent >= -0.25, mu_dtype=storage.momentum_dtype),
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
         refresh=options,
-        storage=kept,
+        storage=storage,
     )
 
 
-def _grafted(method: Preconditioner, b1: Any, b2: Any, grafting: Any, start: int | None) -> Build:
+def _grafted(
+    method: Preconditioner, b1: optax.ScalarOrSchedule, b2: optax.ScalarOrSchedule, grafting: object, start: int | None
+) -> Build:
     """``method`` with the size of another optimizer's step, and that optimizer's step before ``start``."""
     start = method.policy.frequency if start is None else start
     whole("start_preconditioning_step", start, 0)
@@ -188,7 +191,7 @@ def _grafted(method: Preconditioner, b1: Any, b2: Any, grafting: Any, start: int
     else:
         magnitude = magnitude_of(grafting)
 
-    def build(leaf_axes: list[Any]) -> Freezable:
+    def build(leaf_axes: list[MatrixAxes]) -> Freezable:
         direction = method.on_matrices(leaf_axes)
         if grafting is None and start <= 1:
             return direction
@@ -197,5 +200,5 @@ def _grafted(method: Preconditioner, b1: Any, b2: Any, grafting: Any, start: int
     return build
 
 
-def _adam(b1: Any, b2: Any) -> Freezable:
+def _adam(b1: optax.ScalarOrSchedule, b2: optax.ScalarOrSchedule) -> Freezable:
     return scheduled(optax.scale_by_adam, b1=b1, b2=b2)

@@ -1,8 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
-from typing import Any
-
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import in_range, injectable, one_of
 from ..preconditioner.applications import adam, in_eigenbasis
@@ -29,11 +28,11 @@ STORAGE = (*FACTORS, "momentum_dtype")
 
 @injectable
 def scale_by_soap(
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
+    b1: optax.ScalarOrSchedule = 0.95,
+    b2: optax.ScalarOrSchedule = 0.95,
+    eps: optax.ScalarOrSchedule = 1e-8,
     *,
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     bias_correction: bool = True,
@@ -42,7 +41,7 @@ def scale_by_soap(
     storage: Storage | None = None,
     products: Products | None = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `soap`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2, eps)``.
@@ -75,12 +74,12 @@ def scale_by_soap(
 @injectable
 def soap(
     learning_rate: optax.ScalarOrSchedule = 3e-3,
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
-    weight_decay: Any = 0.01,
+    b1: optax.ScalarOrSchedule = 0.95,
+    b2: optax.ScalarOrSchedule = 0.95,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.01,
     *,
-    shampoo_beta: Any = None,
+    shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
     max_precond_dim: int = 10_000,
     bias_correction: bool = True,
@@ -90,7 +89,7 @@ def soap(
     products: Products | None = None,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP: Adam in the eigenbasis of Shampoo's factors.
 
@@ -169,9 +168,9 @@ def soap(
 def adam_in_bases(
     name: str,
     factors: FactorRule,
-    b1: Any,
-    b2: Any,
-    eps: Any,
+    b1: optax.ScalarOrSchedule,
+    b2: optax.ScalarOrSchedule,
+    eps: optax.ScalarOrSchedule,
     bias_correction: bool,
     normalize_updates: bool,
     precondition_frequency: int,
@@ -229,14 +228,14 @@ def in_bases_of(
     )
 
 
-def decay_of(shampoo_beta: Any, b2: Any) -> Any:
+def decay_of(shampoo_beta: optax.ScalarOrSchedule | None, b2: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
     """βs, which is b2 unless it is given."""
     in_range("b2", b2, 0, 1)
     in_range("shampoo_beta", 0.0 if shampoo_beta is None else shampoo_beta, 0, 1)
     return b2 if shampoo_beta is None else shampoo_beta
 
 
-def check_moments(b1: Any, b2: Any, eps: Any) -> None:
+def check_moments(b1: optax.ScalarOrSchedule, b2: optax.ScalarOrSchedule, eps: optax.ScalarOrSchedule) -> None:
     """A ValueError for what is out of range."""
     in_range("b1", b1, 0, 1)
     in_range("b2", b2, 0, 1)

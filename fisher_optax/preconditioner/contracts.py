@@ -8,21 +8,26 @@ preconditioned is ``None``. In a state, matrices of one shape are stacked along 
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arguments import in_range, one_of, whole
+from ..statistics import LayerFactors
 
 PRECISIONS = ("highest", "high", "default")  # of products on an accelerator
+
+
+Factor = Float[Array, "d d"] | None  # of a matrix's side; None: it has none
 
 
 class Kronecker(NamedTuple):
     """Running factors of ``F ≈ left ⊗ right`` for one matrix (row-major ``vec``)."""
 
-    left: Any  # (*stack, m, m), `LowRank`, or None
-    right: Any  # (*stack, n, n), `LowRank`, or None
-    seen: Any = ()  # what a rule counts: calls, or the sum of its weights
+    left: PyTree  # (*stack, m, m), `LowRank`, or None
+    right: PyTree  # (*stack, n, n), `LowRank`, or None
+    seen: PyTree = ()  # what a rule counts: calls, or the sum of its weights
 
 
 class Eigenbasis(NamedTuple):
@@ -48,6 +53,9 @@ class InverseRoot(NamedTuple):
     right: Float[Array, "*stack n n"] | None
 
 
+Basis = Eigenbasis | Eigenpairs | InverseRoot
+
+
 class Refreshed(NamedTuple):
     """What a decomposition makes of one factor."""
 
@@ -67,12 +75,12 @@ class FactorRule(NamedTuple):
     """
 
     name: str
-    init: Callable[[int, int, bool, bool, Any], Kronecker]
-    update: Callable[[Any, Kronecker, Any], Kronecker]
-    track: Callable[[Array, Kronecker, Any], Any] | None = None
+    init: Callable[[int, int, bool, bool, DTypeLike], Kronecker]
+    update: Callable[[PyTree, Kronecker, PyTree], Kronecker]
+    track: Callable[[PyTree, Kronecker, PyTree], PyTree] | None = None
     read: Callable[[Kronecker], Kronecker] = lambda factors: factors
     of_statistics: bool = False
-    overwrite: Callable[[Any, Kronecker, Any], Kronecker] | None = None
+    overwrite: Callable[[PyTree, Kronecker, Bool[Array, ""] | None], Kronecker] | None = None
 
 
 class Decomposition(NamedTuple):
@@ -105,21 +113,21 @@ class Application(NamedTuple):
 
     name: str
     accepts: tuple[type, ...]
-    init: Callable[[Array], Any]
-    update: Callable[..., tuple[Array, Any]]  # (G, state, basis, **extra) -> (direction, state)
-    moments: Callable[[Any], Moments]
-    with_moments: Callable[[Any, Moments], Any]
+    init: Callable[[Array], PyTree]
+    update: Callable[..., tuple[Array, PyTree]]  # (G, state, basis, **extra) -> (direction, state)
+    moments: Callable[[PyTree], Moments]
+    with_moments: Callable[[PyTree, Moments], PyTree]
     sees_itself: bool = False  # whether a gradient acts on itself, through factors that hold it already
-    observe: Callable[[Any, Any, Any], Any] | None = None
+    observe: Callable[[PyTree, LayerFactors, PyTree], PyTree] | None = None
     precision: str = "highest"  # of rotations: of gradients, and of moments when a basis turns
 
 
 class MatrixState(NamedTuple):
     """What is kept of a matrix; in the state, of all matrices of one shape along a leading axis."""
 
-    factors: Any  # Kronecker, or () without a decomposition
-    basis: Any  # Eigenbasis or InverseRoot, or ()
-    application: Any  # the application's own state
+    factors: Kronecker
+    basis: Basis
+    application: PyTree  # the application's own state
 
 
 class Due(NamedTuple):
@@ -202,9 +210,9 @@ class Storage:
       >>> tx = fo.soap(3e-3, storage=fo.Storage(factor_dtype=jnp.bfloat16, sides="shorter"))
     """
 
-    factor_dtype: Any = None
+    factor_dtype: DTypeLike | None = None
     packed: bool = False
-    momentum_dtype: Any = None
+    momentum_dtype: DTypeLike | None = None
     sides: str = "both"
     block_size: int | None = None
     rank: int = 256
@@ -247,7 +255,7 @@ class Products:
             one_of(field.name, getattr(self, field.name), PRECISIONS)
 
 
-def refresh_of(method: str, refresh: Refresh | str, takes: Mapping[str, Any]) -> Refresh:
+def refresh_of(method: str, refresh: Refresh | str, takes: Mapping[str, str | float]) -> Refresh:
     """``refresh``, or what a word stands for, with a method's own defaults in the place of None.
 
     Args:
@@ -279,7 +287,7 @@ def products_of(products: Products | None) -> Products:
     return Products() if products is None else products
 
 
-def _only(method: str, options: Any, takes: set[str]) -> None:
+def _only(method: str, options: Refresh | Storage, takes: set[str]) -> None:
     """A ValueError where fields that a method does not take are not at their defaults."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from .. import linalg
@@ -91,7 +91,7 @@ def eigh(method: str = "exact") -> Decomposition:
     return Decomposition("eigh", Eigenbasis, renew)
 
 
-def inverse_root(exponent: float = -0.25, *, method: str = "auto", ridge: Any = 1e-6) -> Decomposition:
+def inverse_root(exponent: float = -0.25, *, method: str = "auto", ridge: ArrayLike = 1e-6) -> Decomposition:
     """``(A + ridge |A| I)^exponent``, the same at every refresh.
 
     Args:
@@ -141,8 +141,10 @@ def with_eigenvalues(decomposition: Decomposition) -> Decomposition:
     return decomposition._replace(returns=Eigenpairs)
 
 
-def _unless_diagonal(A: Matrix, Q: Matrix, P: Matrix, tolerance: Any, renewed: Callable[[], Refreshed]) -> Refreshed:
+def _unless_diagonal(
+    A: Matrix, Q: Matrix, P: Matrix, tolerance: ArrayLike, renewed: Callable[[], Refreshed]
+) -> Refreshed:
     """Keep Q where ``|B - diag B| <= tolerance |B|``, ``B = Qᵀ A Q`` (Eschenhagen et al. 2025, arXiv 2506.03595)."""
     # A factor that is not finite has no measure; renewing it keeps the old basis and counts the failure.
-    kept = linalg.off_diagonality(A, Q, P=P) <= tolerance
-    return branch(kept, lambda: Refreshed(Q, jnp.arange(len(Q))), renewed)
+    settled = linalg.off_diagonality(A, Q, P=P) <= tolerance
+    return branch(settled, lambda: Refreshed(Q, jnp.arange(len(Q))), renewed)

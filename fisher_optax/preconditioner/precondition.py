@@ -14,8 +14,11 @@ from types import NoneType
 from typing import Any
 
 import optax
+from jaxtyping import PyTree
 
 from .._arguments import in_range, whole
+from ..matrices.axes import MatrixAxes
+from ..matrices.layout import Layer
 from ..transforms.decay import Mask, decay_after_step, decayed_weights, scheduled
 from ..transforms.fallback import with_fallback
 from ..transforms.per_matrix import describe_matrices, per_matrix
@@ -40,7 +43,7 @@ def precondition(
     storage: Storage | None = None,
     max_stack: int = 256,
     fallback: optax.GradientTransformation | None = None,
-    axes: Any = None,
+    axes: PyTree = None,
     kinds: tuple[str, ...] = ("matrix", "head"),
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition matrix gradients with any combination of factors, decomposition and application.
@@ -71,12 +74,12 @@ def precondition(
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
     options = refresh_of("precondition", refresh, {"tolerance": 0.01, "transport": "permute", "first_step": "skip"})
-    kept = storage_of("precondition", storage, FACTORS)
+    storage = storage_of("precondition", storage, FACTORS)
     rest = optax.scale_by_adam() if fallback is None else fallback
     check_cell(factors, decomposition, application)
     _check_numbers(precondition_frequency, max_precond_dim, max_stack)
     if factors is None or decomposition is None:
-        return skip_nonfinite(_alone(application, kept, max_stack, rest, axes, kinds))
+        return skip_nonfinite(_alone(application, storage, max_stack, rest, axes, kinds))
     method = preconditioner(
         factors,
         decomposition,
@@ -84,25 +87,30 @@ def precondition(
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
         refresh=options,
-        storage=kept,
+        storage=storage,
         max_stack=max_stack,
     )
     return skip_nonfinite(method.directions(application.name, rest, axes, kinds))
 
 
 def _alone(
-    application: Application, storage: Storage, max_stack: int, fallback: Any, axes: Any, kinds: tuple[str, ...]
+    application: Application,
+    storage: Storage,
+    max_stack: int,
+    fallback: optax.GradientTransformation,
+    axes: PyTree,
+    kinds: tuple[str, ...],
 ) -> Freezable:
     """An application that needs no factors, on matrices, and ``fallback`` on the rest."""
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, PyTree]:
         del params
         return application.update(updates, state, (), **extra)
 
     init: Any = application.init
     tx, size = optax.GradientTransformationExtraArgs(init, update), storage.block_size or None
 
-    def build(matrices: list[Any]) -> Freezable:
+    def build(matrices: list[MatrixAxes]) -> Freezable:
         return per_matrix(tx, matrices, block_size=size, max_stack=max_stack, mesh_axis=storage.mesh_axis)
 
     describe = functools.partial(describe_matrices, block_size=size)
@@ -123,13 +131,13 @@ def preconditioner(
     """A checked `Preconditioner`, from complete options (`refresh_of`)."""
     check_cell(factors, decomposition, application)
     _check_numbers(precondition_frequency, max_precond_dim, max_stack)
-    kept = Store(storage.factor_dtype, storage.packed, storage.sides, max_precond_dim, storage.block_size or None)
+    store = Store(storage.factor_dtype, storage.packed, storage.sides, max_precond_dim, storage.block_size or None)
     skip_first = refresh.first_step == "skip" and not application.sees_itself
     policy = Policy(refresh, precondition_frequency)
-    return Preconditioner(factors, decomposition, application, kept, policy, skip_first, max_stack, storage.mesh_axis)
+    return Preconditioner(factors, decomposition, application, store, policy, skip_first, max_stack, storage.mesh_axis)
 
 
-def _check_numbers(precondition_frequency: Any, max_precond_dim: Any, max_stack: Any) -> None:
+def _check_numbers(precondition_frequency: int, max_precond_dim: int, max_stack: int) -> None:
     whole("precondition_frequency", precondition_frequency, 1)
     whole("max_precond_dim", max_precond_dim, 0)
     whole("max_stack", max_stack, 1)
@@ -143,11 +151,11 @@ def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, 
             "no decomposition" if t is NoneType else f"a decomposition that returns {t.__name__}"
             for t in application.accepts
         )
-        given = "none" if decomposition is None else f"{decomposition.name!r}, which returns {returned.__name__}"
-        raise TypeError(f"application {application.name!r} needs {wanted}; the decomposition given is {given}.")
+        found = "none" if decomposition is None else f"{decomposition.name!r}, which returns {returned.__name__}"
+        raise TypeError(f"application {application.name!r} needs {wanted}; the decomposition given is {found}.")
     if (factors is None) != (decomposition is None):
-        given = f"factors={factors and factors.name!r}, decomposition={decomposition and decomposition.name!r}"
-        raise TypeError(f"factors and decomposition go together: give both, or None for both; got {given}.")
+        found = f"factors={factors and factors.name!r}, decomposition={decomposition and decomposition.name!r}"
+        raise TypeError(f"factors and decomposition go together: give both, or None for both; got {found}.")
     if factors is not None and factors.track is not None and returned is not Eigenpairs:
         raise TypeError(
             f"factors {factors.name!r} need a decomposition that returns Eigenpairs: "
@@ -159,10 +167,11 @@ def check_cell(factors: FactorRule | None, decomposition: Decomposition | None, 
 
 
 KINDS = ("matrix", "head")
-OnMatrices = Callable[[Any], Freezable]  # of the matrices' axes, or of layers
+# Of the matrices' axes, or of layers.
+OnMatrices = Callable[[list[MatrixAxes]], Freezable] | Callable[[list[Layer]], Freezable]
 
 
-def scheduled_adam(b1: Any, b2: Any, eps: Any) -> Freezable:
+def scheduled_adam(b1: optax.ScalarOrSchedule, b2: optax.ScalarOrSchedule, eps: optax.ScalarOrSchedule) -> Freezable:
     """Optax's Adam, of numbers or schedules."""
     return scheduled(optax.scale_by_adam, b1=b1, b2=b2, eps=eps)
 
@@ -171,10 +180,10 @@ def direction(
     name: str,
     method: Preconditioner,
     fallback: optax.GradientTransformation | None,
-    axes: Any,
+    axes: PyTree,
     *,
     adam: optax.GradientTransformation,
-    route: Callable[..., Any] = with_fallback,
+    route: Callable[..., Freezable] = with_fallback,
     on_matrices: OnMatrices | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``method`` on matrices, and on the rest ``fallback``, a direction; by default ``adam``.
@@ -191,13 +200,13 @@ def optimizer(
     name: str,
     method: Preconditioner,
     fallback: optax.GradientTransformation | None,
-    axes: Any,
+    axes: PyTree,
     *,
-    learning_rate: Any,
-    weight_decay: Any,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
     adam: optax.GradientTransformation,
-    route: Callable[..., Any] = with_fallback,
+    route: Callable[..., Freezable] = with_fallback,
     on_matrices: OnMatrices | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`direction` with rate and decay after the step; ``fallback`` is complete, by default AdamW made of ``adam``."""

@@ -4,13 +4,13 @@ A loop's length is a number that the program finds out, and each pass of it over
 conditional over a state, of which a compiler keeps two copies, and one decomposition in the program for each length.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import linalg
 from .._xla import branch, sequenced_after
@@ -51,7 +51,10 @@ class Policy(NamedTuple):
 
 
 Place = tuple[str, int]  # a stack, and its matrices' left (0) or right (1) side
-Read = Callable[[str, Any], Kronecker]  # what is decomposed, of a matrix of that stack with those factors
+Read = Callable[[str, Kronecker], Kronecker]  # what is decomposed, of a matrix of that stack with those factors
+Side = tuple[Float[Array, "*stack d k"], Float[Array, "*stack k"] | None]  # a basis and, of `Eigenpairs`, its values
+# One side's factor, old basis and values to the new ones, the order of the columns and whether it failed.
+RenewSide = Callable[[PyTree, Array, Array | None], tuple[Side, Array, Array]]
 
 
 def renew(
@@ -77,8 +80,8 @@ def renew(
     for group in by_length(states, read):
         # Not before the moments are out.
         total = sequenced_after(straight, sum((due[key].count for key, _ in group), jnp.zeros([], jnp.int32)), count)
-        done, bad = _renewed(group, total, step, read, states, due, follow)
-        turned, failed = turned | done, failed + bad
+        sides, bad = _renewed(group, total, step, read, states, due, follow)
+        turned, failed = turned | sides, failed + bad
     new = {}
     for key, state in states.items():
         both = [turned.get((key, i)) for i in (0, 1)]
@@ -116,10 +119,10 @@ class Turned(NamedTuple):
 
 def by_length(states: Mapping[str, MatrixState], read: Read) -> list[list[Place]]:
     """The sides whose factors and bases look the same, which one loop can renew."""
-    groups: dict[Any, list[Place]] = {}
+    groups: dict[Hashable, list[Place]] = {}
     for key, state in states.items():
-        one = jax.eval_shape(lambda key=key, state=state: (read(key, member_of(state.factors, 0)), state.basis))
-        factors, basis = one
+        member = jax.eval_shape(lambda key=key, state=state: (read(key, member_of(state.factors, 0)), state.basis))
+        factors, basis = member
         for i, Q in enumerate(basis[:2]):
             if Q is not None:
                 leaves = [(x.shape, x.dtype) for x in jax.tree.leaves(factors[i])]
@@ -131,7 +134,7 @@ def by_length(states: Mapping[str, MatrixState], read: Read) -> list[list[Place]
 def _renewed(
     group: list[Place],
     total: Int[Array, ""],
-    step: Callable[[Any, Any, Any], Any],
+    step: RenewSide,
     read: Read,
     states: Mapping[str, MatrixState],
     due: Mapping[str, Due],
@@ -141,7 +144,7 @@ def _renewed(
     starts = [sum((due[key].count for key, _ in group[:k]), jnp.zeros([], jnp.int32)) for k in range(len(group))]
     sides = [_side(states[key].basis, i) for key, i in group]
 
-    def body(t: Array, carry: Any) -> Any:
+    def body(t: Array, carry: PyTree) -> PyTree:
         stacks, orders, failed = carry
         now = sum(((t >= start).astype(jnp.int32) for start in starts[1:]), jnp.zeros([], jnp.int32))
         js = [
@@ -165,24 +168,19 @@ def _renewed(
     return turned, failed
 
 
-def _side(basis: Any, i: int) -> tuple[Array, Any]:
+def _side(basis: PyTree, i: int) -> Side:
     return basis[i], basis[i + 2] if isinstance(basis, Eigenpairs) else None
 
 
-def _selected(k: Any, cases: list[Any]) -> Any:
+def _selected(k: Array, cases: list[PyTree]) -> PyTree:
     return cases[0] if len(cases) == 1 else jax.tree.map(lambda *xs: jax.lax.select_n(k, *xs), *cases)
 
 
-def _step_of(
-    decomposition: Decomposition, first: Bool[Array, ""], tolerance: float | None
-) -> Callable[[Any, Array, Any], tuple[Any, Array, Array]]:
-    """What is done to one side: its factor, the old basis and its values in; the new ones out, the order of the columns
-    and whether it failed.
-    """
+def _step_of(decomposition: Decomposition, first: Bool[Array, ""], tolerance: float | None) -> RenewSide:
+    """What is done to one side."""
 
-    def step(A: Any, Q: Array, values: Any) -> tuple[Any, Array, Array]:
+    def step(A: PyTree, Q: Array, values: Array | None) -> tuple[Side, Array, Array]:
         same = jnp.arange(Q.shape[-1])
-
         if isinstance(A, LowRank):
             result = Refreshed(linalg.range_of_rows(A.rows), same)
         else:
@@ -197,7 +195,7 @@ def _step_of(
     return step
 
 
-def _measured(A: Any, Q: Array, old: Array) -> Array:
+def _measured(A: Array | LowRank, Q: Array, old: Array) -> Array:
     """The values ``diag(Qᵀ A Q)``; the old ones where these are not finite."""
     if isinstance(A, LowRank):
         new = jnp.sum(jnp.square(linalg.times(A.rows, Q)), 0, keepdims=True)
@@ -210,11 +208,11 @@ def _measured(A: Any, Q: Array, old: Array) -> Array:
 
 
 def out_of_bases(
-    linear: tuple[Float[Array, "N m n"], ...], bases: Any, due: Due, precision: str
+    linear: tuple[Float[Array, "N m n"], ...], bases: PyTree, due: Due, precision: str
 ) -> tuple[Float[Array, "N m n"], ...]:
     """``Q_L m Q_Rᵀ`` of the matrices that are due, in float32 at least."""
 
-    def body(r: Array, stacks: Any) -> Any:
+    def body(r: Array, stacks: list[Array]) -> list[Array]:
         j = due.places[r]
         Q_L, Q_R = member_of(tuple(bases[:2]), j)
         return put(stacks, j, [linalg.out_of_basis(Q_L, x, Q_R, precision) for x in member_of(stacks, j)])
@@ -223,7 +221,12 @@ def out_of_bases(
 
 
 def into_bases(
-    moments: Moments, orders: list[Callable[[Array], Array] | None], bases: Any, old: Any, due: Due, precision: str
+    moments: Moments,
+    orders: list[Callable[[Array], Array] | None],
+    bases: PyTree,
+    old: PyTree,
+    due: Due,
+    precision: str,
 ) -> Moments:
     """The moments of the matrices that are due, in new bases.
 
@@ -255,8 +258,8 @@ def into_bases(
     return repeat(due.count, len(due.places), body, moments) if any(moments) else moments
 
 
-def _permuted(now: Moments, left: Any, right: Any) -> Moments:
-    def entries(v: Array, *orders: Any) -> Array:
+def _permuted(now: Moments, left: Int[Array, " j"] | None, right: Int[Array, " k"] | None) -> Moments:
+    def entries(v: Array, *orders: Array | None) -> Array:
         index = [slice(None) if order is None else order for order in orders]
         if len(index) == 2 and left is not None and right is not None:
             index[0] = left[:, None]
@@ -270,7 +273,9 @@ def _permuted(now: Moments, left: Any, right: Any) -> Moments:
     )
 
 
-def _squared(now: Moments, left: Any, right: Any, precision: str) -> Moments:
+def _squared(
+    now: Moments, left: Float[Array, "j j"] | None, right: Float[Array, "k k"] | None, precision: str
+) -> Moments:
     """With the squares of ``Q_newᵀ Q_old``."""
     return Moments(
         now.linear,
@@ -282,8 +287,10 @@ def _squared(now: Moments, left: Any, right: Any, precision: str) -> Moments:
     )
 
 
-def _squares(Q: Any, P: Any, precision: str) -> Any:
-    if Q is None:
+def _squares(
+    Q: Float[Array, "d j"] | None, P: Float[Array, "d k"] | None, precision: str
+) -> Float[Array, "j k"] | None:
+    if Q is None or P is None:
         return None
     return jnp.square(linalg.times(_wide(Q).mT, _wide(P), precision))
 

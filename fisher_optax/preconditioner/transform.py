@@ -3,18 +3,20 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._xla import dynamic_indices
 from ..matrices.axes import LeafAxes, MatrixAxes
 from ..matrices.blocks import from_stacks, matrix_shapes, sides_to_stacks, to_stacks
 from ..matrices.layout import leaf_layouts, place, share_out, spread
+from ..statistics import LayerFactors
 from ..transforms.fallback import with_fallback
 from ..transforms.skip_nonfinite import Freezable, counted, skip_first_call
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
@@ -44,7 +46,7 @@ class Preconditioner:
     mesh_axis: str | None
 
     def directions(
-        self, method: str, fallback: optax.GradientTransformation, axes: Any, kinds: tuple[str, ...]
+        self, method: str, fallback: optax.GradientTransformation, axes: PyTree, kinds: tuple[str, ...]
     ) -> optax.GradientTransformationExtraArgs:
         """The preconditioner on matrices and ``fallback`` on the rest, without learning rate and decay."""
         return with_fallback(
@@ -73,8 +75,8 @@ class Preconditioner:
     def _too_long(self, m: int, n: int) -> Iterator[str]:
         """What becomes of a side that is longer than a factor may be."""
         rule, longest = self.factors, self.storage.max_dim
-        kept = jax.eval_shape(lambda: rule.init(m, n, *self.storage.wanted(m, n), jnp.float32))
-        for d, A in zip((m, n), kept[:2], strict=True):
+        factors = jax.eval_shape(lambda: rule.init(m, n, *self.storage.wanted(m, n), jnp.float32))
+        for d, A in zip((m, n), factors[:2], strict=True):
             if d > longest:
                 yield f"{d} > max_precond_dim={longest}: {f'{len(A.rows)} rows' if A else 'as it is'}"
 
@@ -86,19 +88,19 @@ class Preconditioner:
             if wanted
         )
 
-    def _init(self, axes: list[MatrixAxes], params: Any) -> PreconditionState:
+    def _init(self, axes: list[MatrixAxes], params: PyTree) -> PreconditionState:
         leaves, treedef = jax.tree.flatten(params)
         zero = lambda: jnp.zeros([], jnp.int32)  # noqa: E731
         if not leaves:  # optax.tree.map_params asks with a placeholder where the parameters would be
             return PreconditionState(zero(), zero(), treedef.unflatten([]))
         states = {}
         for key, stack in leaf_layouts(leaves, axes, self.storage.block_size).items():
-            one = self._start(*stack.shape, stack.dtype)
-            state = jax.tree.map(lambda x, n=stack.count: jnp.broadcast_to(x, (n, *x.shape)), one)
+            of_matrix = self._start(*stack.shape, stack.dtype)
+            state = jax.tree.map(lambda x, n=stack.count: jnp.broadcast_to(x, (n, *x.shape)), of_matrix)
             states[key] = share_out(place(state, stack.layouts), self.mesh_axis)
         return PreconditionState(zero(), zero(), states)
 
-    def _start(self, m: int, n: int, dtype: Any) -> MatrixState:
+    def _start(self, m: int, n: int, dtype: DTypeLike) -> MatrixState:
         """The state of one matrix."""
         zeros = jnp.zeros((m, n), dtype)
         full = self.factors.init(m, n, *self.storage.wanted(m, n), zeros.dtype)
@@ -111,31 +113,36 @@ class Preconditioner:
     def _update(
         self,
         axes: list[MatrixAxes],
-        updates: Any,
+        updates: PyTree,
         state: PreconditionState,
-        params: Any = None,
+        params: PyTree = None,
         *,
-        accept: Any = None,
-        **extra: Any,
-    ) -> tuple[Any, PreconditionState]:
+        accept: Bool[Array, ""] | None = None,
+        statistics: Sequence[LayerFactors] | None = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, PreconditionState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
         stacks = to_stacks(leaves, axes, self.storage.block_size)
-        given = self._given(extra, leaves, axes)
+        sides = {}
+        if statistics is not None and self.factors.of_statistics:
+            sides = sides_to_stacks(statistics, leaves, axes, self.storage.block_size)
         step = Step(self.factors, self.application, self.storage, self.skip_first, self.max_stack, extra, accept)
         of_all = functools.partial(self._renewed, step, state.count)
-        operands = (stacks, state.matrices, given, self._actions(stacks, state.count, accept))
-        done = of_all(*operands) if self.mesh_axis is None else spread(of_all, self.mesh_axis, *operands)
-        directions, matrices, failed = done
+        operands = (stacks, state.matrices, sides, self._actions(stacks, state.count, accept))
+        result = of_all(*operands) if self.mesh_axis is None else spread(of_all, self.mesh_axis, *operands)
+        directions, matrices, failed = result
         longest = max(len(U) for U in directions.values())
         places = dynamic_indices(longest, state.count >= 0 if accept is None else accept)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)
         failures = state.failures + jnp.sum(failed, dtype=jnp.int32)
         return treedef.unflatten(out), PreconditionState(counted(accept, state.count), failures, matrices)
 
-    def _actions(self, stacks: dict[str, Array], count: Array, accept: Any) -> dict[str, Int[Array, " N"]]:
+    def _actions(
+        self, stacks: dict[str, Array], count: Array, accept: Bool[Array, ""] | None
+    ) -> dict[str, Int[Array, " N"]]:
         """What is to be done with the bases of each matrix at the call after so many."""
         step = count + (0 if self.skip_first else 1)  # the parameter step this is: a skipped first call was none
         costs = {key: self._refresh_flops(*G.shape[-2:]) for key, G in stacks.items()}
@@ -146,30 +153,35 @@ class Preconditioner:
         return actions if accept is None else {key: jnp.where(accept, action, KEEP) for key, action in actions.items()}
 
     def _renewed(
-        self, step: Step, count: Array, stacks: Any, states: Any, given: Any, actions: Any
-    ) -> tuple[Any, Any, Any]:
+        self,
+        step: Step,
+        count: Int[Array, ""],
+        stacks: dict[str, Float[Array, "N m n"]],
+        states: dict[str, MatrixState],
+        sides: dict[str, LayerFactors],
+        actions: dict[str, Int[Array, " N"]],
+    ) -> tuple[dict[str, Float[Array, "N m n"]], dict[str, MatrixState], Int[Array, " 1"]]:
         """Directions and states of all stacks, and how many sides failed on this device."""
         rule, itself = self.factors, self.application.sees_itself
 
-        def read(key: str, factors: Any) -> Kronecker:
+        def read(key: str, factors: Kronecker) -> Kronecker:
             _, m, n = stacks[key].shape
             return rule.read(self.storage.load(factors, m, n, stacks[key].dtype))
 
         directions = {}
         if itself:
-            states = {key: step.observe_stack(G, states[key], given.get(key)) for key, G in stacks.items()}
+            states = {key: step.observe_stack(G, states[key], sides.get(key)) for key, G in stacks.items()}
         else:
-            both = {key: step.stack(G, states[key], given.get(key), actions[key]) for key, G in stacks.items()}
-            directions, states = ({key: x[i] for key, x in both.items()} for i in (0, 1))
+            both = {key: step.stack(G, states[key], sides.get(key), actions[key]) for key, G in stacks.items()}
+            directions, states = _unzipped(both)
         states, failed = renew(self.policy, self.decomposition, self.application, read, states, actions, count)
         if itself:
             both = {key: step.apply_stack(G, states[key], actions[key]) for key, G in stacks.items()}
-            directions, states = ({key: x[i] for key, x in both.items()} for i in (0, 1))
+            directions, states = _unzipped(both)
         return directions, states, failed[None]
 
-    def _given(self, extra: dict[str, Any], leaves: list[Array], axes: list[MatrixAxes]) -> dict[str, Any]:
-        """The statistics of the leaves, taken out of ``extra`` and stacked like their matrices; nothing without any."""
-        if not self.factors.of_statistics:
-            return {}
-        statistics = extra.pop("statistics")
-        return {} if statistics is None else sides_to_stacks(statistics, leaves, axes, self.storage.block_size)
+
+def _unzipped(
+    both: dict[str, tuple[Float[Array, "N m n"], MatrixState]],
+) -> tuple[dict[str, Float[Array, "N m n"]], dict[str, MatrixState]]:
+    return {key: U for key, (U, _) in both.items()}, {key: state for key, (_, state) in both.items()}

@@ -1,9 +1,8 @@
 """The bases inside an optimizer's state, by parameter: what capture needs to take squares in them."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from ..matrices.axes import wide_dtype
 from ..matrices.blocks import stack_key
@@ -13,7 +12,7 @@ from ..preconditioner.contracts import Eigenbasis
 from ..preconditioner.transform import PreconditionState
 
 
-def eigenbases(state: Any, params: Any, axes: Any = None) -> Any:
+def eigenbases(state: PyTree, params: PyTree, axes: PyTree = None) -> PyTree:
     """A tree like ``params`` with the `Eigenbasis` of each layer that the optimizer has one for, None elsewhere.
 
     Args:
@@ -34,7 +33,7 @@ def eigenbases(state: Any, params: Any, axes: Any = None) -> Any:
     found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
     leaves, treedef = jax.tree.flatten(params)
     layers = layers_of(resolve_axes(params, axes), ("matrix", "head"))
-    taken: dict[str, int] = {}
+    used: dict[str, int] = {}
     places = []
     for layer in layers:
         *batch, m, n = layer.shape(leaves)
@@ -44,26 +43,26 @@ def eigenbases(state: Any, params: Any, axes: Any = None) -> Any:
                 f"eigenbases: the state has no bases of {m} x {n} matrices, as {layer.path!r} is. Pass the state of "
                 "fo.ekfac (without block_size) with the params and the axes it was made for."
             )
-        start = taken.get(key, 0)
-        taken[key] = start + (batch or [1])[0]
-        places.append((key, slice(start, taken[key])))
-    for one in found:
-        _require_all(taken, one)
-    bases: list[Any] = [None] * len(leaves)
+        start = used.get(key, 0)
+        used[key] = start + (batch or [1])[0]
+        places.append((key, slice(start, used[key])))
+    for optimizer_state in found:
+        _require_all(used, optimizer_state)
+    bases: list[Eigenbasis | None] = [None] * len(leaves)
     for layer, (key, place) in zip(layers, places, strict=True):
         shape = tuple(leaves[layer.kernel].shape[a] for a in layer.axes.batch)
-        kept = found[0].matrices[key].basis
+        basis = found[0].matrices[key].basis
         bases[layer.kernel] = Eigenbasis(
-            *(None if Q is None else Q[place].reshape(*shape, *Q.shape[1:]) for Q in kept[:2])
+            *(None if Q is None else Q[place].reshape(*shape, *Q.shape[1:]) for Q in basis[:2])
         )
     return treedef.unflatten(bases)
 
 
-def _require_all(taken: dict[str, int], state: PreconditionState) -> None:
-    """A ValueError unless as many matrices of each shape were taken as the state has: else some are another layer's."""
+def _require_all(used: dict[str, int], state: PreconditionState) -> None:
+    """A ValueError unless as many matrices of each shape were used as the state has: else some are another layer's."""
     stacks = state.matrices if isinstance(state.matrices, dict) else {}
-    for key, leaves in ((key, jax.tree.leaves(mine)) for key, mine in stacks.items()):
-        count = taken.get(key, 0)
+    for key, leaves in ((key, jax.tree.leaves(stack)) for key, stack in stacks.items()):
+        count = used.get(key, 0)
         have = len(leaves[0]) if leaves else count
         # A stack that is shared out over a mesh is filled up by fewer matrices than there are devices.
         if count != have and not 0 < count < have < count + jax.device_count():

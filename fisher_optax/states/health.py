@@ -4,13 +4,15 @@ Both go by the paths of arrays, which are the same whatever a state lies in: a c
 dictionaries of a checkpoint.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import KeyPath
+from jaxtyping import PyTree
 
 from ..matrices.axes import path_names
 from ..transforms.skip_nonfinite import STATE_VERSION, GuardState
@@ -20,6 +22,14 @@ UNTYPED = (
     "as a checkpoint restored without a target gives it, and nnx.state: restore it into the structure of "
     "`jax.eval_shape(tx.init, params)`, or put it into its nnx.Optimizer by `nnx.update(optimizer, state)`"
 )
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """What makes states: an Optax transformation, or `optax.MultiSteps`, which is none."""
+
+    @property
+    def init(self) -> Callable[..., PyTree]: ...
 
 
 class Health(NamedTuple):
@@ -33,7 +43,7 @@ class Health(NamedTuple):
     failures: int  # of decompositions: the last good one stayed
 
 
-def health(state: Any) -> Health:
+def health(state: PyTree) -> Health:
     """Read the counters out of an optimizer state, however deep.
 
     Args:
@@ -71,7 +81,7 @@ def health(state: Any) -> Health:
     return Health(STATE_VERSION, steps, *(sum(int(x.sum()) for x in found) for found in (counts["skipped"], failures)))
 
 
-def check_state(tx: Any, state: Any, params: Any) -> None:
+def check_state(tx: Optimizer, state: PyTree, params: PyTree) -> None:
     """Check that a restored ``state`` is one that ``tx`` can continue on ``params``: version, structure, shapes and
     dtypes.
 
@@ -107,15 +117,15 @@ def check_state(tx: Any, state: Any, params: Any) -> None:
         )
 
 
-def _arrays(tree: Any) -> dict[Names, Any]:
+def _arrays(tree: PyTree) -> dict[Names, PyTree]:
     return {path_names(path): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _is_counter(x: Any) -> bool:
+def _is_counter(x: PyTree) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.integer)
 
 
-def _guards(arrays: dict[Names, Any]) -> list[Names]:
+def _guards(arrays: dict[Names, PyTree]) -> list[Names]:
     """Where the guards are in a state."""
     counters = [field for field in GuardState._fields if field != "inner"]
     found = [path[:-1] for path in arrays if path[-1] == counters[0]]
@@ -126,7 +136,7 @@ def _within(path: Names, places: list[Names]) -> bool:
     return any(path[: len(place)] == place for place in places)
 
 
-def _number(x: Any) -> np.ndarray:
+def _number(x: PyTree) -> np.ndarray:
     if isinstance(x, Tracer | jax.ShapeDtypeStruct):
         raise ValueError(
             "health: the state holds no numbers, since it is being traced by jax.jit or the like, or described by "
@@ -135,7 +145,7 @@ def _number(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def _require_members(params: Any, members: tuple[int, ...]) -> None:
+def _require_members(params: PyTree, members: tuple[int, ...]) -> None:
     for path, x in _arrays(params).items():
         if x.shape[: len(members)] != members:
             raise ValueError(
@@ -145,7 +155,7 @@ def _require_members(params: Any, members: tuple[int, ...]) -> None:
             )
 
 
-def _misfits(have: dict[Names, Any], wanted: dict[Names, Any], params: list[Names]) -> Iterator[str]:
+def _misfits(have: dict[Names, PyTree], wanted: dict[Names, PyTree], params: list[Names]) -> Iterator[str]:
     """A line for each way in which the arrays of two states differ, with the first that does."""
     own = {path: _own_name(path, params) for path in wanted}
     heads = {path[: len(path) - len(name)] for path, name in own.items() if name != path}
@@ -178,11 +188,11 @@ def _shown(path: Names, longest: int = 160) -> str:
     return name if len(name) <= longest else f"...{name[-longest:]}"
 
 
-def _type(x: Any) -> str:
+def _type(x: PyTree) -> str:
     return f"{jnp.result_type(x)}{list(jnp.shape(x))}"
 
 
-def _other_nodes(have: Any, wanted: Any, at: Names = ()) -> Iterator[str]:
+def _other_nodes(have: PyTree, wanted: PyTree, at: Names = ()) -> Iterator[str]:
     """A line for each node that is of another type or holds other things, at the same place."""
     have, wanted = _unboxed(have), _unboxed(wanted)
     (below, structure), (theirs, needed) = _children(have), _children(wanted)
@@ -197,11 +207,11 @@ def _other_nodes(have: Any, wanted: Any, at: Names = ()) -> Iterator[str]:
     yield f"{_shown(at) or 'the state'}: {how}{hint}"
 
 
-def _children(node: Any) -> tuple[list[Any], Any]:
+def _children(node: PyTree) -> tuple[list[tuple[KeyPath, PyTree]], object]:
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
 
 
-def _unboxed(node: Any) -> Any:
+def _unboxed(node: PyTree) -> PyTree:
     """What lies in a box of ``nnx`` or ``nn``, which adds nothing to a path."""
     children, _ = _children(node)
     boxed = len(children) == 1 and children[0][0] == (jax.tree_util.GetAttrKey("value"),)

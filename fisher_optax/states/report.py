@@ -4,9 +4,10 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
 from .._tables import table
-from ..capture import capture_report
+from ..capture.report import CaptureReport, capture_report
 from ..matrices.axes import shapes
 from ..matrices.rules import resolve_axes
 from ..transforms.fallback import Row, recorded
@@ -22,7 +23,7 @@ class Report(NamedTuple):
         return table(head, [_cells(row) for row in self.rows], _totals(self.rows))
 
 
-def report(tx: Any, params: Any, *args: Any, **options: Any) -> Any:
+def report(tx: Any, params: PyTree, *args: PyTree, **options: PyTree) -> Report | CaptureReport:
     """What an optimizer, or the capture of a loss, does with each leaf of ``params``, and why not more.
 
     Of an optimizer: method, matrices, state, cost of a refresh. It sees through `optax.chain`, `optax.masked`,
@@ -52,19 +53,19 @@ def report(tx: Any, params: Any, *args: Any, **options: Any) -> Any:
       >>> [row.use for row in fo.report(loss, params, jax.ShapeDtypeStruct((8, 64), "float32")).rows]
       ['bias of Dense_0/kernel', 'dense']
     """
-    if callable(tx) and not (hasattr(tx, "init") and hasattr(tx, "update")):
+    if not (hasattr(tx, "init") and hasattr(tx, "update")) and callable(tx):
         return capture_report(tx, params, *args, **options)
     if args or options:
         raise TypeError("report(tx, params) takes no more for an optimizer; arguments are a loss function's.")
-    with recorded() as seen:
+    with recorded() as rows:
         jax.eval_shape(lambda p: tx.init(p), shapes(params))  # a new function: a trace that is cached writes no rows
     unseen = [
         Row(leaf.path, leaf.shape, "-", leaf.kind, None, (), 0, 0, "not given to a method of this package")
         for leaf in resolve_axes(params)
     ]
-    missing = [row for row in unseen if row.path not in {r.path for r in seen}]
+    missing = [row for row in unseen if row.path not in {r.path for r in rows}]
     order = {row.path: i for i, row in enumerate(unseen)}
-    return Report(tuple(sorted([*seen, *missing], key=lambda row: order.get(row.path, len(order)))))
+    return Report(tuple(sorted([*rows, *missing], key=lambda row: order.get(row.path, len(order)))))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

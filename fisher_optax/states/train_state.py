@@ -1,10 +1,9 @@
 """Flax's TrainState with statistics: an extra for those who train with Flax."""
 
-from typing import Any
-
 import optax
 from flax import struct
 from flax.training import train_state
+from jaxtyping import PyTree
 
 
 class TrainState(train_state.TrainState):
@@ -21,9 +20,9 @@ class TrainState(train_state.TrainState):
       1
     """
 
-    params: Any = struct.field(pytree_node=True)  # of any structure
+    params: PyTree = struct.field(pytree_node=True)  # of any structure
 
-    def apply_gradients(self, *, grads: Any, statistics: Any = None, **kwargs: Any) -> "TrainState":
+    def apply_gradients(self, *, grads: PyTree, statistics: PyTree = None, **kwargs: PyTree) -> "TrainState":
         """The state after one step; ``statistics=None`` means no new curvature. Other arguments replace fields."""
         updates, opt_state = self.tx.update(grads, self.opt_state, self.params, statistics=statistics)  # type: ignore[call-arg]
         params = optax.apply_updates(self.params, updates)

@@ -1,11 +1,11 @@
 """Continue an Adam run with a matrix method."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from .. import linalg
 from ..capture.to_optimizer import layer_axes
@@ -17,11 +17,12 @@ from ..preconditioner.contracts import Eigenpairs, Kronecker, MatrixState
 from ..preconditioner.transform import PreconditionState
 from ..transforms.fallback import Routed, marked
 from ..transforms.momentum import MomentumState
+from .health import Optimizer
 
 MEANT_FOR = "it is for fo.soap and its relatives, fo.muon, fo.frog and chains with them"
 
 
-def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
+def from_adam(tx: Optimizer, adam_state: PyTree, params: PyTree, *, b1: float = 0.9) -> PyTree:
     """A state of ``tx`` that starts from what Adam knows, instead of from nothing.
 
     SOAP: moments as they are, in the identity basis, in which SOAP is Adam; ``L = diag(Σ_j v_ij)`` and ``R = diag(Σ_i
@@ -55,7 +56,7 @@ def from_adam(tx: Any, adam_state: Any, params: Any, *, b1: float = 0.9) -> Any:
     adam = _find_adam(adam_state, params)
     with marked():
         state = tx.init(params)
-    used: list[Any] = []
+    used: list[PyTree] = []
     state = _filled(state, adam, b1, used, None)
     if not used:
         raise ValueError(f"from_adam: this transformation keeps nothing that Adam's moments fit; {MEANT_FOR}.")
@@ -70,10 +71,10 @@ class _Adam(NamedTuple):
     nu: dict[str, Array]
 
 
-def _filled(state: Any, adam: _Adam, b1: float, used: list[Any], routed: Routed | None) -> Any:
+def _filled(state: PyTree, adam: _Adam, b1: float, used: list[PyTree], routed: Routed | None) -> PyTree:
     """The state with all that Adam knows in its place, and no mark left; what was of use is noted."""
 
-    def fill(node: Any) -> Any:
+    def fill(node: PyTree) -> PyTree:
         if isinstance(node, Routed):
             return _filled(node.state, adam, b1, used, node)
         if isinstance(node, optax.ScaleByAdamState):
@@ -96,11 +97,11 @@ def _filled(state: Any, adam: _Adam, b1: float, used: list[Any], routed: Routed 
         used.extend(old for old in node.matrices.values() if isinstance(old, MatrixState) and old.application != ())
         return node._replace(matrices=matrices)
 
-    held = Routed | optax.ScaleByAdamState | MomentumState | PreconditionState
-    return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, held))
+    known_states = Routed | optax.ScaleByAdamState | MomentumState | PreconditionState
+    return jax.tree.map(fill, state, is_leaf=lambda node: isinstance(node, known_states))
 
 
-def _like(into: Any, moments: dict[str, Array], routed: Routed | None) -> Any:
+def _like(into: PyTree, moments: dict[str, Array], routed: Routed | None) -> PyTree:
     """The moments of what a tree holds: of parameters, by path, or of layers, in a list. Copies, so that the state can
     be donated.
     """
@@ -129,7 +130,7 @@ def _start(key: str, old: MatrixState, count: Array, mu: Array, nu: Array) -> Ma
             f"from_adam: this transformation keeps {type(old.application).__name__} of its {key} matrices, which "
             f"Adam's moments do not fit; {MEANT_FOR}. Start it anew, by tx.init(params)."
         )
-    inner: Any = old.application
+    inner: PyTree = old.application
     # A stack shared out over devices may be longer.
     mu, nu = (jnp.pad(v, ((0, len(inner.mu) - len(v)), (0, 0), (0, 0))) for v in (mu, nu))
     moments = {"mu": mu.astype(inner.mu.dtype), "nu": nu.astype(inner.nu.dtype)}
@@ -145,8 +146,8 @@ def _is_mean(factors: Kronecker) -> bool:
     return isinstance(factors.seen, tuple) and len(factors.seen) == 2 and isinstance(factors.seen[1], Array)
 
 
-def _find_adam(state: Any, params: Any) -> _Adam:
-    found: list[Any] = [
+def _find_adam(state: PyTree, params: PyTree) -> _Adam:
+    found: list[optax.ScaleByAdamState] = [
         node
         for node in jax.tree.leaves(state, is_leaf=lambda n: isinstance(n, optax.ScaleByAdamState))
         if isinstance(node, optax.ScaleByAdamState)
@@ -168,11 +169,11 @@ def _find_adam(state: Any, params: Any) -> _Adam:
     return _Adam(count, mu, nu)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
+def _by_path(tree: PyTree) -> dict[str, PyTree]:
     return {"/".join(path_names(path)): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _diagonal(v: Array, old: Kronecker, basis: Any) -> tuple[Kronecker, Any]:
+def _diagonal(v: Array, old: Kronecker, basis: PyTree) -> tuple[Kronecker, PyTree]:
     """The factors whose diagonals are the row and column sums of Adam's second moment, kept as the old ones are, and
     the basis; with eigenvalues, the factors are divided so that their product has the scale of v.
     """

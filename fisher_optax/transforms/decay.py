@@ -1,18 +1,19 @@
 """Weight decay that Optax does not have: after the step (SOAP), and only where it agrees with the step (cautious)."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._arguments import injectable, value_at
 from ..matrices.axes import floating, is_function, made
 from .skip_nonfinite import Freezable, counted, freezable
 
-Mask = Any | Callable[[Any], Any] | None
+Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 
 class DecayState(NamedTuple):
@@ -23,7 +24,7 @@ class DecayState(NamedTuple):
 
 @injectable
 def add_decay_after_step(
-    learning_rate: Any, weight_decay: Any = 0.01, mask: Mask = None
+    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule = 0.01, mask: Mask = None
 ) -> optax.GradientTransformationExtraArgs:
     """Decay the weights that the step has already moved: ``u ← u - lr wd (W + u)``. Comes last in a chain.
 
@@ -45,35 +46,40 @@ def add_decay_after_step(
       >>> tx = optax.chain(fo.scale_by_soap(), optax.scale_by_learning_rate(3e-3), fo.add_decay_after_step(3e-3, 0.01))
     """
 
-    def moved(updates: Any) -> Array:
+    def moved(updates: PyTree) -> Array:
         return jnp.stack([jnp.any(u != 0) for u in jax.tree.leaves(updates)] or [jnp.asarray(False)]).any()
 
     return decay_after_step(learning_rate, weight_decay, mask, moved)
 
 
 def decay_after_step(
-    learning_rate: Any, weight_decay: Any, mask: Mask, moved: Callable[[Any], Any]
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
+    moved: Callable[[PyTree], Array | bool],
 ) -> optax.GradientTransformationExtraArgs:
     """`add_decay_after_step`, where ``moved(updates)`` says whether there was a step."""
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, DecayState]:
         del extra
         _require_params(params, "add_decay_after_step")
         shrink = value_at(learning_rate, state.count) * value_at(weight_decay, state.count)
         happened = moved(updates)
 
-        def one(u: Any, W: Any, decays: Any) -> Array:
+        def of_leaf(u: ArrayLike, W: ArrayLike, decays: ArrayLike) -> Array:
             u, W = floating(u), floating(W)
             decayed = u - jnp.asarray(shrink, u.dtype) * (W + u)
             return jnp.where(happened & jnp.asarray(decays), decayed, u).astype(u.dtype)
 
-        return jax.tree.map(one, updates, params, visible(mask)(params)), DecayState(state.count + 1)
+        return jax.tree.map(of_leaf, updates, params, visible(mask)(params)), DecayState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
 
 
 @injectable
-def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.GradientTransformationExtraArgs:
+def add_cautious_decay(
+    weight_decay: optax.ScalarOrSchedule = 0.01, mask: Mask = None
+) -> optax.GradientTransformationExtraArgs:
     """Decay only the weights that the step shrinks anyway: ``u ← u + wd W [u W > 0]``. Comes before the learning rate,
     like `optax.add_decayed_weights`.
 
@@ -91,32 +97,32 @@ def add_cautious_decay(weight_decay: Any = 0.01, mask: Mask = None) -> optax.Gra
       >>> tx = optax.chain(fo.scale_by_muon(), fo.add_cautious_decay(0.1), optax.scale_by_learning_rate(1e-2))
     """
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, DecayState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, DecayState]:
         del extra
         _require_params(params, "add_cautious_decay")
         decay = value_at(weight_decay, state.count)
 
-        def one(u: Any, W: Any, decays: Any) -> Array:
+        def of_leaf(u: ArrayLike, W: ArrayLike, decays: ArrayLike) -> Array:
             u, W = floating(u), floating(W)
             agrees = (jnp.sign(u) * jnp.sign(W) > 0) & jnp.asarray(decays)
             return jnp.where(agrees, u + jnp.asarray(decay, u.dtype) * W, u).astype(u.dtype)
 
-        return jax.tree.map(one, updates, params, visible(mask)(params)), DecayState(state.count + 1)
+        return jax.tree.map(of_leaf, updates, params, visible(mask)(params)), DecayState(state.count + 1)
 
     return optax.GradientTransformationExtraArgs(_init, update)
 
 
-def decayed_weights(weight_decay: Any, mask: Mask) -> optax.GradientTransformation:
+def decayed_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.GradientTransformation:
     """`optax.add_decayed_weights`, which needs no parameters where the decay is 0 for good, with the same state."""
     tx = optax.add_decayed_weights(weight_decay, visible(mask))
     none = isinstance(weight_decay, int | float) and weight_decay == 0
     return optax.GradientTransformation(tx.init, lambda updates, state, params=None: (updates, state)) if none else tx
 
 
-def visible(mask: Mask) -> Callable[[Any], Any]:
+def visible(mask: Mask) -> Callable[[PyTree], PyTree]:
     """The mask as a function of params that also works where some of them are masked out."""
 
-    def masked(params: Any) -> Any:
+    def masked(params: PyTree) -> PyTree:
         if mask is None:
             return jax.tree.map(lambda _: True, params)
         hidden = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
@@ -130,12 +136,12 @@ def visible(mask: Mask) -> Callable[[Any], Any]:
     return masked
 
 
-def _init(params: Any) -> DecayState:
+def _init(params: PyTree) -> DecayState:
     del params
     return DecayState(jnp.zeros([], jnp.int32))
 
 
-def _require_params(params: Any, name: str) -> None:
+def _require_params(params: PyTree, name: str) -> None:
     if params is None:
         raise ValueError(
             f"{name} decays the parameters, but update was called without them: call update(grads, state, params)."
@@ -146,25 +152,25 @@ class ScheduledState(NamedTuple):
     """State of `scheduled`, where there are schedules."""
 
     count: Int[Array, ""]
-    inner: Any
+    inner: PyTree
 
 
-def scheduled(factory: Callable[..., Any], **options: Any) -> Freezable:
+def scheduled(factory: Callable[..., optax.GradientTransformation], **options: optax.ScalarOrSchedule) -> Freezable:
     """An Optax transformation that takes numbers alone, with schedules evaluated at the call where there are any.
 
     `optax.inject_hyperparams` would keep the numbers in the state: an array that the caller still holds among them.
     """
 
-    def now(count: Any) -> Freezable:
+    def now(count: Int[Array, ""] | None) -> Freezable:
         return freezable(factory(**{name: value_at(value, count) for name, value in options.items()}))
 
-    def init(params: Any) -> ScheduledState:
+    def init(params: PyTree) -> ScheduledState:
         count = jnp.zeros([], jnp.int32)
         return ScheduledState(count, now(count).init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
-    ) -> tuple[Any, ScheduledState]:
+        updates: PyTree, state: PyTree, params: PyTree = None, *, accept: Bool[Array, ""] | None = None, **extra: PyTree
+    ) -> tuple[PyTree, ScheduledState]:
         updates, inner = now(state.count).update(updates, state.inner, params, accept=accept, **extra)
         return updates, ScheduledState(counted(accept, state.count), inner)
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 from ..matrices.axes import LeafAxes, MatrixAxes, step_dtype
 from ..matrices.layout import Layer, layers_of
@@ -29,7 +31,7 @@ _marking: contextvars.ContextVar[bool] = contextvars.ContextVar("marking", defau
 class Routed:
     """A state with what it is of: made by inits under `marked` alone."""
 
-    state: Any
+    state: PyTree
     paths: tuple[str, ...]  # of all leaves that were seen
     layers: tuple[Layer, ...]  # those that are matrices
     block_size: int | None
@@ -50,10 +52,10 @@ def with_fallback(
     build: Build,
     fallback: optax.GradientTransformation,
     *,
-    axes: Any = None,
+    axes: PyTree = None,
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
-    dtypes: Any = jnp.floating,
+    dtypes: DTypeLike = jnp.floating,
 ) -> Freezable:
     """``build(axes of the matrix leaves, in order)`` for leaves of the given kinds, ``fallback`` for the others.
 
@@ -74,7 +76,7 @@ def layers_with_fallback(
     build: BuildLayers,
     fallback: optax.GradientTransformation,
     *,
-    axes: Any = None,
+    axes: PyTree = None,
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
 ) -> Freezable:
@@ -86,24 +88,27 @@ def _routed(
     method: str,
     build: BuildLayers,
     fallback: optax.GradientTransformation,
-    axes: Any,
+    axes: PyTree,
     layers_among: Callable[[list[LeafAxes]], list[Layer]],
     describe: Callable[[LeafAxes], dict[str, Any]],
-    dtypes: Any = jnp.floating,
+    dtypes: DTypeLike = jnp.floating,
 ) -> Freezable:
     require_transformation("fallback", fallback)
     rest = freezable(in_float32(fallback))
 
-    def routes(tree: Any) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
+    def routes(tree: PyTree) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
         leaves = resolve_axes(tree, axes, dtypes)
         layers = layers_among(leaves)
-        mine = sorted(place for layer in layers for place in layer.places)
-        labels = [MATRIX if i in set(mine) else FALLBACK for i in range(len(leaves))]
-        tx: dict[Hashable, Any] = {MATRIX: freezable(build([layer.among(mine) for layer in layers])), FALLBACK: rest}
+        own_places = sorted(place for layer in layers for place in layer.places)
+        labels = [MATRIX if i in set(own_places) else FALLBACK for i in range(len(leaves))]
+        tx: dict[Hashable, optax.GradientTransformation] = {
+            MATRIX: freezable(build([layer.among(own_places) for layer in layers])),
+            FALLBACK: rest,
+        }
         labelled = jax.tree.structure(tree).unflatten(labels)
         return leaves, layers, optax.partition(tx, lambda _: labelled)  # a tree that could be called, it would call
 
-    def init(params: optax.Params) -> Any:
+    def init(params: PyTree) -> PyTree:
         leaves, layers, tx = routes(params)
         if is_recording():
             owners = {layer.kernel: layer for layer in layers}
@@ -123,7 +128,7 @@ def _routed(
         block_size = describe(leaves[layers[0].kernel]).get("block_size") if layers else None
         return Routed(state, tuple(leaf.path for leaf in leaves), tuple(layers), block_size)
 
-    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> PyTree:
         # By the parameters' dtypes, as in `init`.
         return routes(updates if params is None else params)[2].update(updates, state, params, **extra)
 
@@ -135,7 +140,7 @@ def is_matrix(leaf: LeafAxes, kinds: tuple[str, ...]) -> bool:
     return leaf.axes is not None and leaf.kind in kinds
 
 
-def _state_bytes(tx: optax.GradientTransformation, params: Any, places: tuple[int, ...]) -> int:
+def _state_bytes(tx: optax.GradientTransformation, params: PyTree, places: tuple[int, ...]) -> int:
     """Bytes of the arrays, scalars apart, that ``tx`` keeps for these leaves of ``params``."""
     leaves, treedef = jax.tree.flatten(params)
     alone = treedef.unflatten(
@@ -152,8 +157,8 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     """
     tx = optax.with_extra_args_support(tx)
 
-    def cast(tree: Any) -> Any:
-        def one(x: Any) -> Any:
+    def cast(tree: PyTree) -> PyTree:
+        def cast_leaf(x: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
             half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
             dtype = jnp.float32 if half else step_dtype(x.dtype)
             if dtype == x.dtype or jnp.issubdtype(x.dtype, jax.dtypes.extended):
@@ -164,20 +169,21 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
                 else x.astype(dtype)
             )
 
-        return jax.tree.map(one, tree)
+        return jax.tree.map(cast_leaf, tree)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> PyTree:
         return tx.update(cast(updates), state, cast(params), **extra)
 
     return type(tx)(lambda params: tx.init(cast(params)), update)
 
 
-def require_transformation(name: str, tx: Any) -> None:
-    """A TypeError unless ``tx`` is an Optax transformation."""
+def require_transformation(name: str, tx: object) -> optax.GradientTransformation:
+    """``tx``; a TypeError unless it is an Optax transformation."""
     if not isinstance(tx, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
         raise TypeError(
             f"{name} must be an optax.GradientTransformation, e.g. optax.adamw(1e-3); got {type(tx).__name__}."
         )
+    return tx
 
 
 # What an init says of each leaf while somebody asks: the rows of a report.

@@ -1,16 +1,19 @@
 """What is done with a direction: grafting (its size from another optimizer), KL clipping, momentum of steps."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._arguments import injectable, value_at
 from .._xla import select
 from ..matrices.axes import MatrixAxes
 from ..matrices.rules import resolve_axes
+from ..statistics import LayerFactors
 from .fallback import in_float32, require_transformation
 from .skip_nonfinite import Freezable, counted, freezable, skip_nonfinite
 
@@ -19,12 +22,12 @@ class GraftState(NamedTuple):
     """State of `graft`."""
 
     count: Int[Array, ""]
-    direction: Any
-    magnitude: Any
+    direction: PyTree
+    magnitude: PyTree
 
 
 @injectable
-def graft(direction: Any, magnitude: Any, axes: Any = None) -> optax.GradientTransformationExtraArgs:
+def graft(direction: object, magnitude: object, axes: PyTree = None) -> optax.GradientTransformationExtraArgs:
     """``U = D |M| / |D|`` for each matrix: where ``direction`` points, as far as ``magnitude`` goes.
 
     Norms are Frobenius norms of single matrices: of each matrix of a stacked leaf, and of all of a leaf that is none.
@@ -45,10 +48,10 @@ def graft(direction: Any, magnitude: Any, axes: Any = None) -> optax.GradientTra
       >>> import optax, fisher_optax as fo
       >>> tx = optax.chain(fo.graft(fo.scale_by_muon(), "adam"), optax.scale_by_learning_rate(1e-3))
     """
-    require_transformation("direction", direction)
+    direction = require_transformation("direction", direction)
     magnitude = magnitude_of(magnitude)
 
-    def on_axes(tree: Any) -> Freezable:
+    def on_axes(tree: PyTree) -> Freezable:
         return graft_on(direction, magnitude, [leaf.axes for leaf in resolve_axes(tree, axes, jnp.inexact)])
 
     return skip_nonfinite(
@@ -62,31 +65,35 @@ def graft(direction: Any, magnitude: Any, axes: Any = None) -> optax.GradientTra
 MAGNITUDES = {"adam": optax.scale_by_adam, "rmsprop": optax.scale_by_rms, "sgd": optax.identity}
 
 
-def magnitude_of(magnitude: Any) -> optax.GradientTransformation:
+def magnitude_of(magnitude: object) -> optax.GradientTransformation:
     """The transformation a word stands for, or the one given; in float32 at least."""
     if isinstance(magnitude, str):
         if magnitude not in MAGNITUDES:
             words = ", ".join(map(repr, MAGNITUDES))
             raise ValueError(f"grafting must be one of {words}, or an Optax transformation; got {magnitude!r}.")
         return in_float32(MAGNITUDES[magnitude]())
-    require_transformation("grafting", magnitude)
-    return in_float32(magnitude)
+    return in_float32(require_transformation("grafting", magnitude))
 
 
 def graft_on(
-    direction: Any, magnitude: Any, axes: list[MatrixAxes | None], *, rescale: bool = True, start: int = 0
+    direction: optax.GradientTransformation,
+    magnitude: optax.GradientTransformation,
+    axes: list[MatrixAxes | None],
+    *,
+    rescale: bool = True,
+    start: int = 0,
 ) -> Freezable:
     """`graft` for leaves with these axes; the first ``start - 1`` calls take ``magnitude``'s step itself. Without
     ``rescale``, D keeps its size from then on.
     """
     direction, magnitude = freezable(direction), freezable(magnitude)
 
-    def init(params: Any) -> GraftState:
+    def init(params: PyTree) -> GraftState:
         return GraftState(jnp.zeros([], jnp.int32), direction.init(params), magnitude.init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
-    ) -> tuple[Any, GraftState]:
+        updates: PyTree, state: PyTree, params: PyTree = None, *, accept: Bool[Array, ""] | None = None, **extra: PyTree
+    ) -> tuple[PyTree, GraftState]:
         D, direction_state = direction.update(updates, state.direction, params, accept=accept, **extra)
         M, magnitude_state = magnitude.update(updates, state.magnitude, params, accept=accept, **extra)
 
@@ -126,59 +133,67 @@ class ClipState(NamedTuple):
 
     count: Int[Array, ""]
     seen: Int[Array, ""]  # 0 or 1, as in `SkipFirstState`
-    inner: Any
+    inner: PyTree
 
 
-def once_seen(inner: optax.GradientTransformation, clip: Any, learning_rate: Any) -> Freezable:
+def once_seen(
+    inner: optax.GradientTransformation, clip: optax.ScalarOrSchedule | None, learning_rate: optax.ScalarOrSchedule
+) -> Freezable:
     """``ν U``, and 0 as long as no statistics have come."""
 
     tx = freezable(inner)
 
-    def init(params: Any) -> ClipState:
+    def init(params: PyTree) -> ClipState:
         return ClipState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), tx.init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
-    ) -> tuple[Any, ClipState]:
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        accept: Bool[Array, ""] | None = None,
+        statistics: Sequence[LayerFactors] | None = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, ClipState]:
         G = updates
-        U, new = tx.update(G, state.inner, params, accept=accept, **extra)
-        seen = state.seen | (extra["statistics"] is not None)
+        U, new = tx.update(G, state.inner, params, accept=accept, statistics=statistics, **extra)
+        had_statistics = state.seen | (statistics is not None)
         ν: Any = 1.0
         if clip is not None:
             dots = (jnp.vdot(u, g.astype(u.dtype)) for u, g in zip(jax.tree.leaves(U), jax.tree.leaves(G), strict=True))
             change = value_at(learning_rate, state.count) ** 2 * jnp.abs(sum(dots, jnp.zeros([])))
             ν = jnp.minimum(1, jnp.sqrt(value_at(clip, state.count) / jnp.where(change > 0, change, 1)))
             ν = jnp.where(change > 0, ν, 1)
-        U = jax.tree.map(lambda u: jnp.where(seen > 0, (ν * u).astype(u.dtype), 0), U)
-        return U, ClipState(counted(accept, state.count), select(accept, seen, state.seen), new)
+        U = jax.tree.map(lambda u: jnp.where(had_statistics > 0, (ν * u).astype(u.dtype), 0), U)
+        return U, ClipState(counted(accept, state.count), select(accept, had_statistics, state.seen), new)
 
     return Freezable(init, update)
 
 
-def trace(decay: Any) -> optax.GradientTransformation:
+def trace(decay: ArrayLike) -> optax.GradientTransformation:
     """`optax.trace`, whose dtype stays: a decay that is an array of float32 would make float32 of bfloat16."""
     tx = optax.trace(decay)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.TraceState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, optax.TraceState]:
         _, new = tx.update(updates, state, params)
-        new: Any = jax.tree.map(lambda m, old: m.astype(old.dtype), new, state)
+        new: PyTree = jax.tree.map(lambda m, old: m.astype(old.dtype), new, state)
         return new.trace, new
 
     return optax.GradientTransformation(tx.init, update)
 
 
-def frozen_trace(decay: Any) -> Freezable:
+def frozen_trace(decay: ArrayLike) -> Freezable:
     """`trace`, whose step is made of the state that is kept: XLA computes a sum that is used twice twice, and where
     only one of the two is selected, it copies the old state for the other.
     """
     tx = trace(decay)
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
-    ) -> tuple[Any, optax.TraceState]:
+        updates: PyTree, state: PyTree, params: PyTree = None, *, accept: Bool[Array, ""] | None = None, **extra: PyTree
+    ) -> tuple[PyTree, optax.TraceState]:
         del extra
         _, new = tx.update(updates, state, params)
-        new: Any = select(accept, new, state)
+        new: PyTree = select(accept, new, state)
         return new.trace, new
 
     return Freezable(tx.init, update)

@@ -1,14 +1,16 @@
 """Momentum that keeps the direction of ``m = β m + G`` and never overflows."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arguments import value_at
 from .._xla import select, sequenced_after
+from ..matrices.axes import Typed
 from .skip_nonfinite import Freezable, counted, freezable
 
 
@@ -17,17 +19,17 @@ class MomentumState(NamedTuple):
 
     count: Int[Array, ""]
     weight: Float[Array, ""]
-    mean: Any
+    mean: PyTree
 
 
-def momentum(beta: Any, dtype: Any = None) -> Freezable:
+def momentum(beta: optax.ScalarOrSchedule, dtype: DTypeLike | None = None) -> Freezable:
     """``m = β m + G`` divided by the sum of its weights: the same direction, but it neither overflows nor vanishes at
     any scale of the dtype. Sums and results are float32 at least, and so is m unless ``dtype`` says otherwise.
     """
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
-    ) -> tuple[Any, MomentumState]:
+        updates: PyTree, state: PyTree, params: PyTree = None, *, accept: Bool[Array, ""] | None = None, **extra: PyTree
+    ) -> tuple[PyTree, MomentumState]:
         del params, extra
         (now, _), s = _weights(beta, state)
         mean = _means(now, state.mean, updates)
@@ -36,17 +38,21 @@ def momentum(beta: Any, dtype: Any = None) -> Freezable:
     return Freezable(lambda params: _start(params, dtype), update)
 
 
-def with_momentum(inner: optax.GradientTransformation, beta: Any, nesterov: bool, dtype: Any = None) -> Freezable:
+def with_momentum(
+    inner: optax.GradientTransformation, beta: optax.ScalarOrSchedule, nesterov: bool, dtype: DTypeLike | None = None
+) -> Freezable:
     """``inner`` of `momentum`, or of the next one for the same gradient (``nesterov``).
 
     The old m is overwritten last, and what ``inner`` gets is made of it: then it need not be in memory as a whole.
     """
     tx = freezable(inner)
 
-    def init(params: Any) -> tuple[MomentumState, Any]:
+    def init(params: PyTree) -> tuple[MomentumState, PyTree]:
         return _start(params, dtype), tx.init(params)
 
-    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, *, accept: Bool[Array, ""] | None = None, **extra: PyTree
+    ) -> tuple[PyTree, PyTree]:
         old, inside = state
         (now, ahead), s = _weights(beta, old)
         u = _means(now * ahead if nesterov else now, old.mean, updates)
@@ -56,17 +62,17 @@ def with_momentum(inner: optax.GradientTransformation, beta: Any, nesterov: bool
     return Freezable(init, update)
 
 
-def _start(params: Any, dtype: Any) -> MomentumState:
-    def zeros(x: Any) -> Array:
-        kept = jnp.promote_types(dtype, jnp.complex64) if dtype and jnp.iscomplexobj(x) else dtype
-        return jnp.zeros_like(x, dtype=kept or _at_least_float32(x))
+def _start(params: PyTree, dtype: DTypeLike | None) -> MomentumState:
+    def zeros(x: Typed) -> Array:
+        stored = jnp.promote_types(dtype, jnp.complex64) if dtype and jnp.iscomplexobj(x) else dtype
+        return jnp.zeros_like(x, dtype=stored or _at_least_float32(x))
 
     mean = jax.tree.map(zeros, params)
     weight = jnp.zeros([], jnp.finfo(jnp.result_type(jnp.float32, *jax.tree.leaves(params))).dtype)
     return MomentumState(jnp.zeros([], jnp.int32), weight, mean)
 
 
-def _weights(beta: Any, state: MomentumState) -> tuple[tuple[Array, Array], Array]:
+def _weights(beta: optax.ScalarOrSchedule, state: MomentumState) -> tuple[tuple[Array, Array], Array]:
     """The share of the old mean in the new one, and of that in the one after it; the sum of all weights."""
     β = value_at(beta, state.count)
     s = jnp.asarray(β * state.weight + 1, state.weight.dtype)
@@ -74,7 +80,7 @@ def _weights(beta: Any, state: MomentumState) -> tuple[tuple[Array, Array], Arra
     return (now, ahead), s
 
 
-def _means(w: Array, mean: Any, updates: Any) -> Any:
+def _means(w: Array, mean: PyTree, updates: PyTree) -> PyTree:
     """``w m + (1 - w) g``."""
 
     def blend(g: Array, m: Array) -> Array:
@@ -85,10 +91,10 @@ def _means(w: Array, mean: Any, updates: Any) -> Any:
     return jax.tree.map(blend, updates, mean)
 
 
-def _next(state: MomentumState, weight: Array, mean: Any, accept: Array | None) -> MomentumState:
+def _next(state: MomentumState, weight: Array, mean: PyTree, accept: Bool[Array, ""] | None) -> MomentumState:
     mean = jax.tree.map(lambda m, old: m.astype(old.dtype), mean, state.mean)
     return MomentumState(counted(accept, state.count), *select(accept, (weight, mean), (state.weight, state.mean)))
 
 
-def _at_least_float32(x: Any) -> Any:
+def _at_least_float32(x: Typed) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)

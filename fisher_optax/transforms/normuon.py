@@ -1,14 +1,16 @@
 """NorMuon: every output neuron gets an update of like size."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 from .._arguments import in_range, injectable
+from ..matrices.axes import MatrixAxes
 from ..matrices.blocks import from_matrices, matrix_shapes, to_matrices
 from .decay import scheduled
 from .fallback import with_fallback
@@ -18,11 +20,13 @@ from .skip_nonfinite import skip_nonfinite
 class NorMuonState(NamedTuple):
     """State of `scale_by_normuon`: for each matrix leaf, the mean square of every output neuron's update."""
 
-    nu: Any
+    nu: PyTree
 
 
 @injectable
-def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> optax.GradientTransformationExtraArgs:
+def scale_by_normuon(
+    b2: optax.ScalarOrSchedule = 0.95, eps: optax.ScalarOrSchedule = 1e-8, *, axes: PyTree = None
+) -> optax.GradientTransformationExtraArgs:
     """NorMuon's second half, after `scale_by_muon`: give every output neuron an update of like size.
 
         v ← b2 v + (1-b2) mean_in(O²);   O' = O / (sqrt(v) + eps);   U = O' |O| / |O'|
@@ -41,7 +45,7 @@ def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> op
     in_range("b2", b2, 0, 1)
     in_range("eps", eps, 0)
 
-    def build(leaf_axes: list[Any]) -> optax.GradientTransformation:
+    def build(leaf_axes: list[MatrixAxes]) -> optax.GradientTransformation:
         return scheduled(functools.partial(_per_neuron, leaf_axes), b2=b2, eps=eps)
 
     return skip_nonfinite(
@@ -49,13 +53,13 @@ def scale_by_normuon(b2: Any = 0.95, eps: Any = 1e-8, *, axes: Any = None) -> op
     )
 
 
-def _per_neuron(leaf_axes: list[Any], b2: Any, eps: Any) -> optax.GradientTransformation:
+def _per_neuron(leaf_axes: list[MatrixAxes], b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransformation:
     """`scale_by_normuon` on leaves of given axes."""
 
-    def matrix(x: Array, a: Any) -> Array:
+    def matrix(x: Array, a: MatrixAxes) -> Array:
         return to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a)[0]
 
-    def init(params: Any) -> NorMuonState:
+    def init(params: PyTree) -> NorMuonState:
         leaves, treedef = jax.tree.flatten(params)
         shapes = [matrix_shapes(x.shape, a)[0] for x, a in zip(leaves, leaf_axes, strict=True)]
         nu = [
@@ -64,7 +68,7 @@ def _per_neuron(leaf_axes: list[Any], b2: Any, eps: Any) -> optax.GradientTransf
         ]
         return NorMuonState(treedef.unflatten(nu))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, NorMuonState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, NorMuonState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
         out, nu = [], []

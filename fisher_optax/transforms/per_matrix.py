@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Inexact, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
 from .. import linalg
 from .._xla import dynamic_indices, select, sequenced_after
@@ -21,7 +22,7 @@ class PerMatrixState(NamedTuple):
     """State of `per_matrix`."""
 
     count: Int[Array, ""]  # calls so far
-    matrices: dict[str, Any]  # of the transformation, stacked by shape, e.g. "384x1536"
+    matrices: dict[str, PyTree]  # of the transformation, stacked by shape, e.g. "384x1536"
 
 
 def per_matrix(
@@ -46,32 +47,32 @@ def per_matrix(
 
     step = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> PerMatrixState:
+    def init(params: PyTree) -> PerMatrixState:
         leaves, treedef = jax.tree.flatten(params)
         count, states = jnp.zeros([], jnp.int32), {}
         if not leaves:  # optax.tree.map_params asks with a placeholder where the parameters would be
             return PerMatrixState(count, treedef.unflatten([]))
         for key, stack in leaf_layouts(leaves, axes, block_size).items():
-            one = tx.init(jnp.zeros(stack.shape, stack.dtype))
-            state = jax.tree.map(lambda x, n=stack.count: jnp.broadcast_to(x, (n, *x.shape)), one)
+            initial = tx.init(jnp.zeros(stack.shape, stack.dtype))
+            state = jax.tree.map(lambda x, n=stack.count: jnp.broadcast_to(x, (n, *x.shape)), initial)
             states[key] = share_out(place_moments(state, stack.layouts), mesh_axis)
         return PerMatrixState(count, states)
 
     def update(
-        updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any
-    ) -> tuple[Any, PerMatrixState]:
+        updates: PyTree, state: PyTree, params: PyTree = None, *, accept: Bool[Array, ""] | None = None, **extra: PyTree
+    ) -> tuple[PyTree, PerMatrixState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
 
-        def one(G: Array, inner: Any, read: Any) -> tuple[Array, Any]:
-            stepped: tuple[Any, Any] = step.update(G, inner, None, **extra)
+        def step_one(G: Array, inner: PyTree, read: PyTree) -> tuple[Array, PyTree]:
+            stepped: tuple[PyTree, PyTree] = step.update(G, inner, None, **extra)
             U, new = stepped
             return U, select(accept, new, inner)
 
-        def of_stack(G: Array, inner: Any) -> tuple[Array, Any]:
-            return over_stack(one, G, inner, (), max_stack=max_stack, grouped=True)
+        def of_stack(G: Array, inner: PyTree) -> tuple[Array, PyTree]:
+            return over_stack(step_one, G, inner, (), max_stack=max_stack, grouped=True)
 
         directions, matrices, last = {}, {}, None
         for key, Gs in by_shape(leaves, axes, block_size).items():
@@ -102,7 +103,7 @@ def polar(
     scale: str | float = 1.0,
     *,
     method: str = "auto",
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """``U = scale(m, n) · polar(G)`` of one matrix, by a Newton-Schulz iteration; `fo.applications.orthogonal` has the
     arguments, and what they raise.
@@ -115,14 +116,14 @@ def polar(
     def factor(G: Inexact[Array, "m n"]) -> Array:
         return shape_scale(scale, *G.shape) * linalg.orthogonalize(G, coefficients, method=method, dtype=dtype)
 
-    def step(updates: Any, params: Any) -> Any:
+    def step(updates: PyTree, params: PyTree) -> PyTree:
         del params
         return factor(updates)
 
     return optax.stateless(step)
 
 
-def shape_scale(scale: str | float, m: int, n: int) -> Any:
+def shape_scale(scale: str | float, m: int, n: int) -> float:
     """The factor in front of the polar factor of an ``m x n`` (in x out) matrix."""
     if not isinstance(scale, str):
         return scale

@@ -12,13 +12,13 @@ One bad step must not spoil a run, so every transformation of this package is wr
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from .._xla import branch, by_platform, in_auto_mode, materialized, on_mesh, select
 from ..matrices.axes import arrays, step_dtype
@@ -36,14 +36,18 @@ def freezable(tx: optax.GradientTransformation) -> Freezable:
         return tx
     inner = optax.with_extra_args_support(tx)
 
-    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> tuple[Any, Any]:
-        def step(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, *, accept: Bool[Array, ""] | None = None, **extra: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        def step(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
             return inner.update(updates, state, params, **extra)
 
-        def skip(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        def skip(updates: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(step, updates, state, params)[0]), state
 
-        def either(conditional: bool, accept: Any, updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        def either(
+            conditional: bool, accept: Bool[Array, ""], updates: PyTree, state: PyTree, params: PyTree
+        ) -> tuple[PyTree, PyTree]:
             if conditional:
                 return branch(accept, step, skip, updates, state, params)
             new, after = step(updates, state, params)
@@ -63,7 +67,7 @@ def chain(*stages: optax.GradientTransformation) -> Freezable:
     return Freezable(*optax.chain(*map(freezable, stages)))
 
 
-def counted(accept: Any, count: Any) -> Any:
+def counted(accept: Bool[Array, ""] | None, count: Int[Array, ""]) -> Int[Array, ""]:
     """One call more, if it is accepted."""
     return count + (1 if accept is None else accept.astype(count.dtype))
 
@@ -77,11 +81,11 @@ class GuardState(NamedTuple):
     version: Int[Array, ""]  # layout of what lies below
     steps: Int[Array, ""]  # calls that were carried out
     skipped: Int[Array, ""]  # calls that were not, because a gradient (or its square) was not finite
-    inner: Any
+    inner: PyTree
 
 
 def skip_nonfinite(
-    tx: optax.GradientTransformation, squares: Callable[[Any], list[bool]] | None = None
+    tx: optax.GradientTransformation, squares: Callable[[PyTree], list[bool]] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Make ``tx`` skip a step whose gradient, or the statistics beside it, are not finite anywhere: the update is zero
     and no state changes but the counter.
@@ -96,32 +100,34 @@ def skip_nonfinite(
     """
     tx = freezable(tx)
 
-    def init(params: optax.Params) -> GuardState:
-        def start(params: Any) -> GuardState:
+    def init(params: PyTree) -> GuardState:
+        def start(params: PyTree) -> GuardState:
             steps, skipped = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
             return GuardState(jnp.asarray(STATE_VERSION, jnp.int32), steps, skipped, tx.init(params))
 
         return on_mesh(start, arrays(params))
 
-    def update(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any
-    ) -> tuple[Any, GuardState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, GuardState]:
         grads = jax.tree.map(jnp.asarray, updates)
         updates, params, state = arrays(updates), arrays(params), jax.tree.map(jnp.asarray, state)
         leaves = jax.tree.leaves(updates)
         squared = squares(updates if params is None else params) if squares else [True] * len(leaves)
 
-        def like_grads(new: Any) -> Any:
+        def like_grads(new: PyTree) -> PyTree:
             return jax.tree.map(lambda u, g: u.astype(step_dtype(g.dtype)), new, grads)
 
-        def step(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
+        def step(
+            updates: PyTree, state: GuardState, params: PyTree, extra: dict[str, PyTree]
+        ) -> tuple[PyTree, GuardState]:
             new, inner = tx.update(updates, state.inner, params, **extra)
             return like_grads(new), state._replace(steps=state.steps + 1, inner=inner)
 
-        def skip(updates: Any, state: GuardState, *_: Any) -> tuple[Any, GuardState]:
+        def skip(updates: PyTree, state: GuardState, *_: PyTree) -> tuple[PyTree, GuardState]:
             return like_grads(jax.tree.map(jnp.zeros_like, updates)), state._replace(skipped=state.skipped + 1)
 
-        def either(updates: Any, state: GuardState, params: Any, extra: dict[str, Any]) -> tuple[Any, GuardState]:
+        def either(
+            updates: PyTree, state: GuardState, params: PyTree, extra: dict[str, PyTree]
+        ) -> tuple[PyTree, GuardState]:
             probes = finite_probes(extra.get("statistics"))
             finite = is_finite([*jax.tree.leaves(updates), *probes], [*squared, *[False] * len(probes)])
             if not isinstance(finite, Tracer):
@@ -139,12 +145,12 @@ def skip_nonfinite(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def finite_probes(statistics: Any) -> list[Array]:
+def finite_probes(statistics: PyTree) -> list[Array]:
     """Arrays that are finite only where all of the statistics are: what a kind names as its ``finite_probes()``, else
     all of it.
     """
 
-    def named(x: Any) -> bool:
+    def named(x: object) -> bool:
         return hasattr(x, "finite_probes")
 
     return jax.tree.leaves([x.finite_probes() if named(x) else x for x in jax.tree.leaves(statistics, is_leaf=named)])
@@ -174,17 +180,19 @@ class SkipFirstState(NamedTuple):
     """State of `skip_first_call`."""
 
     called: Int[Array, ""]  # 0 or 1: `optax.contrib.sam` multiplies and adds states, and makes a bool an int32
-    inner: Any
+    inner: PyTree
 
 
 def skip_first_call(tx: optax.GradientTransformation, freeze: bool = True) -> Freezable:
     """``tx``, but the first call updates nothing and, with ``freeze``, leaves its state alone (a schedule goes on)."""
     tx = freezable(tx)
 
-    def init(params: Any) -> SkipFirstState:
+    def init(params: PyTree) -> SkipFirstState:
         return SkipFirstState(jnp.zeros([], jnp.int32), tx.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None, *, accept: Any = None, **extra: Any) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, *, accept: Bool[Array, ""] | None = None, **extra: PyTree
+    ) -> PyTree:
         called = state.called > 0
         later = called if accept is None else accept & called
         new, inner = tx.update(updates, state.inner, params, accept=later if freeze else accept, **extra)

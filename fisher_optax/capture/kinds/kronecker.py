@@ -20,6 +20,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax.lax import Precision
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from ... import linalg
@@ -28,11 +29,12 @@ from ...statistics import LayerFactors
 from ..program.leaves import LeafPlan, in_leaf_order
 from ..program.sites import Site
 from . import rows
-from .sums import Seen, accumulator, check_counts, joined, times
+from .protocol import Bases, StatisticsKind, Sums, Tapped
+from .sums import accumulator, check_counts, joined, times
 
 
 @dataclasses.dataclass(frozen=True)
-class KroneckerFactors:
+class KroneckerFactors(StatisticsKind):
     """Kronecker factors of each layer's Fisher (see the top of this file for the sums).
 
     Args:
@@ -108,21 +110,21 @@ class KroneckerFactors:
     def _sides(self, plan: LeafPlan) -> tuple[str, ...]:
         return self.sides if plan.head is None else ("left",)
 
-    def collect(self, plan: LeafPlan, site: Site, seen: Seen) -> dict[str, Array]:
+    def collect(self, plan: LeafPlan, site: Site, tapped: Tapped) -> Sums:
         """The sums over one product's positions."""
-        X, D, weights, scale = self._rows(plan, site, seen)
+        X, D, weights, scale = self._rows(plan, site, tapped)
         dtype, by_rows = accumulator(plan.dtype), self._row_sides(plan)
         count = X.shape[-2] if weights is None else jnp.sum(weights)
         out = {"count": jnp.asarray(count * scale, dtype)}
         D = D if weights is None else D * weights[:, None].astype(D.dtype)
-        chosen = rows.picked(D.shape[-2], self.rank, seen.devices, seen.device)
+        chosen = rows.picked(D.shape[-2], self.rank, tapped.devices, tapped.device)
         if site.how == "embedding":
             ones = jnp.ones(X.shape[:-1], dtype) if weights is None else weights.astype(dtype)
             out["left"] = scale * jnp.zeros(site.m, dtype).at[X[..., 0]].add(ones)
         elif "left" in by_rows:
-            kept = chosen.own(_with_ones(plan, X[..., chosen.places, :].astype(dtype)), -2)
-            kept = kept * math.sqrt(scale * chosen.share)
-            out["left"] = kept if weights is None else kept * chosen.of(weights, 0)[:, None].astype(dtype)
+            sample = chosen.own(_with_ones(plan, X[..., chosen.places, :].astype(dtype)), -2)
+            sample = sample * math.sqrt(scale * chosen.share)
+            out["left"] = sample if weights is None else sample * chosen.of(weights, 0)[:, None].astype(dtype)
         else:
             # The bias is the weight of an input that is always 1.
             out["left"] = (scale * rows.second_moment(X, weights, plan.bias is not None)).astype(dtype)
@@ -133,16 +135,16 @@ class KroneckerFactors:
         else:
             out["right"] = (scale * rows.second_moment(D, None)).astype(dtype)
         if self.squares:
-            out["squares"] = scale * self._squares(plan, site, X, D, seen.bases).astype(dtype)
+            out["squares"] = scale * self._squares(plan, site, X, D, tapped.bases or (None, None)).astype(dtype)
         return out
 
-    def _rows(self, plan: LeafPlan, site: Site, seen: Seen) -> tuple[Array, Array, Any, float]:
+    def _rows(self, plan: LeafPlan, site: Site, tapped: Tapped) -> tuple[Array, Array, Array | None, float]:
         """Inputs and gradients as rows, the rows' weights, and what a sum over them stands for."""
         batch = plan.batch_position(site)
-        weights = rows.row_weights(site.positions, seen.mask, batch)
+        weights = rows.row_weights(site.positions, tapped.mask, batch)
         if site.how == "convolution":
             assert site.window is not None
-            x, delta = rows.canonical(seen.x, site.x_axes), rows.canonical(seen.delta, site.y_axes)
+            x, delta = rows.canonical(tapped.x, site.x_axes), rows.canonical(tapped.delta, site.y_axes)
             places, keep = math.prod(site.positions[1:]), len(x)
             if self.max_examples is not None:
                 keep = max(1, self.max_examples // places)
@@ -155,8 +157,8 @@ class KroneckerFactors:
             X, D = X.reshape(-1, X.shape[-1]), delta.reshape(-1, delta.shape[-1])
             positions = (len(chosen), *site.positions[1:])
         else:
-            X = rows.as_rows(site, seen.x, site.x_axes, site.m if site.how == "dense" else 1)
-            D = rows.as_rows(site, seen.delta, site.y_axes, site.n)
+            X = rows.as_rows(site, tapped.x, site.x_axes, site.m if site.how == "dense" else 1)
+            D = rows.as_rows(site, tapped.delta, site.y_axes, site.n)
             positions, scale = site.positions, 1.0
         if self.mode == "reduce" and len(positions) > 1 and site.how != "embedding":
             X, D, weights = _reduced(X, D, weights, positions, batch)
@@ -174,12 +176,27 @@ class KroneckerFactors:
         examples = sum(site.positions[plan.batch_position(site)] if site.positions else 1 for site in plan.sites)
         return sum(math.prod(site.positions) for site in plan.sites) / max(examples, 1)
 
-    def model_scale(self, total: Any) -> Any:
-        """What the sums of drawn labels' gradients are multiplied by."""
-        del total
-        return 1
+    def of_gradients(self) -> bool:
+        """Whether gradients are in it, whose scale has to be known."""
+        return "right" in self.sides
 
-    def _squares(self, plan: LeafPlan, site: Site, X: Array, D: Array, bases: Any) -> Array:
+    def needs_bases(self) -> bool:
+        """Whether `collect` is to get bases."""
+        return self.squares
+
+    def without_bases(self) -> "KroneckerFactors":
+        """The same without squares."""
+        return dataclasses.replace(self, squares=False)
+
+    def head_tokens(self) -> int | None:
+        """How many tokens' logits stand for a head's right side."""
+        return self.head_rows
+
+    def longest_side(self) -> float:
+        """Longer ones are sampled."""
+        return self.max_dim
+
+    def _squares(self, plan: LeafPlan, site: Site, X: Array, D: Array, bases: Bases) -> Array:
         Q_A, Q_B = bases
         extra = int(plan.bias is not None)
         Q_A = Q_A if Q_A is None else rows.unsorted_side(Q_A, -2, site.inputs, extra)
@@ -194,14 +211,14 @@ class KroneckerFactors:
         X = X if Q_A is None else jnp.matmul(X, Q_A.astype(X.dtype), precision=Precision.HIGHEST)
         return rows.product(jnp.square(X), jnp.square(D))
 
-    def finish(self, plan: LeafPlan, slots: list[dict[str, Array]], normalizer: Any) -> LayerFactors:
+    def finish(self, plan: LeafPlan, slots: list[Sums], normalizer: ArrayLike | None) -> LayerFactors:
         """The statistics from what the taps returned."""
         site, extra = plan.sites[0], int(plan.bias is not None)
         by_rows = self._row_sides(plan)
         raw = {k: joined([slot[k] for slot in slots], -2 if k in by_rows else None) for k in slots[0]}
         count = jnp.maximum(raw["count"], 1)
         N = raw["count"] / plan.uses.clip(1) / self._each(plan) if normalizer is None else normalizer
-        done = {}
+        found: dict[str, Any] = {}
         for side, atoms, ends, scale in (
             ("left", site.inputs, extra, 1 / count),
             ("right", site.outputs, 0, N),
@@ -210,17 +227,17 @@ class KroneckerFactors:
                 continue
             if side in by_rows:
                 x = rows.sorted_side(times(raw[side], jnp.sqrt(scale)), -1, atoms, ends)
-                done[side] = LowRank(in_leaf_order(x, plan))
+                found[side] = LowRank(in_leaf_order(x, plan))
             else:
                 diagonal = site.how == "embedding" and side == "left"
                 scaled = functools.partial(times, scale=scale)
                 x = scaled(raw[side]) if diagonal else linalg.blockwise(scaled, raw[side])
                 for axis in (-1,) if diagonal else (-1, -2):
                     x = rows.sorted_side(x, axis, atoms, ends)
-                done[side] = in_leaf_order(x, plan)
+                found[side] = in_leaf_order(x, plan)
         if "squares" in raw:
-            done["squares"] = in_leaf_order(times(raw["squares"], N), plan)
-        return LayerFactors(done.get("left"), done.get("right"), done.get("squares"), jnp.mean(raw["count"]))
+            found["squares"] = in_leaf_order(times(raw["squares"], N), plan)
+        return LayerFactors(found.get("left"), found.get("right"), found.get("squares"), jnp.mean(raw["count"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +262,9 @@ def _with_ones(plan: LeafPlan, X: Array) -> Array:
     return X if plan.bias is None else jnp.concatenate([X, jnp.ones((*X.shape[:-1], 1), X.dtype)], -1)
 
 
-def _reduced(X: Array, D: Array, weights: Any, positions: tuple[int, ...], batch: int) -> tuple[Array, Array, Any]:
+def _reduced(
+    X: Array, D: Array, weights: Array | None, positions: tuple[int, ...], batch: int
+) -> tuple[Array, Array, Array | None]:
     """Means of inputs and sums of gradients over the positions of each example, which axis ``batch`` of them counts."""
 
     def by_example(x: Array, first: int) -> Array:

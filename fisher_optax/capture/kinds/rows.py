@@ -3,13 +3,13 @@
 import itertools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import Precision
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ... import linalg
 from ...statistics import Window
@@ -37,12 +37,12 @@ def patches(x: Float[Array, "N *spatial C"], window: Window) -> Float[Array, "N 
     x = jax.lax.pad(x, jnp.zeros([], x.dtype), [(0, 0, 0), *((a, b, d - 1) for (a, b), d in padded), (0, 0, 0)])
     reach = [(k - 1) * d + 1 for k, d in zip(window.shape, window.rhs_dilation, strict=True)]
     out = [(n - r) // s + 1 for n, r, s in zip(x.shape[1:-1], reach, window.strides, strict=True)]
-    seen = []
+    windows = []
     for place in itertools.product(*map(range, window.shape)):
         start = [i * d for i, d in zip(place, window.rhs_dilation, strict=True)]
         stop = [a + (n - 1) * s + 1 for a, n, s in zip(start, out, window.strides, strict=True)]
-        seen.append(jax.lax.slice(x, (0, *start, 0), (len(x), *stop, x.shape[-1]), (1, *window.strides, 1)))
-    return jnp.stack(seen, -2).reshape(len(x), *out, -1)
+        windows.append(jax.lax.slice(x, (0, *start, 0), (len(x), *stop, x.shape[-1]), (1, *window.strides, 1)))
+    return jnp.stack(windows, -2).reshape(len(x), *out, -1)
 
 
 def spread(total: int, count: int) -> np.ndarray:
@@ -54,10 +54,10 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 class Picked(NamedTuple):
-    """Some of the places along an axis, of all devices together; ``mine`` are those of this one, None: all are."""
+    """Some of the places along an axis, of all devices together."""
 
-    places: Any
-    mine: Any
+    places: Int[Array, " k"] | np.ndarray
+    own_places: Bool[Array | np.ndarray, " k"] | None  # which are this device's; None: all
     share: float  # how many places each stands for
 
     def of(self, x: Array, axis: int) -> Array:
@@ -67,10 +67,14 @@ class Picked(NamedTuple):
 
     def own(self, x: Array, axis: int) -> Array:
         """Entries of these places, 0 where they are another device's."""
-        return x if self.mine is None else jnp.where(self.mine.reshape(-1, *[1] * (x.ndim - 1 - axis % x.ndim)), x, 0)
+        return (
+            x
+            if self.own_places is None
+            else jnp.where(self.own_places.reshape(-1, *[1] * (x.ndim - 1 - axis % x.ndim)), x, 0)
+        )
 
 
-def picked(total: int, count: int, devices: int = 1, device: Any = 0) -> Picked:
+def picked(total: int, count: int, devices: int = 1, device: Array | int = 0) -> Picked:
     """``count`` places, spread over ``total`` on each device."""
     places = spread(total * devices, count)
     share = total * devices / len(places)
@@ -103,8 +107,8 @@ def product(X: Float[Array, "*E P d"], Y: Float[Array, "*E P k"]) -> Float[Array
 
 def differ_in_a_stack(sites: tuple[Site, ...]) -> bool:
     """Whether indices take matrices from one parameter for products with different numbers of positions."""
-    taken = any(item[0] == "at" for site in sites for item in site.taken)
-    return taken and len({math.prod(site.positions) for site in sites}) > 1
+    indexed = any(item[0] == "at" for site in sites for item in site.steps)
+    return indexed and len({math.prod(site.positions) for site in sites}) > 1
 
 
 def sorted_side(x: Array, axis: int, atoms: tuple[Atom, ...], extra: int = 0) -> Array:
@@ -130,7 +134,7 @@ def _places(atoms: tuple[Atom, ...], extra: int) -> np.ndarray | None:
     return np.concatenate([places, len(places) + np.arange(extra, dtype=int)])
 
 
-def row_weights(positions: tuple[int, ...], mask: Any, batch: int) -> Float[Array, " P"] | None:
+def row_weights(positions: tuple[int, ...], mask: Array | None, batch: int) -> Float[Array, " P"] | None:
     """1 for the positions that ``mask`` keeps and 0 for the others; None where the mask is not of these positions.
 
     It is of them if they begin with its axes, merged or split, or if its one axis is theirs of number ``batch``.
@@ -144,8 +148,8 @@ def row_weights(positions: tuple[int, ...], mask: Any, batch: int) -> Float[Arra
         if not ends or not _regrouped(mask.shape, positions[: ends[0]]):
             return None
         before, after = (), positions[ends[0] :]
-    kept = mask.astype(jnp.float32).reshape(1, -1, 1)
-    return jnp.broadcast_to(kept, (math.prod(before), mask.size, math.prod(after))).reshape(-1)
+    weights = mask.astype(jnp.float32).reshape(1, -1, 1)
+    return jnp.broadcast_to(weights, (math.prod(before), mask.size, math.prod(after))).reshape(-1)
 
 
 def _regrouped(a: tuple[int, ...], b: tuple[int, ...]) -> bool:

@@ -2,20 +2,21 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from ...statistics import Samples
 from ..program.leaves import LeafPlan, in_leaf_order
 from ..program.sites import Site
 from . import rows
-from .sums import Seen, accumulator, check_counts, joined, times
+from .protocol import StatisticsKind, Sums, Tapped
+from .sums import accumulator, check_counts, joined, times
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerSamples:
+class LayerSamples(StatisticsKind):
     """Inputs and output gradients of ``size`` examples of each layer, spread over all of them: what `fo.frog` takes.
 
     An example of a dense layer is a position, of a convolution a whole input. A layer used in several places gives as
@@ -62,28 +63,28 @@ class LayerSamples:
         """How many sites of the parameter keep what they see apart."""
         return 1 + max(plan.turns.values())
 
-    def collect(self, plan: LeafPlan, site: Site, seen: Seen) -> dict[str, Array]:
+    def collect(self, plan: LeafPlan, site: Site, tapped: Tapped) -> Sums:
         """The samples of one product."""
         dtype = accumulator(plan.dtype)
-        weights = rows.row_weights(site.positions, seen.mask, plan.batch_position(site))
+        weights = rows.row_weights(site.positions, tapped.mask, plan.batch_position(site))
         places = math.prod(site.positions[1:]) if site.window else 1
         total = math.prod(site.positions) if weights is None else jnp.sum(weights)
         if site.window is None:
-            X = rows.as_rows(site, seen.x, site.x_axes, site.m)
-            D = rows.as_rows(site, seen.delta, site.y_axes, site.n)
-            chosen = rows.picked(X.shape[-2], self.size, seen.devices, seen.device)
+            X = rows.as_rows(site, tapped.x, site.x_axes, site.m)
+            D = rows.as_rows(site, tapped.delta, site.y_axes, site.n)
+            chosen = rows.picked(X.shape[-2], self.size, tapped.devices, tapped.device)
             X, D = chosen.of(X, -2), chosen.of(D, -2)
-            kept = None if weights is None else chosen.of(weights, 0)[:, None]
+            counts = None if weights is None else chosen.of(weights, 0)[:, None]
         else:
-            X, D = rows.canonical(seen.x, site.x_axes), rows.canonical(seen.delta, site.y_axes)
-            chosen = rows.picked(len(X), self.size, seen.devices, seen.device)
+            X, D = rows.canonical(tapped.x, site.x_axes), rows.canonical(tapped.delta, site.y_axes)
+            chosen = rows.picked(len(X), self.size, tapped.devices, tapped.device)
             X, D = chosen.of(X, 0), chosen.of(D, 0)
-            kept = None if weights is None else chosen.of(weights.reshape(site.positions), 0)[..., None]
+            counts = None if weights is None else chosen.of(weights.reshape(site.positions), 0)[..., None]
         X, D = X.astype(dtype), D.astype(dtype)
-        D = D if kept is None else D * kept.astype(dtype)
+        D = D if counts is None else D * counts.astype(dtype)
         return {"count": jnp.asarray(total / places, dtype), "inputs": X, "gradients": D}
 
-    def finish(self, plan: LeafPlan, slots: list[dict[str, Array]], normalizer: Any) -> Samples:
+    def finish(self, plan: LeafPlan, slots: list[Sums], normalizer: ArrayLike | None) -> Samples:
         """The statistics from what the taps returned."""
         site = plan.sites[0]
         axis = -2 - len(site.window.shape) if site.window else -2
@@ -95,7 +96,7 @@ class LayerSamples:
         X, D = in_leaf_order(X, plan), in_leaf_order(D, plan)
         return Samples(X, D, jnp.mean(count), window=site.window)
 
-    def model_scale(self, total: Any) -> Any:
+    def model_scale(self, total: ArrayLike | None) -> Array:
         """What gradients of drawn labels, which come as ``1 / sqrt(total)`` of an example's own, are multiplied by."""
         if total is None:
             raise ValueError(

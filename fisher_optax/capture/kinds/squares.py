@@ -1,9 +1,9 @@
 """Squares of what each position contributes to a gradient: ``Σ_s a_s² δ_s²``, the diagonal of K-FAC's expand."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from ...matrices.blocks import canonical_shape, from_matrices
@@ -12,7 +12,8 @@ from ..program.leaves import LeafPlan, in_leaf_order
 from ..program.sites import Site
 from . import rows
 from .kronecker import KroneckerFactors
-from .sums import Seen, accumulator, joined
+from .protocol import Sums, Tapped
+from .sums import accumulator, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +23,13 @@ class PositionSquares(KroneckerFactors):
     max_dim: int = 2**31
     sides = ()
 
-    def collect(self, plan: LeafPlan, site: Site, seen: Seen) -> dict[str, Array]:
+    def collect(self, plan: LeafPlan, site: Site, tapped: Tapped) -> Sums:
         """The sums over one product's positions."""
-        X, D, _, scale = self._rows(plan, site, seen)
+        X, D, _, scale = self._rows(plan, site, tapped)
         squares = scale * self._squares(plan, site, X, D, (None, None))
         return {"squares": squares.astype(accumulator(plan.dtype))}
 
-    def finish(self, plan: LeafPlan, slots: list[dict[str, Array]], normalizer: Any) -> LayerFactors:
+    def finish(self, plan: LeafPlan, slots: list[Sums], normalizer: ArrayLike | None) -> LayerFactors:
         """The statistics from what the taps returned."""
         del normalizer
         site, extra = plan.sites[0], int(plan.bias is not None)
@@ -44,14 +45,15 @@ def captured(leaf: LeafPlan, leaves: list[LeafPlan]) -> bool:
     return bool(leaf.sites) and not leaf.reason
 
 
-def leaf_squares(leaves: list[LeafPlan], stats: list[Any]) -> list[Array | None]:
+def leaf_squares(leaves: list[LeafPlan], stats: list[LayerFactors | None]) -> list[Array | None]:
     """The squares in the shapes of the parameters; None for those that products do not tell all of."""
     found: list[Array | None] = [None] * len(leaves)
-    for leaf, seen in zip(leaves, stats, strict=True):
-        if leaf.axes is None or not leaf.sites or not captured(leaf, leaves):
+    for leaf, factors in zip(leaves, stats, strict=True):
+        squares = None if factors is None else factors.squares
+        if squares is None or leaf.axes is None or not leaf.sites or not captured(leaf, leaves):
             continue
         *batch, m, n = canonical_shape(leaf.shape, leaf.axes)
-        X = seen.squares.reshape(*batch, -1, n)
+        X = squares.reshape(*batch, -1, n)
         found[leaf.number] = from_matrices((X[..., :m, :],), leaf.shape, leaf.axes)
         if leaf.bias is not None:
             found[leaf.bias] = X[..., m, :].reshape(leaves[leaf.bias].shape)

@@ -1,28 +1,38 @@
 """Jaxprs across releases of JAX: everything that differs between them, or is not spelled out in `jax.extend`."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
+import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.ref import AbstractRef
+from jax.typing import ArrayLike
+from jaxtyping import Array
 
 CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
 REMAT = frozenset({"remat2", "remat", "checkpoint"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
+Operand = Var | Literal
+Value = ArrayLike | np.generic | jax.Ref  # of an operand; a literal may be NumPy's
+Typed = Value | ShapedArray  # an array, or the type of one
+T = TypeVar("T", bound=Value)
+
 
 class Program(NamedTuple):
     """A jaxpr and the values of its constants."""
 
-    jaxpr: Any
-    consts: tuple[Any, ...]
+    jaxpr: Jaxpr
+    consts: tuple[Value, ...]
 
 
-def program(inner: Any) -> Program:
+def program(inner: ClosedJaxpr | Jaxpr) -> Program:
     """Of a closed or an open jaxpr."""
-    jaxpr = getattr(inner, "jaxpr", inner)
-    return Program(jaxpr, tuple(getattr(inner, "consts", ())))
+    if isinstance(inner, ClosedJaxpr):
+        return Program(inner.jaxpr, tuple(inner.consts))
+    return Program(inner, ())
 
 
 def body(eqn: JaxprEqn) -> Program:
@@ -43,41 +53,46 @@ def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def bind(eqn: JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+def bind(eqn: JaxprEqn, operands: Sequence[Value]) -> list[Any]:
     """The results of an equation on other operands, under the settings it was traced with."""
-    given = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = given if isinstance(given, tuple) else ((), given)
+    settings = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = settings if isinstance(settings, tuple) else ((), settings)
     with eqn.ctx.manager:
         out = eqn.primitive.bind(*functions, *operands, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-def aval(atom: Any) -> Any:
+def aval(atom: Operand) -> ShapedArray:
     """The shape and dtype of a literal or a variable, both of which are arrays here."""
-    return atom.aval
+    return cast(ShapedArray, atom.aval)
 
 
-def varying_as(x: Any, *others: Any) -> Any:
+def shape(atom: Operand) -> tuple[int, ...]:
+    """Of an array, or of a reference to one."""
+    return tuple(cast(ShapedArray | AbstractRef, atom.aval).shape)
+
+
+def varying_as(x: T, *others: Typed | None) -> T | Array:
     """``x``, taken to differ between the devices of a shard_map wherever one of the others does."""
     axes = varying(*others) - varying(x)
     return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
-def varying(*xs: Any) -> frozenset[str]:
+def varying(*xs: Typed | None) -> frozenset[str]:
     """The axes of a shard_map over whose devices one of these arrays, or types of arrays, differs."""
     return frozenset().union(*(_type(x).manual_axis_type.varying for x in xs if x is not None))
 
 
-def split_over(*xs: Any) -> tuple[tuple[str, int], ...]:
+def split_over(*xs: Typed | None) -> tuple[tuple[str, int], ...]:
     """The same axes with their sizes, in the order of the mesh."""
-    axes = {axis: None for x in xs if varying(x) for axis in _type(x).sharding.mesh.shape.items()}
+    axes = {axis: None for x in xs if x is not None and varying(x) for axis in _type(x).sharding.mesh.shape.items()}
     return tuple(axis for axis in axes if axis[0] in varying(*xs))
 
 
-def _type(x: Any) -> Any:
+def _type(x: Typed) -> ShapedArray:
     return x if isinstance(x, ShapedArray) else jax.typeof(x)
 
 
-def read(env: dict[Any, Any], atom: Any) -> Any:
+def read(env: dict[Var, Value], atom: Operand) -> Any:
     """The value of a literal or a variable."""
     return atom.val if isinstance(atom, Literal) else env[atom]

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from ...matrices.axes import MatrixAxes
 from .sites import Site, sources
+from .views import Step
 from .walk import Uses
 
 
@@ -18,7 +21,7 @@ class LeafPlan(NamedTuple):
     number: int
     path: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DTypeLike
     sites: tuple[Site, ...]
     axes: MatrixAxes | None
     bias: int | None  # the parameter that is added to its outputs
@@ -33,14 +36,14 @@ class LeafPlan(NamedTuple):
         return tuple(self.shape[a] for a in self.sites[0].batch_axes)
 
     @property
-    def taken_shape(self) -> tuple[int, ...]:
+    def stack_shape(self) -> tuple[int, ...]:
         """Of those axes that loops and indices take."""
-        return self.batch_shape[: len(self.sites[0].taken)]
+        return self.batch_shape[: len(self.sites[0].steps)]
 
     @property
     def turns(self) -> dict[int, int]:
         """By number of the site: how often its matrix was used before."""
-        uses, turns = np.zeros(self.taken_shape, int), {}
+        uses, turns = np.zeros(self.stack_shape, int), {}
         for site in self.sites:
             turns[site.number] = int(uses[_place(site)].max())
             uses[_place(site)] += 1
@@ -49,7 +52,7 @@ class LeafPlan(NamedTuple):
     @property
     def uses(self) -> np.ndarray:
         """How many products there are with each matrix that loops and indices take."""
-        uses = np.zeros(self.taken_shape, int)
+        uses = np.zeros(self.stack_shape, int)
         for site in self.sites:
             uses[_place(site)] += 1
         return uses
@@ -59,14 +62,14 @@ class LeafPlan(NamedTuple):
         return self.batch_axis if site.window is None and self.batch_axis < len(site.positions) else 0
 
 
-def _place(site: Site) -> tuple[Any, ...]:
-    return tuple(item[2] if item[0] == "at" else slice(None) for item in site.taken)
+def _place(site: Site) -> tuple[int | slice, ...]:
+    return tuple(item[2] if item[0] == "at" else slice(None) for item in site.steps)
 
 
 def leaf_plans(
     uses: Uses,
     paths: Sequence[str],
-    dtypes: Sequence[Any],
+    dtypes: Sequence[DTypeLike],
     unavailable: Callable[[tuple[Site, ...]], str],
 ) -> list[LeafPlan]:
     """A plan for every parameter; ``unavailable(sites)`` says why these sites cannot be captured, or nothing."""
@@ -81,7 +84,7 @@ def leaf_plans(
     return plans
 
 
-def _leaf(i: int, path: str, dtype: Any, uses: Uses, unavailable: Callable[[tuple[Site, ...]], str]) -> LeafPlan:
+def _leaf(i: int, path: str, dtype: DTypeLike, uses: Uses, unavailable: Callable[[tuple[Site, ...]], str]) -> LeafPlan:
     shape, sites, others = uses.shapes[i], tuple(uses.sites[i]), uses.others[i]
     plan = LeafPlan(i, path, shape, dtype, (), None, None, ", ".join(others) or "nothing", "")
     if not sites:
@@ -110,7 +113,7 @@ def _roles(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...
 
 def _owner(b: int, uses: Uses, plans: list[LeafPlan]) -> LeafPlan | None:
     """The plan of the kernel whose outputs, and nothing else, parameter ``b`` is added to, each time."""
-    added = {site.number: (site, taken) for site, taken in uses.biases[b]}
+    added = {site.number: (site, steps) for site, steps in uses.biases[b]}
     if not added or uses.others[b] or len(added) != len(uses.biases[b]):
         return None
     owner = plans[next(iter(added.values()))[0].leaf]
@@ -119,32 +122,32 @@ def _owner(b: int, uses: Uses, plans: list[LeafPlan]) -> LeafPlan | None:
     if any(site.parts > 1 for site in owner.sites):  # a real bias is added to the real part alone
         return None
     fits = uses.shapes[b] == tuple(owner.shape[a] for a in owner.axes.batch + owner.axes.outputs)
-    alike = all(_steps(site.taken) == _steps(taken) for site, taken in added.values())
+    alike = all(_without_axes(site.steps) == _without_axes(steps) for site, steps in added.values())
     return owner if fits and alike else None
 
 
-def _steps(taken: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    return [(item[0], *item[2:]) for item in taken]
+def _without_axes(steps: Sequence[Step]) -> list[tuple[str | int, ...]]:
+    return [(item[0], *item[2:]) for item in steps]
 
 
 def _with_bias(axes: MatrixAxes | None, path: str) -> MatrixAxes | None:
     return None if axes is None else MatrixAxes(axes.inputs, axes.outputs, axes.batch, bias=path)
 
 
-def in_leaf_order(x: Any, plan: LeafPlan) -> Any:
+def in_leaf_order(x: Array, plan: LeafPlan) -> Array:
     """An array that begins with the plan's batch axes, merged as products took them, with these in the leaf's order."""
     axes = plan.sites[0].batch_axes
     x = x.reshape(*plan.batch_shape, *x.shape[_merged_rank(plan) :])
     return jnp.moveaxis(x, range(len(axes)), [sorted(axes).index(a) for a in axes])
 
 
-def in_product_order(x: Any, plan: LeafPlan) -> Any:
+def in_product_order(x: Array, plan: LeafPlan) -> Array:
     """The inverse of `in_leaf_order`."""
     axes = plan.sites[0].batch_axes
     x = jnp.moveaxis(x, [sorted(axes).index(a) for a in axes], range(len(axes)))
-    merged = plan.batch_shape[len(plan.taken_shape) :]
-    return x.reshape(*plan.taken_shape, *((math.prod(merged),) if merged else ()), *x.shape[len(axes) :])
+    merged = plan.batch_shape[len(plan.stack_shape) :]
+    return x.reshape(*plan.stack_shape, *((math.prod(merged),) if merged else ()), *x.shape[len(axes) :])
 
 
 def _merged_rank(plan: LeafPlan) -> int:
-    return len(plan.taken_shape) + (len(plan.batch_shape) > len(plan.taken_shape))
+    return len(plan.stack_shape) + (len(plan.batch_shape) > len(plan.stack_shape))

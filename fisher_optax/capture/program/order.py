@@ -1,11 +1,11 @@
 """In which order a program meets its layers, and which matrices of a stack it meets together."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from ..gradients import Traced
+from ..traced import Traced
 from . import jaxprs
 from .leaves import LeafPlan
 from .sites import Site
@@ -21,17 +21,17 @@ class Met(NamedTuple):
 
 def in_order(traced: Traced) -> list[Met]:
     """All matrices with an input, each where it is first used; loops over a stack one step after the other."""
-    seen, met = {leaf.number: np.zeros(leaf.batch_shape, bool) for leaf in traced.leaves if leaf.sites}, []
+    used, met = {leaf.number: np.zeros(leaf.batch_shape, bool) for leaf in traced.leaves if leaf.sites}, []
     for site, loops in _uses(traced.program, traced.plan, ()):
         leaf = traced.leaves[site.leaf]
         if site.number not in {s.number for s in leaf.sites}:
             continue
         now = np.zeros(leaf.batch_shape, bool)
         now[_places(site, loops)] = True
-        now &= ~seen[leaf.number]
+        now &= ~used[leaf.number]
         if now.any():
-            seen[leaf.number] |= now
-            order = np.argsort(leaf.sites[0].batch_axes)  # taken by loops and products -> as in the parameter
+            used[leaf.number] |= now
+            order = np.argsort(leaf.sites[0].batch_axes)  # as loops and products take them -> as in the parameter
             met.append(Met(leaf, np.flatnonzero(np.transpose(now, order))))
     return met
 
@@ -50,11 +50,11 @@ def _uses(program: jaxprs.Program, plan: Plan, loops: tuple[int, ...]) -> Iterat
                 yield from _uses(jaxprs.body(eqn), plan.inner[i][0], (*loops, step))
         else:
             inner = jaxprs.branches(eqn) if eqn.primitive.name == "cond" else [jaxprs.body(eqn)]
-            for one, its_plan in zip(inner, plan.inner[i], strict=True):
-                yield from _uses(one, its_plan, loops)
+            for inside, its_plan in zip(inner, plan.inner[i], strict=True):
+                yield from _uses(inside, its_plan, loops)
 
 
-def _places(site: Site, loops: tuple[int, ...]) -> tuple[Any, ...]:
+def _places(site: Site, loops: tuple[int, ...]) -> tuple[int | slice, ...]:
     """Of the matrices that loops and indices take; all of a loop's where it is not clear which loop takes them."""
-    steps = list(loops) if len(loops) == sum(item[0] == "scan" for item in site.taken) else []
-    return tuple(item[2] if item[0] == "at" else steps.pop(0) if steps else slice(None) for item in site.taken)
+    steps = list(loops) if len(loops) == sum(item[0] == "scan" for item in site.steps) else []
+    return tuple(item[2] if item[0] == "at" else steps.pop(0) if steps else slice(None) for item in site.steps)

@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import JaxprEqn
+from jaxtyping import Array
 
 from ...statistics import Window
 from . import jaxprs
-from .views import REPEATED, Atom, Dims, View
+from .views import REPEATED, Atom, Dims, Step, View
 
 Axes = tuple[int, ...]
+A = TypeVar("A", bound=Array | np.ndarray)
 
 
 class Site(NamedTuple):
@@ -33,18 +36,18 @@ class Site(NamedTuple):
     inputs: tuple[Atom, ...]
     outputs: tuple[Atom, ...]
     positions: tuple[int, ...]  # their shape
-    taken: tuple[tuple[Any, ...], ...]
+    steps: tuple[Step, ...]  # loops and indices on its parameter
+    avals: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]  # of its input and its output
     window: Window | None = None
     repeated: bool = False  # in a loop that does not run over a stack of this parameter
     number: int = -1  # among all sites of the program
-    avals: tuple[Any, Any] = (None, None)  # of its input and its output
     parts: int = 1  # of a number: 2 where they are complex
     split: tuple[tuple[str, int], ...] = ()  # axes of a shard_map over whose devices they differ, with sizes
 
     @property
     def batch_axes(self) -> list[int]:
         """Axes of the parameter that count matrices, in the order in which loops, indices and the product take them."""
-        return [item[1] for item in self.taken] + sources(self.batch)
+        return [item[1] for item in self.steps] + sources(self.batch)
 
     @property
     def m(self) -> int:
@@ -118,12 +121,12 @@ def _site(
     assert W is not None
     dims: list[tuple[Atom, ...]] = [(Atom(-1 - a, size),) if size != 1 else () for a, size in enumerate(Y.shape)]
     for i in (0, 2):
-        for mine, theirs in zip(y_axes[i], w_axes[i], strict=True):
-            dims[mine] = W.dims[theirs]
+        for of_y, of_w in zip(y_axes[i], w_axes[i], strict=True):
+            dims[of_y] = W.dims[of_w]
     batch, inputs, outputs = (tuple(a for axis in axes for a in W.dims[axis]) for axes in w_axes)
     positions = tuple(Y.shape[a] for a in y_axes[1])
     avals = jax.ShapeDtypeStruct(X.shape, X.dtype), jax.ShapeDtypeStruct(Y.shape, Y.dtype)
-    site = Site(W.root[1], how, x, 0, x_axes, y_axes, batch, inputs, outputs, positions, W.taken, window, avals=avals)
+    site = Site(W.root[1], how, x, 0, x_axes, y_axes, batch, inputs, outputs, positions, W.steps, avals, window)
     site = site._replace(split=jaxprs.split_over(X, Y))
     complex_ = how == "dense" and jnp.issubdtype(Y.dtype, jnp.complexfloating)
     return _by_parts(site) if complex_ else site, tuple(dims)
@@ -139,9 +142,9 @@ def _by_parts(site: Site) -> Site:
     return site._replace(x_axes=x_axes, y_axes=y_axes, positions=positions, avals=tuple(avals), parts=2)
 
 
-def in_parts(x: Any) -> Any:
+def in_parts(x: A) -> A | Array:
     """Real and imaginary part along a last axis; what is real as it is."""
-    return jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x
+    return jnp.stack([jnp.real(x), jnp.imag(x)], -1) if jnp.iscomplexobj(x) else x
 
 
 def completed(site: Site, shape: tuple[int, ...]) -> Site | None:
@@ -149,7 +152,7 @@ def completed(site: Site, shape: tuple[int, ...]) -> Site | None:
     plays the one that is vacant.
     """
     groups = {"batch": site.batch, "inputs": site.inputs, "outputs": site.outputs}
-    parts: dict[int | None, str] = {item[1]: "taken" for item in site.taken}
+    parts: dict[int | None, str] = {item[1]: "steps" for item in site.steps}
     for part, atoms in groups.items():
         if any(a.source is REPEATED or parts.setdefault(a.source, part) != part for a in atoms):
             return None
@@ -160,7 +163,7 @@ def completed(site: Site, shape: tuple[int, ...]) -> Site | None:
             part = vacant[0] if vacant else "batch" if axis < first else "outputs"
             groups[part] = (*groups[part], Atom(axis, 1))
         elif axis not in parts or (
-            parts[axis] != "taken" and math.prod(a.size for a in groups[parts[axis]] if a.source == axis) != length
+            parts[axis] != "steps" and math.prod(a.size for a in groups[parts[axis]] if a.source == axis) != length
         ):
             return None
     return site._replace(**groups) if groups["inputs"] and groups["outputs"] else None

@@ -7,7 +7,7 @@ an axis that a reshape or broadcast has added has none. The same describes a pro
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 REPEATED = None  # the source of an axis that only repeats what is there
 
@@ -21,6 +21,7 @@ class Atom(NamedTuple):
 
 
 Dims = tuple[tuple[Atom, ...], ...]
+Step = tuple[Literal["scan"], int] | tuple[Literal["at"], int, int]  # a loop over an axis, an index on one: its place
 
 
 class View(NamedTuple):
@@ -28,11 +29,11 @@ class View(NamedTuple):
 
     root: Any  # ("leaf", number), ("product", site) or ("input", number)
     dims: Dims
-    taken: tuple[tuple[Any, ...], ...] = ()  # axes a loop or an index has taken: ("scan", axis), ("at", axis, place)
+    steps: tuple[Step, ...] = ()  # by which loops and indices have come from the root to here
     sole: bool = True  # whether nothing else has read the root
 
 
-def whole(root: Any, shape: Sequence[int], first: int = 0) -> View:
+def whole(root: tuple[Literal["leaf", "input"], int], shape: Sequence[int], first: int = 0) -> View:
     """All of an array, its axes numbered from ``first`` on."""
     return View(root, tuple((Atom(first + a, n),) for a, n in enumerate(shape)))
 
@@ -116,12 +117,12 @@ def _broadcast(dims: Dims, shape: tuple[int, ...], places: Sequence[int]) -> Dim
 
 def _sliced(view: View, start: Sequence[int], stop: Sequence[int]) -> View | None:
     """Whole axes, and single places on axes that count the matrices of a stack."""
-    taken, dims = list(view.taken), list(view.dims)
+    steps, dims = list(view.steps), list(view.dims)
     for i, (d, a, b) in enumerate(zip(view.dims, start, stop, strict=True)):
         if (a, b) == (0, math.prod(atom.size for atom in d)):
             continue
-        if b - a != 1 or len(d) != 1 or d[0].stride != 1 or d[0].source is REPEATED:
+        if b - a != 1 or len(d) != 1 or d[0].stride != 1 or d[0].source is None:  # REPEATED
             return None
-        taken.append(("at", d[0].source, a))
+        steps.append(("at", d[0].source, a))
         dims[i] = ()
-    return view._replace(taken=tuple(taken), dims=tuple(dims))
+    return view._replace(steps=tuple(steps), dims=tuple(dims))

@@ -4,13 +4,12 @@ import collections
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from jax.extend.core import JaxprEqn, Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from . import jaxprs
 from .sites import FINDERS, Site, completed, is_leaf
-from .views import REPEATED, Dims, View, sizes, through, whole
+from .views import REPEATED, Dims, Step, View, sizes, through, whole
 
 LOSS = "fisher_optax_loss_"  # the name of a jitted loss begins with this
 
@@ -39,7 +38,9 @@ class Uses:
 
     shapes: list[tuple[int, ...]]
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
-    biases: dict[int, list[Any]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+    biases: dict[int, list[tuple[Site, tuple[Step, ...]]]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(list)
+    )
     others: dict[int, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     count: int = 0
     losses: int = 0
@@ -54,14 +55,16 @@ class Uses:
                 self.others[view.root[1]].append(what)
 
 
-def walk(jaxpr: Any, views: Sequence[View | None], uses: Uses, loops: int = 0) -> tuple[Plan, list[Any]]:
+def walk(jaxpr: Jaxpr, views: Sequence[View | None], uses: Uses, loops: int = 0) -> tuple[Plan, list[View | None]]:
     """The plan of a jaxpr, inside so many loops, whose operands are these views, and the views its results are."""
-    env: dict[Any, View] = {v: view for v, view in zip(jaxpr.invars, views, strict=True) if view is not None}
-    reads = collections.Counter(v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal))
+    env: dict[Var, View] = {v: view for v, view in zip(jaxpr.invars, views, strict=True) if view is not None}
+    reads: collections.Counter[jaxprs.Operand] = collections.Counter(
+        v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)
+    )
     reads.update(v for v in jaxpr.outvars if not isinstance(v, Literal))
     plan = Plan()
 
-    def view_of(v: Any) -> View | None:
+    def view_of(v: jaxprs.Operand) -> View | None:
         view = None if isinstance(v, Literal) else env.get(v)
         return None if view is None else view._replace(sole=view.sole and reads[v] == 1)
 
@@ -110,7 +113,7 @@ class _Step:
     def _moved(self) -> list[View | None]:
         """A view moved about, or the end of what is known."""
         view, rest = self.views[0], self.views[1:]
-        shape = tuple(jaxprs.aval(self.eqn.outvars[0]).shape)
+        shape = jaxprs.shape(self.eqn.outvars[0])
         moved = None if view is None else through(view, self.eqn.primitive.name, self.eqn.params, shape)
         self.uses.other(rest if moved else self.views, self.eqn.primitive.name)
         return [moved]
@@ -126,7 +129,7 @@ class _Step:
             return None
         return [self._found(complete._replace(repeated=self._repeats(leaves[0]), number=self.uses.count), dims)]
 
-    def _found(self, site: Site, dims: Any) -> View:
+    def _found(self, site: Site, dims: Dims) -> View:
         """Note a site and return the view that its result is."""
         x = self.views[site.x]
         identity = x is not None and x.root[0] == "input" and x.dims == whole(x.root, sizes(x.dims)).dims
@@ -138,14 +141,14 @@ class _Step:
 
     def _repeats(self, leaf: View) -> bool:
         """Whether a loop meets the same matrix more than once."""
-        return self.loops > sum(item[0] == "scan" for item in leaf.taken)
+        return self.loops > sum(item[0] == "scan" for item in leaf.steps)
 
     def _add(self) -> list[View | None]:
         for p, b in (self.views, self.views[::-1]):
             if p is None or b is None or p.root[0] != "product" or b.root[0] != "leaf":
                 continue
             if p.sole and _is_bias(p, b):
-                self.uses.biases[b.root[1]].append((p.root[1], b.taken))
+                self.uses.biases[b.root[1]].append((p.root[1], b.steps))
                 return [p]
         self.uses.other(self.views, self.eqn.primitive.name)
         return [None]
@@ -181,7 +184,7 @@ class _Step:
         if len(first) == 1 and first[0].source is not REPEATED:
             axis = first[0].source
             if first[0].size == self.uses.shapes[view.root[1]][axis]:
-                return view._replace(dims=view.dims[1:], taken=(*view.taken, ("scan", axis)))
+                return view._replace(dims=view.dims[1:], steps=(*view.steps, ("scan", axis)))
         self.uses.other([view], "a loop over part of an axis")
         return None
 
@@ -212,7 +215,7 @@ class _Step:
         """A function with its own derivative stays whole; its result is a site if it is a product of its operands."""
         if not any(map(is_leaf, self.views)):
             return []
-        shapes = [jaxprs.aval(v).shape for v in self.eqn.invars]
+        shapes = [jaxprs.shape(v) for v in self.eqn.invars]
         views = [v if is_leaf(v) else whole(("input", k), shapes[k]) for k, v in enumerate(self.views)]
         inside = Uses(self.uses.shapes, count=self.uses.count)
         _, results = walk(jaxprs.body(self.eqn).jaxpr, views, inside)

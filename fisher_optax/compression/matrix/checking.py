@@ -1,14 +1,17 @@
 """What every method asks of its arrays, with errors that say what to do."""
 
-from typing import Any
+from typing import TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
+Number: TypeAlias = float | np.number | np.ndarray | Array  # a real one, which may be traced
 
-def require_finite(name: str, x: Any, what: str, advice: str) -> None:
+
+def require_finite(name: str, x: ArrayLike, what: str, advice: str) -> None:
     """Raises ``ValueError`` for NaN or infinity; under `jit` there is nothing to look at yet."""
     if isinstance(x, Tracer):
         return
@@ -17,7 +20,7 @@ def require_finite(name: str, x: Any, what: str, advice: str) -> None:
         raise ValueError(f"{name}: {bad} of {np.size(x)} entries of {what} are not finite. {advice}")
 
 
-def kernel(name: str, W: Any) -> Array:
+def kernel(name: str, W: ArrayLike) -> Array:
     """A kernel ``(*batch, inputs, outputs)`` as an array.
 
     Raises:
@@ -32,7 +35,7 @@ def kernel(name: str, W: Any) -> Array:
     return W
 
 
-def gram(name: str, H: Any, W: Array) -> Array:
+def gram(name: str, H: ArrayLike, W: Array) -> Array:
     """The second moment of a kernel's inputs ``(*batch, inputs, inputs)``, in float32 at least.
 
     Raises:

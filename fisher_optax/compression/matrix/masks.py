@@ -8,15 +8,15 @@ keeps N of every M consecutive inputs of an output (NVIDIA's reading: "2:4" and 
 import functools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, UInt
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
-Sparsity = Any  # a share, a traced share, or "N:M"
 SCOPES = ("matrix", "output")
 WANTED = "a share of weights to remove, at least 0 and below 1, or 'N:M' to keep N of every M inputs, as '2:4'"
 
@@ -33,7 +33,11 @@ class Pattern(NamedTuple):
         return 1 - self.keep / self.of
 
 
-def as_sparsity(sparsity: Sparsity) -> Any:
+Sparsity: TypeAlias = ArrayLike | str | Pattern  # a share, which may be traced, or "N:M"
+ReadSparsity: TypeAlias = float | Tracer | Pattern  # what `as_sparsity` makes of it
+
+
+def as_sparsity(sparsity: Sparsity) -> ReadSparsity:
     """A number, a traced number or a `Pattern`, from what a user gives.
 
     Raises:
@@ -68,14 +72,18 @@ def check_pattern(pattern: Pattern, inputs: int) -> None:
         )
 
 
-def count(sparsity: Any, n: int) -> Any:
+@overload
+def count(sparsity: float, n: int) -> int: ...
+@overload
+def count(sparsity: float | Array, n: int) -> int | Int[Array, ""]: ...
+def count(sparsity: float | Array, n: int) -> int | Int[Array, ""]:
     """``⌈s n⌉``, never one more for the rounding of s: 0.55 of 100 is 55. A traced s is rounded as float32 has it."""
     if isinstance(sparsity, int | float):
         return math.ceil(sparsity * n * (1 - 1e-12))
     return jnp.ceil(sparsity * n * (1 - 2e-7)).astype(jnp.int32)
 
 
-def mask(scores: Any, sparsity: Sparsity, scope: str = "matrix") -> Bool[Array, "*batch inputs outputs"]:
+def mask(scores: ArrayLike, sparsity: Sparsity, scope: str = "matrix") -> Bool[Array, "*batch inputs outputs"]:
     """True for the weights that stay: all but the k of smallest score, ties by index.
 
     Args:
@@ -113,7 +121,7 @@ def mask(scores: Any, sparsity: Sparsity, scope: str = "matrix") -> Bool[Array, 
 
 
 @functools.partial(jax.jit, static_argnames="axis")
-def keep_largest(scores: Float[Array, "..."], k: Any, axis: int | None = -1) -> Bool[Array, "..."]:
+def keep_largest(scores: Float[Array, "..."], k: int | Int[Array, ""], axis: int | None = -1) -> Bool[Array, "..."]:
     """False for exactly the k smallest along an axis (None: of all), the first of those that are equal.
 
     The bits of floats, taken as whole numbers, are in the floats' order, so that the k-th is found bit by bit: on a CPU
@@ -151,15 +159,15 @@ def _in_order(x: Float[Array, "..."]) -> UInt[Array, "..."]:
     return jnp.where(jnp.isnan(x), ~jnp.zeros([], word), keys)
 
 
-def _kth(keys: UInt[Array, "..."], k: Any, axis: int | None, bits: int) -> tuple[Array, Array]:
+def _kth(keys: UInt[Array, "..."], k: Int[Array, "..."], axis: int | None, bits: int) -> tuple[Array, Array]:
     """A number with exactly k keys below it, or else the largest with fewer; and how many are below it."""
     count_in = jnp.int16 if (keys.size if axis is None else keys.shape[axis]) < 2**15 else jnp.int32
 
-    def goes_on(carry: Any) -> Array:
+    def goes_on(carry: tuple[Array, Array, Array]) -> Array:
         bit, _, below = carry
         return (bit > 0) & jnp.any(below < k)
 
-    def refine(carry: Any) -> Any:
+    def refine(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         bit, v, below = carry
         larger = v | (jnp.ones([], keys.dtype) << (bit - 1).astype(keys.dtype))
         smaller_keys = jnp.sum(keys < larger, axis, count_in, keepdims=True).astype(jnp.int32)
@@ -171,7 +179,7 @@ def _kth(keys: UInt[Array, "..."], k: Any, axis: int | None, bits: int) -> tuple
     return v, below
 
 
-def global_masks(scores: Any, sparsity: Sparsity) -> Any:
+def global_masks(scores: PyTree, sparsity: Sparsity) -> PyTree:
     """Masks for a tree of scores (None where nothing is pruned), k counted over all of them together.
 
     Ties go to the earlier leaf, in the order of `jax.tree.leaves`.

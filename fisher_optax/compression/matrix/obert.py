@@ -18,19 +18,19 @@ Source: Kurtic et al. 2022 (arXiv 2203.07259), equations 3 to 8.
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.lax import Precision
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ..._arguments import in_range
 from ...linalg import cholesky_inverse, unit_scale
-from .checking import kernel, require_finite
-from .masks import Pattern, Sparsity, as_sparsity, mask
+from .checking import Number, kernel, require_finite
+from .masks import Pattern, ReadSparsity, Sparsity, as_sparsity, mask
 from .pruned import Pruned
 
 # Ten times the damping each.
@@ -38,12 +38,12 @@ TRIES = 20
 
 
 def obert(
-    W: Any,
-    grads: Any,
+    W: ArrayLike,
+    grads: ArrayLike,
     sparsity: Sparsity,
     block: int = 50,
     *,
-    damping: Any = 1e-3,
+    damping: Number = 1e-3,
     exact: bool = False,
     recomputations: int = 1,
     scope: str = "matrix",
@@ -99,15 +99,15 @@ def obert(
 
 
 def from_moments(
-    W: Any,
-    F: Any,
+    W: ArrayLike,
+    F: ArrayLike,
     sparsity: Sparsity,
     *,
-    damping: Any = 1e-3,
+    damping: Number = 1e-3,
     exact: bool = False,
     recomputations: int = 1,
     scope: str = "matrix",
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, Array, Number]:
     """`obert` from what `block_moments` gives: new weights, mask, and the damping it took, without a warning."""
     W, F = _checked("obert", W, F, damping)
     if isinstance(recomputations, bool) or not isinstance(recomputations, int) or recomputations < 1:
@@ -124,9 +124,9 @@ def obert_step(
     F: Float[Array | np.ndarray, "*batch blocks B B"],
     stays_from_scores: Callable[[Array], Array],
     *,
-    damping: Any = 1e-3,
+    damping: Number = 1e-3,
     exact: bool = False,
-    stays: Any = None,
+    stays: ArrayLike | None = None,
 ) -> Pruned:
     """One step of `obert`, from `block_moments`; pure, under `jit` too.
 
@@ -173,15 +173,15 @@ def obert_scores(
     W: Float[Array | np.ndarray, "*batch inputs outputs"],
     F: Float[Array | np.ndarray, "*batch blocks B B"],
     *,
-    damping: Any = 1e-3,
-    stays: Any = None,
+    damping: Number = 1e-3,
+    stays: ArrayLike | None = None,
 ) -> Float[Array, "*batch inputs outputs"]:
     """The scores of `obert_step`, damped alike but without a warning: for a ranking over all layers."""
     W, F = _checked("obert_scores", W, F, damping)
     return _scores(W.astype(F.dtype), F, _all_or(stays, W), damping)[0]
 
 
-def _checked(name: str, W: Any, F: Any, damping: Any) -> tuple[Array, Array]:
+def _checked(name: str, W: ArrayLike, F: ArrayLike, damping: Number) -> tuple[Array, Array]:
     """A kernel, and its F in float32 at least."""
     W, F = kernel(name, W), jnp.asarray(F)
     in_range("damping", damping, 0)
@@ -193,11 +193,11 @@ def _checked(name: str, W: Any, F: Any, damping: Any) -> tuple[Array, Array]:
     return W, F.astype(jnp.promote_types(jnp.promote_types(F.dtype, W.dtype), jnp.float32))
 
 
-def _all_or(stays: Any, W: Array) -> Array:
+def _all_or(stays: ArrayLike | None, W: Array) -> Array:
     return jnp.ones(W.shape, bool) if stays is None else jnp.asarray(stays, bool)
 
 
-def _share_of(sparsity: Any, step: int, steps: int) -> Any:
+def _share_of(sparsity: ReadSparsity, step: int, steps: int) -> float | Array | Pattern:
     """The sparsity after one of so many even steps."""
     if step == steps:
         return sparsity
@@ -206,7 +206,9 @@ def _share_of(sparsity: Any, step: int, steps: int) -> Any:
     return sparsity * step / steps
 
 
-def _stage(W: Array, F: Array, choose: Any, damping: Any, exact: bool, stays: Array) -> tuple[Array, Array, Array]:
+def _stage(
+    W: Array, F: Array, choose: Callable[[Array], Array], damping: Number, exact: bool, stays: Array
+) -> tuple[Array, Array, Array]:
     """New weights and mask, and the damping they took. Neither program depends on the sparsity."""
     scores, inverse, λ = _scores(W, F, stays, damping)
     left = choose(scores) & stays
@@ -218,7 +220,7 @@ def _stage(W: Array, F: Array, choose: Any, damping: Any, exact: bool, stays: Ar
 def _scores(W: Array, F: Array, stays: Array, damping: Array) -> tuple[Array, Array, Array]:
     """Scores, the inverse of F over its mean diagonal for what stays, and the damping it took."""
 
-    def attempt(tried: Any) -> Any:
+    def attempt(tried: tuple[Array, ...]) -> tuple[Array, ...]:
         _, _, λ, i = tried
         λ = jnp.where(i == 0, λ, jnp.maximum(10 * λ, jnp.finfo(λ.dtype).eps))
         A = _damped(F, stays, λ)
@@ -227,7 +229,7 @@ def _scores(W: Array, F: Array, stays: Array, damping: Array) -> tuple[Array, Ar
         # Of a singular A, rounding may hold the smallest pivots above 0.
         return inverse, jnp.all(inflation * 4 * jnp.finfo(A.dtype).eps < 1), λ, i + 1
 
-    def again(tried: Any) -> Array:
+    def again(tried: tuple[Array, ...]) -> Array:
         _, works, _, i = tried
         return ~works & (i < jnp.where(jnp.all(jnp.isfinite(F)), TRIES, 1))
 
@@ -285,11 +287,11 @@ def _unblocked(x: Array, shape: tuple[int, ...]) -> Array:
     return x.ravel()[: m * n].reshape(n, m).T
 
 
-def _report(name: str, given: Any, used: Any) -> None:
+def _report(name: str, asked: Number, used: Number) -> None:
     """A warning where the damping had to be raised."""
-    if isinstance(given, Tracer) or isinstance(used, Tracer):
+    if isinstance(asked, Tracer) or isinstance(used, Tracer):
         return
-    worst, given = float(jnp.max(used)), float(given)
-    if worst > given * (1 + 1e-6):
-        text = f"{name}: F + {given:g} of its mean diagonal is singular to working precision; took {worst:g} instead."
+    worst, asked = float(jnp.max(used)), float(asked)
+    if worst > asked * (1 + 1e-6):
+        text = f"{name}: F + {asked:g} of its mean diagonal is singular to working precision; took {worst:g} instead."
         warnings.warn(f"{text} Pass more gradients, or that damping.", UserWarning, stacklevel=3)

@@ -14,12 +14,12 @@ output as in Frantar and Alistarh 2022 (Optimal Brain Compression, arXiv 2208.11
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.lax import Precision
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ..._xla import Platform, by_platform
@@ -30,7 +30,13 @@ from .sparsegpt import Solution, inputs, tell_damping, without_dead
 
 
 def obs(
-    W: Any, H: Any, sparsity: Sparsity, damping: Any = 0.01, *, scope: str = "output", rows: int | None = None
+    W: ArrayLike,
+    H: ArrayLike,
+    sparsity: Sparsity,
+    damping: object = 0.01,
+    *,
+    scope: str = "output",
+    rows: int | None = None,
 ) -> Pruned:
     """Prune W by optimal brain surgery, greedy and exact for each output: of all methods the dearest.
 
@@ -67,7 +73,7 @@ def solve(
     W: Float[Array, "*batch inputs outputs"],
     H: Float[Array, "*batch inputs inputs"],
     sparsity: Sparsity,
-    damping: Any = 0.01,
+    damping: object = 0.01,
     *,
     scope: str = "output",
     rows: int | None = None,
@@ -83,13 +89,13 @@ def solve(
     pattern = share if isinstance(share, Pattern) else None
     if pattern:
         check_pattern(pattern, m)
-    k = m // pattern.of * (pattern.of - pattern.keep) if pattern else count(share, m)
+    k = m // share.of * (share.of - share.keep) if isinstance(share, Pattern) else count(share, m)
     found = _solve(W.astype(H.dtype).reshape(-1, m, n), H.reshape(-1, m, m), damping, k, pattern, rows)
     return Solution(*(x.reshape(*batch, *x.shape[1:]) for x in found))
 
 
 @functools.partial(jax.jit, static_argnames=("k", "pattern", "rows"))
-def _solve(W: Array, H: Array, damping: Any, k: int, pattern: Pattern | None, rows: int | None) -> Solution:
+def _solve(W: Array, H: Array, damping: Array, k: int, pattern: Pattern | None, rows: int | None) -> Solution:
     *_, m, n = W.shape
 
     def together(platform: Platform) -> int:
@@ -97,20 +103,20 @@ def _solve(W: Array, H: Array, damping: Any, k: int, pattern: Pattern | None, ro
         most = rows or max(1, platform.working_memory // (max(k, 1) * m * H.dtype.itemsize))
         return -(-n // -(-n // most))
 
-    def one(given: tuple[Array, Array]) -> Solution:
-        W, H = without_dead(*given)
+    def of_matrix(operands: tuple[Array, Array]) -> Solution:
+        W, H = without_dead(*operands)
         U, used = inverse_cholesky(H, damping)
         A = jnp.matmul(U.T, U, precision=Precision.HIGHEST)
         H_d = jnp.diagonal(H) + used * jnp.trace(H) / len(H)
 
-        def of_outputs(size: int, *given: Array) -> tuple[Array, Array, Array]:
-            W, A, H_d = given
+        def of_outputs(size: int, *operands: Array) -> tuple[Array, Array, Array]:
+            W, A, H_d = operands
             return jax.lax.map(lambda w: _greedy(w, A, H_d, k, pattern), W.T, batch_size=size)
 
         w, stays, loss = by_platform(of_outputs, together, W, A, H_d)
         return Solution(w.T, stays.T, used, jnp.sum(loss))
 
-    return jax.lax.map(one, (W, H))
+    return jax.lax.map(of_matrix, (W, H))
 
 
 def _greedy(
@@ -118,7 +124,7 @@ def _greedy(
 ) -> tuple[Array, Array, Array]:
     """The weights of one output after k steps, what stays, and ``½ Σ w_j² / A_jj``; ``H_d`` is the diagonal."""
 
-    def step(s: Array, carry: Any) -> Any:
+    def step(s: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         w, d, V, stays, loss = carry
         j = jnp.argmin(jnp.where(_may_go(stays, pattern), jnp.abs(w) / jnp.sqrt(d), jnp.inf))
         a = A[j] - jnp.matmul(V[:, j], V, precision=Precision.HIGHEST)

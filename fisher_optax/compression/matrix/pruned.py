@@ -1,9 +1,10 @@
 """What pruning returns, and what it costs in a layer's outputs."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.lax import Precision
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 
@@ -14,7 +15,7 @@ class Pruned(NamedTuple):
     mask: Bool[Array, "*batch inputs outputs"]
 
 
-def output_error(W: Any, new: Any, H: Any) -> Float[Array, "*batch"]:
+def output_error(W: ArrayLike, new: ArrayLike, H: ArrayLike) -> Float[Array, "*batch"]:
     """``½ tr(Δᵀ H Δ)`` with Δ = new - W: half the squared change of a layer's outputs, a mean over its inputs.
 
     Args:

@@ -8,21 +8,20 @@ Sources: Sun et al. 2024 (arXiv 2306.11695), equation 1, for Wanda; LeCun et al.
 Fisher's diagonal as the curvature (Theis et al. 2018, arXiv 1801.05787).
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 from ..._arguments import in_range
 from ...fisher.diagonals.diagonal_fisher import DiagonalFisher
 from ...linalg import unit_scale
-from .checking import gram, kernel, require_finite
+from .checking import Number, gram, kernel, require_finite
 from .masks import Sparsity, mask
 from .pruned import Pruned
 
 
-def magnitude(W: Any, sparsity: Sparsity, *, scope: str = "matrix") -> Pruned:
+def magnitude(W: ArrayLike, sparsity: Sparsity, *, scope: str = "matrix") -> Pruned:
     """Remove the smallest weights.
 
     Args:
@@ -44,7 +43,7 @@ def magnitude(W: Any, sparsity: Sparsity, *, scope: str = "matrix") -> Pruned:
     return _without(W, magnitude_scores(W), sparsity, scope)
 
 
-def wanda(W: Any, H: Any, sparsity: Sparsity, *, scope: str = "output") -> Pruned:
+def wanda(W: ArrayLike, H: ArrayLike, sparsity: Sparsity, *, scope: str = "output") -> Pruned:
     """Remove the weights that add least to a layer's outputs.
 
     Arguments are those of `magnitude`, but for
@@ -66,7 +65,13 @@ def wanda(W: Any, H: Any, sparsity: Sparsity, *, scope: str = "output") -> Prune
 
 
 def fisher(
-    W: Any, F: Any, sparsity: Sparsity, *, scope: str = "matrix", upper: Any = None, threshold: Any = None
+    W: ArrayLike,
+    F: ArrayLike | DiagonalFisher,
+    sparsity: Sparsity,
+    *,
+    scope: str = "matrix",
+    upper: ArrayLike | DiagonalFisher | None = None,
+    threshold: Number | None = None,
 ) -> Pruned:
     """Remove the weights that the loss, by the diagonal Fisher, misses least; if asked, only where that is sure.
 
@@ -97,7 +102,7 @@ def fisher(
     # Powers of two change no order, and no product leaves the range.
     flat = (1, W.size)
     scores = fisher_scores(unit_scale(_wide(W).reshape(flat)), unit_scale(F.reshape(flat))).reshape(W.shape)
-    if upper is None:
+    if upper is None or threshold is None:
         return _without(W, scores, sparsity, scope)
     in_range("threshold", threshold, 0)
     upper = _diagonal("upper", upper, W)
@@ -107,29 +112,29 @@ def fisher(
     return _without(W, jnp.where(sure, scores, jnp.inf), sparsity, scope, ~sure)
 
 
-def magnitude_scores(W: Any) -> Float[Array, "*batch inputs outputs"]:
+def magnitude_scores(W: ArrayLike) -> Float[Array, "*batch inputs outputs"]:
     """``|W|``, in float32 at least."""
     return jnp.abs(_wide(W))
 
 
-def wanda_scores(W: Any, H: Any) -> Float[Array, "*batch inputs outputs"]:
+def wanda_scores(W: ArrayLike, H: ArrayLike) -> Float[Array, "*batch inputs outputs"]:
     """``|W_ij| sqrt(H_ii)``; what raises is as in `wanda`."""
     H = gram("wanda", H, jnp.asarray(W))
     return jnp.abs(_wide(W)) * jnp.sqrt(jnp.diagonal(H, axis1=-2, axis2=-1))[..., None]
 
 
-def fisher_scores(W: Any, F: Any) -> Float[Array, "*batch inputs outputs"]:
+def fisher_scores(W: ArrayLike, F: ArrayLike) -> Float[Array, "*batch inputs outputs"]:
     """``F W² / 2``, nats of loss per example, which may be compared between layers."""
     return jnp.asarray(F) * jnp.square(_wide(W)) / 2
 
 
-def _wide(W: Any) -> Array:
+def _wide(W: ArrayLike) -> Array:
     """In float32 at least."""
     W = jnp.asarray(W)
     return W.astype(jnp.promote_types(W.dtype, jnp.float32))
 
 
-def _diagonal(name: str, F: Any, W: Array) -> Array:
+def _diagonal(name: str, F: ArrayLike | DiagonalFisher, W: Array) -> Array:
     """A diagonal shaped like W; raises for anything else, NaN and negative entries."""
     if isinstance(F, DiagonalFisher):
         raise TypeError(f"fisher: {name} is an array shaped like the kernel; pass its leaf of fisher.mean.")
@@ -144,7 +149,9 @@ def _diagonal(name: str, F: Any, W: Array) -> Array:
     return F.astype(jnp.promote_types(jnp.promote_types(F.dtype, W.dtype), jnp.float32))
 
 
-def _without(W: Array, scores: Array, sparsity: Sparsity, scope: str, kept: Any = False) -> Pruned:
-    """The smallest scores gone, but for what is kept anyway."""
-    stays = mask(scores, sparsity, scope) | kept
+def _without(
+    W: Array, scores: Array, sparsity: Sparsity, scope: str, retained: Bool[Array, "..."] | bool = False
+) -> Pruned:
+    """The smallest scores gone, but for what is retained anyway."""
+    stays = mask(scores, sparsity, scope) | retained
     return Pruned(jnp.where(stays, W, 0), stays)

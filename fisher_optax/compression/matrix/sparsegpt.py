@@ -14,18 +14,19 @@ Source: Frantar and Alistarh 2023 (arXiv 2301.00774), Algorithm 1. There W is ou
 
 import functools
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.lax import Precision
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from ..._arguments import in_range
 from ...linalg import inverse_cholesky
-from .checking import gram, kernel
+from .checking import Number, gram, kernel
 from .masks import Pattern, Sparsity, as_sparsity, check_pattern, count, keep_largest
 from .pruned import Pruned
 
@@ -53,13 +54,13 @@ class Plan(NamedTuple):
 
 
 def sparsegpt(
-    W: Any,
-    H: Any,
-    sparsity: Sparsity = None,
+    W: ArrayLike,
+    H: ArrayLike,
+    sparsity: Sparsity | None = None,
     block_size: int = 128,
-    damping: Any = 0.01,
+    damping: Number = 0.01,
     *,
-    mask: Any = None,
+    mask: ArrayLike | None = None,
     scope: str = "output",
 ) -> Pruned:
     """Prune W, and correct what stays for what goes, by SparseGPT: one pass over the inputs, at any size.
@@ -100,11 +101,11 @@ def sparsegpt(
 def solve(
     W: Float[Array, "*batch inputs outputs"],
     H: Float[Array, "*batch inputs inputs"],
-    sparsity: Sparsity,
+    sparsity: Sparsity | None,
     block_size: int = 128,
-    damping: Any = 0.01,
+    damping: Number = 0.01,
     *,
-    mask: Any = None,
+    mask: ArrayLike | None = None,
     scope: str = "output",
 ) -> Solution:
     """`sparsegpt` without a look at the values of arrays; H in float32 at least."""
@@ -115,12 +116,12 @@ def solve(
         raise ValueError(f"block_size must be a whole number of inputs, at least 1; got {block_size!r}.")
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}; got {scope!r}.")
-    block, pattern, counts, given = min(block_size, m), None, None, None
-    if mask is not None:
-        given = jnp.asarray(mask)
-        if given.dtype != bool or given.shape != W.shape:
-            raise ValueError(f"mask must be bool, of the shape {W.shape} of W; got {given.dtype}, {given.shape}.")
-        given = given.reshape(-1, m, n)
+    block, pattern, counts, fixed = min(block_size, m), None, None, None
+    if sparsity is None:
+        fixed = jnp.asarray(mask)
+        if fixed.dtype != bool or fixed.shape != W.shape:
+            raise ValueError(f"mask must be bool, of the shape {W.shape} of W; got {fixed.dtype}, {fixed.shape}.")
+        fixed = fixed.reshape(-1, m, n)
     elif isinstance(share := as_sparsity(sparsity), Pattern):
         check_pattern(share, m)
         pattern, block = share, -(-block // share.of) * share.of
@@ -129,22 +130,22 @@ def solve(
         counts = jnp.diff(jnp.asarray([count(share, int(end)) for end in ends]))
     rows = pattern.of if pattern else max(d for d in range(1, ROWS + 1) if block % d == 0)
     plan = Plan(block, rows, scope, pattern)
-    found = _solve(W.astype(H.dtype).reshape(-1, m, n), H.reshape(-1, m, m), given, counts, damping, plan)
+    found = _solve(W.astype(H.dtype).reshape(-1, m, n), H.reshape(-1, m, m), fixed, counts, damping, plan)
     return Solution(*(x.reshape(*batch, *x.shape[1:]) for x in found))
 
 
 @functools.partial(jax.jit, static_argnames="plan")
-def _solve(W: Array, H: Array, given: Array | None, counts: Array | None, damping: Any, plan: Plan) -> Solution:
-    def one(W: Array, H: Array, given: Array | None) -> Solution:
+def _solve(W: Array, H: Array, fixed: Array | None, counts: Array | None, damping: Array, plan: Plan) -> Solution:
+    def of_matrix(W: Array, H: Array, fixed: Array | None) -> Solution:
         W, H = without_dead(W, H)
         U, used = inverse_cholesky(H, damping)
-        q, E, stays = _sweep(W, U, given, counts, plan)
+        q, E, stays = _sweep(W, U, fixed, counts, plan)
         return Solution(jnp.where(stays, q, 0), stays, used, jnp.sum(E * E) / 2)
 
-    return jax.vmap(one)(W, H, given)
+    return jax.vmap(of_matrix)(W, H, fixed)
 
 
-def _sweep(W: Array, U: Array, given: Array | None, counts: Array | None, plan: Plan) -> tuple[Array, Array, Array]:
+def _sweep(W: Array, U: Array, fixed: Array | None, counts: Array | None, plan: Plan) -> tuple[Array, Array, Array]:
     """Every input's weights as they were in its turn, errors ``e``, and what stays."""
     (m, n), B = W.shape, plan.block
     blocks = -(-m // B)
@@ -152,10 +153,10 @@ def _sweep(W: Array, U: Array, given: Array | None, counts: Array | None, plan: 
     W = jnp.pad(W, ((0, extra), (0, 0))).reshape(blocks, B, n)
     U = jax.scipy.linalg.block_diag(U, jnp.eye(extra, dtype=U.dtype)).reshape(blocks, B, blocks, B)
     chosen = jnp.ones(W.shape, bool)
-    if given is not None:
-        chosen = jnp.pad(given, ((0, extra), (0, 0)), constant_values=True).reshape(W.shape)
+    if fixed is not None:
+        chosen = jnp.pad(fixed, ((0, extra), (0, 0)), constant_values=True).reshape(W.shape)
 
-    def block(b: Array, carry: Any) -> Any:
+    def block(b: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         _, E, stays = carry
         w = jax.lax.fori_loop(0, b, lambda a, w: w - _matmul(U[a, :, b].T, E[a]), W[b])
         chosen = stays[b]
@@ -174,7 +175,7 @@ def _sweep(W: Array, U: Array, given: Array | None, counts: Array | None, plan: 
 def _block(W: Array, U: Array, stays: Array, plan: Plan) -> tuple[Array, Array, Array]:
     """`_sweep` over one block, a few rows at a time."""
 
-    def some_rows(s: Array, carry: Any) -> Any:
+    def some_rows(s: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         rows = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=s * plan.rows, slice_size=plan.rows)
         _, E, stays = carry
         columns = rows(U, axis=1)
@@ -183,7 +184,7 @@ def _block(W: Array, U: Array, stays: Array, plan: Plan) -> tuple[Array, Array, 
             removed = plan.pattern.of - plan.pattern.keep
             stay = keep_largest(jnp.abs(w) / jnp.diagonal(u)[:, None], removed, 0)
 
-        def row(w: Array, at: Any) -> Any:
+        def row(w: Array, at: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             i, u, stay = at
             e = jnp.where(stay, 0, w[i] / u[i])
             return w - u[:, None] * e, e
@@ -195,7 +196,7 @@ def _block(W: Array, U: Array, stays: Array, plan: Plan) -> tuple[Array, Array, 
     return jax.lax.fori_loop(0, len(W) // plan.rows, some_rows, (W, jnp.zeros_like(W), stays))
 
 
-def inputs(name: str, W: Any, H: Any, damping: Any) -> tuple[Array, Array]:
+def inputs(name: str, W: ArrayLike, H: ArrayLike, damping: object) -> tuple[Array, Array]:
     """A kernel and the second moment of its inputs, checked."""
     W = kernel(name, W)
     if not W.size:
@@ -210,7 +211,7 @@ def without_dead(W: Array, H: Array) -> tuple[Array, Array]:
     return jnp.where(dead[:, None], 0, W), H + jnp.diag(dead.astype(H.dtype))
 
 
-def tell_damping(name: str, damping: Any, used: Array) -> None:
+def tell_damping(name: str, damping: object, used: Array) -> None:
     """Warns where more was used than was asked for; a ValueError where nothing helped."""
     if isinstance(used, Tracer):
         return

@@ -10,7 +10,7 @@ Where no task has any curvature every θ is as good, and something else has to s
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.scipy.sparse.linalg import cg
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ...fisher import DiagonalFisher
 from ...matrices.axes import path_names
-from ..matrix.checking import require_finite
+from ..matrix.checking import Number, require_finite
 
 FALLBACKS = ("average", "first", "raise")
 PROBES = 16  # of a trace
@@ -31,18 +32,18 @@ PROBES = 16  # of a trace
 class Merged(NamedTuple):
     """What `merge` returns."""
 
-    params: Any  # like the models
-    fallbacks: Any  # a tree like them: how many entries of each leaf took the fallback; None of operators
+    params: PyTree  # like the models
+    fallbacks: PyTree  # a tree like them: how many entries of each leaf took the fallback; None of operators
     residual: Float[Array, ""]  # |A δ - b| / |b| where conjugate gradients stopped; 0 of diagonals
 
 
 def merge(
-    models: Sequence[Any],
-    fishers: Sequence[Any],
+    models: Sequence[PyTree],
+    fishers: Sequence[PyTree],
     *,
-    coefficients: Any = None,
+    coefficients: Sequence[ArrayLike] | ArrayLike | None = None,
     normalize: bool = False,
-    floor: Any = 1e-6,
+    floor: Number = 1e-6,
     fallback: str = "average",
     tolerance: float = 1e-6,
     iterations: int = 100,
@@ -126,7 +127,12 @@ def _mix(r: Array, first: Array, *others: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames="normalize")
 def entry_shares(
-    fishers: list[list[Any]], like: list[Array], c: Array, default: Array, floor: Any, normalize: bool
+    fishers: list[list[Array | None]],
+    like: list[Array],
+    c: Array,
+    default: Array,
+    floor: Array,
+    normalize: bool,
 ) -> tuple[list[Array], list[Array]]:
     """Of each leaf, ``c_i F_i / Σ c F`` by model in front, ``default`` where that is unknown; and how often it is."""
     known = [all(F[k] is not None for F in fishers) for k in range(len(like))]
@@ -172,9 +178,18 @@ def _require_none(paths: list[str], counts: list[Array]) -> None:
         )
 
 
-def _joint(fishers: list[Any], structure: Any, θ: list[list[Array]], c: Array, default: Array, *how: Any) -> Merged:
+def _joint(
+    fishers: list[PyTree],
+    structure: Any,
+    θ: list[list[Array]],
+    c: Array,
+    default: Array,
+    normalize: bool,
+    floor: Number,
+    tolerance: float,
+    iterations: int,
+) -> Merged:
     """By conjugate gradients on trees."""
-    normalize, floor, tolerance, iterations = how
     full = lambda leaves: [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]  # noqa: E731
     acts = [lambda v, F=F: full(jax.tree.leaves(F.matvec(structure.unflatten(v)))) for F in fishers]
     wide = [full(leaves) for leaves in θ]
@@ -202,10 +217,10 @@ def _joint(fishers: list[Any], structure: Any, θ: list[list[Array]], c: Array, 
     return Merged(structure.unflatten(params), None, left / safe(norm(b)))
 
 
-def _trace(act: Any, like: list[Array]) -> Array:
+def _trace(act: Callable[[list[Array]], list[Array]], like: list[Array]) -> Array:
     """``E[zᵀ F z]`` over signs z (Hutchinson 1990)."""
 
-    def product(key: Any) -> Array:
+    def product(key: PRNGKeyArray) -> Array:
         z = [
             jax.random.rademacher(k, x.shape, x.dtype)
             for k, x in zip(jax.random.split(key, len(like)), like, strict=True)
@@ -215,7 +230,7 @@ def _trace(act: Any, like: list[Array]) -> Array:
     return jnp.mean(jax.lax.map(product, jax.random.split(jax.random.key(0), PROBES)))
 
 
-def aligned(name: str, trees: dict[str, Any]) -> tuple[list[str], list[list[Array]], Any]:
+def aligned(name: str, trees: dict[str, PyTree]) -> tuple[list[str], list[list[Array]], Any]:
     """Paths, the leaves of each tree as arrays, and the first one's structure; errors name path and tree."""
     flat = {
         who: {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
@@ -240,17 +255,17 @@ def aligned(name: str, trees: dict[str, Any]) -> tuple[list[str], list[list[Arra
     )
 
 
-def diagonal_leaves(name: str, i: int, fisher: Any, paths: list[str], like: list[Array]) -> list[Any]:
+def diagonal_leaves(name: str, i: int, fisher: PyTree, paths: list[str], like: list[Array]) -> list[Array | None]:
     """A diagonal Fisher, leaf by leaf, None where it is."""
     tree = fisher.mean if isinstance(fisher, DiagonalFisher) else fisher
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
-    given = {"/".join(path_names(p)): None if x is None else jnp.asarray(x) for p, x in flat}
+    entries = {"/".join(path_names(p)): None if x is None else jnp.asarray(x) for p, x in flat}
     advice = "Take it by fo.fisher.diagonal(..., groups=None)."
-    extra = {path for path, x in given.items() if x is not None} - set(paths)
-    if other := sorted(set(paths) - given.keys()) or sorted(extra):
+    extra = {path for path, x in entries.items() if x is not None} - set(paths)
+    if other := sorted(set(paths) - entries.keys()) or sorted(extra):
         raise ValueError(f"{name}: fishers[{i}] and the models differ at {other[0]!r}, which one lacks. {advice}")
     for path, x in zip(paths, like, strict=True):
-        F = given[path]
+        F = entries[path]
         if F is None:
             continue
         if F.shape != x.shape:
@@ -258,16 +273,16 @@ def diagonal_leaves(name: str, i: int, fisher: Any, paths: list[str], like: list
         require_finite(name, F, f"fishers[{i}] at {path!r}", "Look for NaN or infinity in the data it is from.")
         if not isinstance(F, Tracer) and bool(jnp.any(F < 0)):
             raise ValueError(f"{name}: fishers[{i}] is negative at {path!r}: a Fisher is a mean of squares.")
-    return [given[path] for path in paths]
+    return [entries[path] for path in paths]
 
 
-def task_weights(name: str, what: str, given: Any, n: int) -> Array:
+def task_weights(name: str, what: str, weights: Sequence[ArrayLike] | ArrayLike | None, n: int) -> Array:
     """One weight a model, at least 0 and not all 0."""
-    if given is None:
+    if weights is None:
         return jnp.ones(n)
-    c = jnp.asarray(given, jnp.result_type(float))
+    c = jnp.asarray(weights, jnp.result_type(float))
     if c.shape != (n,):
         raise ValueError(f"{name}: {what} has shape {c.shape}; wanted one number a model, ({n},).")
     if not isinstance(c, Tracer) and not (np.isfinite(c).all() and min(c) >= 0 and max(c) > 0):
-        raise ValueError(f"{name}: {what} must be at least 0, finite and not all 0; got {given!r}.")
+        raise ValueError(f"{name}: {what} must be at least 0, finite and not all 0; got {weights!r}.")
     return c

@@ -12,14 +12,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from ..matrix.checking import Number
 from ..matrix.masks import global_masks
 from .merge import aligned, diagonal_leaves, entry_shares
 
 
-def task_vector(base: Any, tuned: Any) -> Any:
+def task_vector(base: PyTree, tuned: PyTree) -> PyTree:
     """``tuned - base``, in float32 at least: differences of bfloat16 numbers do not fit into bfloat16.
 
     Raises:
@@ -35,13 +38,13 @@ def task_vector(base: Any, tuned: Any) -> Any:
 
 
 def add_task_vectors(
-    base: Any,
-    vectors: Sequence[Any],
+    base: PyTree,
+    vectors: Sequence[PyTree],
     *,
-    scale: Any = 1.0,
-    fishers: Sequence[Any] | None = None,
+    scale: Sequence[ArrayLike] | ArrayLike = 1.0,
+    fishers: Sequence[PyTree] | None = None,
     normalize: bool = False,
-) -> Any:
+) -> PyTree:
     """``base + Σ λ_i τ_i``; with Fishers each entry of τ_i has the share ``F_i / Σ F`` of it, too.
 
     Shares sum to 1. So with ``scale=1`` and Fishers this is `fo.compression.merge` of the tuned models, and with equal
@@ -86,7 +89,7 @@ def add_task_vectors(
     return structure.unflatten(moved)
 
 
-def ties(base: Any, vectors: Sequence[Any], density: Any = 0.2, scale: Any = 1.0) -> Any:
+def ties(base: PyTree, vectors: Sequence[PyTree], density: Number = 0.2, scale: Number = 1.0) -> PyTree:
     """TIES: trim, elect the sign, and average what agrees; algorithm 1 of the paper.
 
     Of each vector the largest magnitudes over the whole model stay. Each entry's sign is that of the sum of what
@@ -116,7 +119,7 @@ def ties(base: Any, vectors: Sequence[Any], density: Any = 0.2, scale: Any = 1.0
     return structure.unflatten([_move(x, scale * m) for x, m in zip(start, merged, strict=True)])
 
 
-def _trim(vector: list[Array], density: Any) -> list[Array]:
+def _trim(vector: list[Array], density: Number) -> list[Array]:
     stays = global_masks([jnp.abs(x) for x in vector], 1 - density)
     return [jnp.where(keep, x, 0) for keep, x in zip(stays, vector, strict=True)]
 
@@ -127,7 +130,7 @@ def _agreeing(τ: Array) -> Array:
     return jnp.sum(jnp.where(agrees, τ, 0), 0) / jnp.maximum(jnp.sum(agrees, 0), 1)
 
 
-def dare(key: Any, vector: Any, p: Any) -> Any:
+def dare(key: PRNGKeyArray, vector: PyTree, p: Number) -> PyTree:
     """Each entry dropped with probability p, the others divided by 1 - p: the mean stays as it is.
 
     Args:
@@ -151,7 +154,7 @@ def dare(key: Any, vector: Any, p: Any) -> Any:
     return structure.unflatten([thin(k, jnp.asarray(x)) for k, x in zip(keys, leaves, strict=False)])
 
 
-def _read(name: str, base: Any, vectors: list[Any]) -> tuple[list[str], list[Array], list[list[Array]], Any]:
+def _read(name: str, base: PyTree, vectors: list[PyTree]) -> tuple[list[str], list[Array], list[list[Array]], Any]:
     """Paths, the base's leaves, for each of them all vectors', and the structure."""
     if not vectors:
         raise ValueError(f"{name}: got no task vectors; give some, of fo.compression.task_vector(base, tuned).")
@@ -164,5 +167,5 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _move(x: Array, step: Array) -> Array:
+def _move(x: Array, step: Array | np.ndarray) -> Array:
     return (_wide(x) + step).astype(x.dtype)

@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from ...capture import InputGram, value_and_grad
 from ...capture.program.sites import Site
 from ...matrices.axes import MatrixAxes
 from ...matrices.blocks import to_matrices
 from .layers import Layer, outputs_of
+
+Mask: TypeAlias = Callable[[PyTree], ArrayLike] | None  # of a batch: True for the positions that count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class OneGram(InputGram):
 
 
 def input_gram(
-    apply_fn: Callable[..., Any], params: Any, batches: Iterable[Any], layer: Layer, mask: Any = None
+    apply_fn: Callable[..., PyTree], params: PyTree, batches: Iterable[PyTree], layer: Layer, mask: Mask = None
 ) -> Float[Array, "members m m"]:
     """The mean of x xᵀ over all inputs x of a layer: one pass over the batches, one layer's sums in memory.
 
@@ -53,7 +56,13 @@ def input_gram(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _input_sum(
-    apply_fn: Callable[..., Any], leaf: int, inputs: int, mask: Any, params: Any, batch: Any, members: Array
+    apply_fn: Callable[..., PyTree],
+    leaf: int,
+    inputs: int,
+    mask: Mask,
+    params: PyTree,
+    batch: PyTree,
+    members: Array,
 ) -> tuple[Array, Array]:
     grad_fn = value_and_grad(outputs_of(apply_fn), OneGram(leaf=leaf), mask=mask)
     found = jax.tree.structure(params).flatten_up_to(grad_fn(params, batch)[2])[leaf]
@@ -62,8 +71,12 @@ def _input_sum(
 
 
 def gradient_summary(
-    loss_fn: Callable[..., Any], params: Any, batches: Iterable[Any], layer: Layer, summary: Callable[[Array], Any]
-) -> list[Any]:
+    loss_fn: Callable[..., Array],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    layer: Layer,
+    summary: Callable[[Array], PyTree],
+) -> list[PyTree]:
     """Of each of a layer's matrices, the mean over all examples of ``summary(g)``, g the gradients ``(examples, inputs,
     outputs)`` of a batch's single examples, which exist at once for one layer.
 
@@ -86,11 +99,18 @@ def gradient_summary(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _gradient_sum(
-    loss_fn: Any, leaf: int, axes: MatrixAxes, shape: Any, summary: Any, params: Any, batch: Any, members: Array
-) -> Any:
+    loss_fn: Callable[..., Array],
+    leaf: int,
+    axes: MatrixAxes,
+    shape: tuple[int, int],
+    summary: Callable[[Array], PyTree],
+    params: PyTree,
+    batch: PyTree,
+    members: Array,
+) -> PyTree:
     leaves, structure = jax.tree.flatten(params)
 
-    def loss(x: Array, example: Any) -> Array:
+    def loss(x: Array, example: PyTree) -> Array:
         return loss_fn(structure.unflatten([*leaves[:leaf], x, *leaves[leaf + 1 :]]), example)
 
     g = jax.vmap(jax.grad(loss), (None, 0))(leaves[leaf], batch)
@@ -98,7 +118,7 @@ def _gradient_sum(
     return jax.tree.map(lambda x: x * len(g), jax.vmap(summary, 1)(g))
 
 
-def hashable(f: Callable[..., Any]) -> Callable[..., Any]:
+def hashable(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """``f`` as something that `jit` can know again; what cannot be compared is known by this call alone."""
     try:
         hash(f)
@@ -107,7 +127,7 @@ def hashable(f: Callable[..., Any]) -> Callable[..., Any]:
     return f
 
 
-def rereadable(batches: Any) -> Iterable[Any]:
+def rereadable(batches: object) -> Iterable[PyTree]:
     """Batches that can be gone through more than once.
 
     Raises:

@@ -2,16 +2,16 @@
 
 import fnmatch
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from ...capture import InputGram
-from ...capture.gradients import Traced, trace
 from ...capture.program.order import in_order
+from ...capture.traced import Traced, trace
 from ...matrices.axes import MatrixAxes
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
 from ...matrices.rules import resolve_axes
@@ -45,10 +45,10 @@ class Layer(NamedTuple):
         return len(self.members) * self.shape[0] * self.shape[1]
 
 
-def outputs_of(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+def outputs_of(apply_fn: Callable[..., PyTree]) -> Callable[..., Array]:
     """A scalar that depends on all that a model returns: what is traced to find its layers."""
 
-    def total(params: Any, batch: Any) -> Array:
+    def total(params: PyTree, batch: PyTree) -> Array:
         leaves = [
             x for x in jax.tree.leaves(apply_fn(params, batch)) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
         ]
@@ -59,7 +59,7 @@ def outputs_of(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     return total
 
 
-def find_layers(apply_fn: Callable[..., Any], params: Any, batch: Any, layers: Layers = None) -> list[Layer]:
+def find_layers(apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Layers = None) -> list[Layer]:
     """The layers to prune, in the order in which the model uses them.
 
     Args:

@@ -2,15 +2,21 @@
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
+from jaxtyping import Array, PyTree
+
+from ..matrix.checking import Number
 from ..matrix.obert import block_moments, from_moments
 from ..matrix.obs import solve as solve_obs
 from ..matrix.scores import fisher, fisher_scores, magnitude, magnitude_scores, wanda, wanda_scores
 from ..matrix.sparsegpt import solve as solve_sparsegpt
 
 NEEDS = ("weights", "inputs", "fisher")
+Needs: TypeAlias = str | Callable[[Array], PyTree]  # one of `NEEDS`, or a function of gradients
+Prune: TypeAlias = Callable[..., Sequence[Number]]  # gives weights, mask, and the damping where there is one
+Scores: TypeAlias = Callable[..., Array]
 
 
 class Method(NamedTuple):
@@ -21,18 +27,16 @@ class Method(NamedTuple):
     """
 
     name: str
-    prune: Callable[..., Any]
-    needs: Any  # one of `NEEDS`, or a function of gradients
-    scores: Callable[..., Any] | None = None
+    prune: Prune
+    needs: Needs
+    scores: Scores | None = None
     damping: float | None = None  # asked for
 
 
 _FACTORIES: dict[str, Callable[..., Method]] = {}
 
 
-def register(
-    name: str, prune: Callable[..., Any], *, needs: Any = "inputs", scores: Callable[..., Any] | None = None
-) -> None:
+def register(name: str, prune: Prune, *, needs: Needs = "inputs", scores: Scores | None = None) -> None:
     """Makes ``fo.compression.prune(..., method=name)`` know one more method.
 
     Args:
@@ -68,7 +72,7 @@ def register(
     _FACTORIES[name] = functools.partial(_of_function, name, prune, needs, scores)
 
 
-def find_method(method: Any, options: dict[str, Any]) -> Method:
+def find_method(method: str, options: dict[str, PyTree]) -> Method:
     """A method with its options, by its name.
 
     Raises:
@@ -79,7 +83,7 @@ def find_method(method: Any, options: dict[str, Any]) -> Method:
     return _FACTORIES[method](**options)
 
 
-def _of_function(name: str, prune: Any, needs: Any, scores: Any, **options: Any) -> Method:
+def _of_function(name: str, prune: Prune, needs: Needs, scores: Scores | None, **options: PyTree) -> Method:
     known = inspect.signature(prune).parameters
     unknown = [o for o in options if o not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
@@ -90,12 +94,12 @@ def _of_function(name: str, prune: Any, needs: Any, scores: Any, **options: Any)
 
 
 @functools.cache
-def _moments(block: int) -> Callable[..., Any]:
+def _moments(block: int) -> Callable[..., Array]:
     """One object a size, by which `jit` knows it again."""
     return functools.partial(block_moments, block=block)
 
 
-def _obert(block: int = 50, **options: Any) -> Method:
+def _obert(block: int = 50, **options: PyTree) -> Method:
     return _of_function("obert", from_moments, _moments(block), None, **options)
 
 

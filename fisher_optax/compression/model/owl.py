@@ -8,21 +8,21 @@ Source: Yin et al. 2024 (arXiv 2310.05175), S_l ∝ 1 - D_l within S ± λ. Thei
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
 from ..matrix import checking
-from ..matrix.masks import Pattern, as_sparsity
+from ..matrix.masks import Pattern, Sparsity, as_sparsity
 from ..matrix.scores import wanda_scores
-from .calibration import input_gram, rereadable
+from .calibration import Mask, input_gram, rereadable
 from .layers import Layers, find_layers
 
 
-def outlier_share(W: Any, H: Any, M: float = 5.0) -> Float[Array, ""]:
+def outlier_share(W: ArrayLike, H: ArrayLike, M: float = 5.0) -> Float[Array, ""]:
     """The share of ``|W_ij| sqrt(H_ii)`` above M times their mean.
 
     Args:
@@ -41,16 +41,16 @@ def outlier_share(W: Any, H: Any, M: float = 5.0) -> Float[Array, ""]:
 
 
 def owl(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
-    sparsity: Any,
+    apply_fn: Callable[..., PyTree],
+    params: PyTree,
+    batches: Iterable[PyTree],
+    sparsity: Sparsity,
     *,
     M: float = 5.0,
     spread: float = 0.08,
     group: Callable[[str], str] | None = None,
     layers: Layers = None,
-    mask: Callable[[Any], Any] | None = None,
+    mask: Mask = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """A share to remove for each layer by name, made for ``fo.compression.prune(..., sparsity=)``; its rule and source

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from ...fisher import DiagonalFisher
-from ..matrix.masks import Pattern, as_sparsity, check_pattern, global_masks
-from .calibration import input_gram, rereadable
+from ..matrix.masks import Pattern, ReadSparsity, Sparsity, as_sparsity, check_pattern, global_masks
+from .calibration import Mask, input_gram, rereadable
 from .layers import Layer, Layers, find_layers
 from .methods import Method, find_method
 from .one_layer import Calibration, knowledge, prune_layer
@@ -23,27 +24,27 @@ from .reports import PruningReport
 class PrunedModel(NamedTuple):
     """What `prune` returns; unpacks as ``params, masks, report``."""
 
-    params: Any
-    masks: Any  # like params: True where a weight stays, None for what was not pruned
+    params: PyTree
+    masks: PyTree  # like params: True where a weight stays, None for what was not pruned
     report: PruningReport
 
 
 def prune(
-    apply_fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
+    apply_fn: Callable[..., PyTree],
+    params: PyTree,
+    batches: Iterable[PyTree],
     method: str = "sparsegpt",
-    sparsity: Any = 0.5,
+    sparsity: Sparsity | Mapping[str, Sparsity] = 0.5,
     *,
     layers: Layers = None,
     sequential: bool = True,
     progress: bool = True,
     scope: str | None = None,
-    mask: Callable[[Any], Any] | None = None,
-    loss_fn: Callable[..., Any] | None = None,
-    fisher: Any = None,
-    upper: Any = None,
-    **options: Any,
+    mask: Mask = None,
+    loss_fn: Callable[..., Array] | None = None,
+    fisher: PyTree = None,
+    upper: PyTree = None,
+    **options: PyTree,
 ) -> PrunedModel:
     """Removes weights of a model's dense and convolutional layers; the parameters given stay as they are.
 
@@ -112,19 +113,20 @@ def prune(
     ranked = _ranked(chosen, data, params, found, shares, progress) if scope == "global" else None
 
     values, rows = list(map(jnp.asarray, leaves)), []
-    masks: list[Any] = [None] * len(leaves)
+    masks: list[Array | None] = [None] * len(leaves)
     for layer in tqdm(found, method, disable=not progress, unit="layer"):
         source = structure.unflatten(values) if sequential else params
         stays = None if ranked is None else ranked[layer.name]
         new, mask_here, row = prune_layer(chosen, data, source, layer, values[layer.leaf], shares[layer.name], stays)
         values[layer.leaf] = layer.written(values[layer.leaf], new)
-        before = jnp.ones(jnp.shape(leaves[layer.leaf]), bool) if masks[layer.leaf] is None else masks[layer.leaf]
+        before = masks[layer.leaf]
+        before = jnp.ones(jnp.shape(leaves[layer.leaf]), bool) if before is None else before
         masks[layer.leaf] = layer.written(before, mask_here)
         rows.append(row)
     return PrunedModel(structure.unflatten(values), structure.unflatten(masks), PruningReport(method, tuple(rows)))
 
 
-def sparsities(sparsity: Any, layers: Sequence[Layer]) -> dict[str, Any]:
+def sparsities(sparsity: Sparsity | Mapping[str, Sparsity], layers: Sequence[Layer]) -> dict[str, ReadSparsity]:
     """What each layer is to lose, by its name.
 
     Raises:
@@ -156,7 +158,7 @@ def _check(method: Method, data: Calibration) -> None:
         raise ValueError(f"{method.name} needs fisher=, as from fo.fisher.diagonal(example_loss, params, batches).")
 
 
-def _like_params(name: str, tree: Any, structure: Any, leaves: Sequence[Any]) -> list[Any] | None:
+def _like_params(name: str, tree: PyTree, structure: Any, leaves: Sequence[ArrayLike]) -> list[ArrayLike | None] | None:
     if tree is None:
         return None
     tree = tree.mean if isinstance(tree, DiagonalFisher) else tree
@@ -174,7 +176,12 @@ def _like_params(name: str, tree: Any, structure: Any, leaves: Sequence[Any]) ->
 
 
 def _ranked(
-    method: Method, data: Calibration, params: Any, layers: Sequence[Layer], shares: dict[str, Any], progress: bool
+    method: Method,
+    data: Calibration,
+    params: PyTree,
+    layers: Sequence[Layer],
+    shares: dict[str, ReadSparsity],
+    progress: bool,
 ) -> dict[str, Array]:
     """Masks of all layers, from the scores of all of them."""
     if method.scores is None:

@@ -6,18 +6,22 @@ they are kept. What is gone stays gone: its score is -∞.
 Sources: Zhu and Gupta 2017 (arXiv 1710.01878); with the Fisher in blocks, Kurtic et al. 2022 (arXiv 2203.07259).
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..._arguments import in_range, injectable
 from ..._xla import branch
 from ...matrices.axes import shapes
+from ..matrix.checking import Number
+from ..matrix.masks import Sparsity
 from ..matrix.obert import block_moments, obert_scores, obert_step
-from .keeping import kept, masked, transformation, wrapper
+from ..matrix.pruned import Pruned
+from .keeping import masked, masked_updates, transformation, wrapper
 from .targets import Pruning, as_leaves, as_matrices
 
 METHODS = ("magnitude", "obert")
@@ -28,24 +32,24 @@ class GradualState(NamedTuple):
 
     count: Int[Array, ""]
     share: Float[Array, ""]  # that masks were last chosen for
-    masks: Any
-    moments: Any  # of "obert": `block_moments` of the gradients so far; None for others
+    masks: PyTree
+    moments: PyTree  # of "obert": `block_moments` of the gradients so far; None for others
     gathered: Int[Array, ""]  # how many gradients those are
-    inner: Any
+    inner: PyTree
 
 
 @injectable
 def gradual(
     tx: optax.GradientTransformation,
-    sparsity: Any,
+    sparsity: Sparsity | optax.Schedule,
     *,
     method: str = "magnitude",
     every: int = 100,
-    prune: Any = None,
-    axes: Any = None,
+    prune: PyTree = None,
+    axes: PyTree = None,
     scope: str = "matrix",
     block: int = 50,
-    damping: Any = 1e-3,
+    damping: Number = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
     """Train by ``tx`` and prune on the way: after steps ``every``, ``2 every``, ... to the share that the schedule has
     there, if it is above the last one. A gradient that is not finite skips the whole step.
@@ -82,7 +86,7 @@ def gradual(
     _check(method, every, block, damping)
     pruning = Pruning("gradual", sparsity, scope, prune, axes).checked()
 
-    def init(params: Any) -> GradualState:
+    def init(params: PyTree) -> GradualState:
         axes = pruning.axes_of(params)
         masks = jax.tree.map(lambda W, A: None if A is None else jnp.ones(W.shape, bool), params, axes)
         found = None
@@ -93,48 +97,51 @@ def gradual(
         count, gathered = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32)
         return GradualState(count, jnp.zeros([], jnp.float32), masks, moments, gathered, tx.init(params))
 
-    def update(grads: Any, state: GradualState, params: Any, **extra: Any) -> tuple[Any, GradualState]:
-        done, axes, grads = state.count + 1, pruning.axes_of(params), masked(grads, state.masks)
+    def update(grads: PyTree, state: GradualState, params: PyTree, **extra: PyTree) -> tuple[PyTree, GradualState]:
+        count, axes, grads = state.count + 1, pruning.axes_of(params), masked(grads, state.masks)
         u, inner = tx.update(grads, state.inner, params, **extra)
-        seen = state.moments, state.gathered
+        statistics = state.moments, state.gathered
         if method == "obert":
-            next_time = -(-done // every) * every
+            next_time = -(-count // every) * every
             add = lambda g, F, n: _with(g, F, n, block)  # noqa: E731
             is_used = pruning.share(next_time) > state.share
-            seen = branch(is_used, add, lambda _, F, n: (F, n), as_matrices(grads, axes), *seen)
-        share = pruning.share(done)
+            statistics = branch(is_used, add, lambda _, F, n: (F, n), as_matrices(grads, axes), *statistics)
+        share = pruning.share(count)
 
-        def renew(u: Any, params: Any, masks: Any, seen: Any) -> tuple[Any, Any, Any]:
-            u, masks = _renewed(pruning, u, params, masks, seen[0], share, damping)
-            return u, masks, jax.tree.map(jnp.zeros_like, seen)
+        def renew(
+            u: PyTree, params: PyTree, masks: PyTree, statistics: tuple[PyTree, Array]
+        ) -> tuple[PyTree, PyTree, PyTree]:
+            u, masks = _renewed(pruning, u, params, masks, statistics[0], share, damping)
+            return u, masks, jax.tree.map(jnp.zeros_like, statistics)
 
-        due = (done % every == 0) & (share > state.share)
-        u = kept(u, params, state.masks)
-        u, masks, seen = branch(due, renew, lambda u, _, masks, seen: (u, masks, seen), u, params, state.masks, seen)
-        moments, gathered = seen
-        return u, GradualState(done, jnp.where(due, share, state.share), masks, moments, gathered, inner)
+        due = (count % every == 0) & (share > state.share)
+        u = masked_updates(u, params, state.masks)
+        same = lambda u, _, masks, statistics: (u, masks, statistics)  # noqa: E731
+        u, masks, statistics = branch(due, renew, same, u, params, state.masks, statistics)
+        moments, gathered = statistics
+        return u, GradualState(count, jnp.where(due, share, state.share), masks, moments, gathered, inner)
 
     return wrapper("gradual", init, update)
 
 
-def _moments(grads: Any, block: int) -> Any:
+def _moments(grads: PyTree, block: int) -> PyTree:
     return jax.tree.map(lambda g: block_moments(g[None], block), grads)
 
 
-def _with(grads: Any, moments: Any, n: Array, block: int) -> tuple[Any, Array]:
+def _with(grads: PyTree, moments: PyTree, n: Array, block: int) -> tuple[PyTree, Array]:
     """The mean of n gradients' moments with one more."""
     return jax.tree.map(lambda F, new: F + (new - F) / (n + 1), moments, _moments(grads, block)), n + 1
 
 
 def _renewed(
-    pruning: Pruning, u: Any, params: Any, masks: Any, moments: Any, share: Array, damping: Any
-) -> tuple[Any, Any]:
+    pruning: Pruning, u: PyTree, params: PyTree, masks: PyTree, moments: PyTree, share: Array, damping: Number
+) -> tuple[PyTree, PyTree]:
     """The update and the masks of a step at which something is pruned."""
     axes = pruning.axes_of(params)
     W = as_matrices(jax.tree.map(lambda W, u: W.astype(jnp.promote_types(W.dtype, jnp.float32)) + u, params, u), axes)
     stays = jax.tree.map(lambda M: M > 0, as_matrices(masks, axes))
 
-    def chosen(scores: Any) -> Any:
+    def chosen(scores: PyTree) -> PyTree:
         # What is gone goes first, so that the others that go are new.
         M = pruning.masks(jax.tree.map(lambda s, M: jnp.where(M, s, -jnp.inf), scores, stays), share)
         return jax.tree.map(jnp.logical_and, M, stays)
@@ -145,32 +152,38 @@ def _renewed(
         new, M = _without(pruning, W, moments, stays, chosen, share, damping)
     M = as_leaves(M, params, axes)
 
-    def one(u: Array, visible: Array, W: Any, M: Any) -> Array:
-        if M is None:
+    def of_leaf(u: Array, visible: Array, W: Array | None, M: Array | None) -> Array:
+        if M is None or W is None:
             return u
         return jnp.where(M, u if moments is None else W - visible, -visible).astype(u.dtype)
 
-    return jax.tree.map(one, u, params, as_leaves(new, params, axes), M), M
+    return jax.tree.map(of_leaf, u, params, as_leaves(new, params, axes), M), M
 
 
 def _without(
-    pruning: Pruning, W: Any, moments: Any, stays: Any, chosen: Any, share: Array, damping: Any
-) -> tuple[Any, Any]:
+    pruning: Pruning,
+    W: PyTree,
+    moments: PyTree,
+    stays: PyTree,
+    chosen: Callable[[PyTree], PyTree],
+    share: Array,
+    damping: Number,
+) -> tuple[PyTree, PyTree]:
     """Weights and masks by "obert"; only a share of all leaves together takes the scores before, and F⁻¹ twice."""
-    M: Any = jax.tree.map(lambda _: None, W)
+    M: PyTree = jax.tree.map(lambda _: None, W)
     if pruning.scope == "global":
         score = lambda W, F, was: obert_scores(W, F, damping=damping, stays=was)  # noqa: E731
         M = chosen(jax.tree.map(score, W, moments, stays))
 
-    def one(W: Array, F: Array, was: Array, M: Any) -> Any:
+    def step(W: Array, F: Array, was: Array, M: Array | None) -> Pruned:
         choose = (lambda scores: pruning.masks(scores, share)) if M is None else lambda _: M
         return obert_step(W, F, choose, damping=damping, stays=was)
 
-    pruned = jax.tree.map(one, W, moments, stays, M)
+    pruned = jax.tree.map(step, W, moments, stays, M)
     return tuple(jax.tree.map(lambda _, p, i=i: p[i], W, pruned) for i in (0, 1))
 
 
-def _check(method: str, every: Any, block: Any, damping: Any) -> None:
+def _check(method: str, every: object, block: object, damping: Number) -> None:
     if method not in METHODS:
         raise ValueError(f"gradual: method must be 'magnitude' or 'obert'; got {method!r}.")
     for name, value in {"every": every, "block": block}.items():

@@ -5,12 +5,15 @@
 A masked weight W becomes W - W = 0 bit for bit whatever ``tx`` does: momentum, weight decay, a rotation.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
 from ..._arguments import injectable
 from ...matrices.axes import path_names
@@ -21,12 +24,12 @@ from .targets import by_path
 class KeepMasksState(NamedTuple):
     """State of `keep_masks`."""
 
-    masks: Any  # like the parameters: True where a weight stays; None where nothing is masked
-    inner: Any
+    masks: PyTree  # like the parameters: True where a weight stays; None where nothing is masked
+    inner: PyTree
 
 
 @injectable
-def keep_masks(tx: optax.GradientTransformation, masks: Any) -> optax.GradientTransformationExtraArgs:
+def keep_masks(tx: optax.GradientTransformation, masks: PyTree) -> optax.GradientTransformationExtraArgs:
     """``tx``, under which pruned weights stay exactly 0; ones that are not yet become 0 in the first step.
 
     Masks are part of the state, as a copy, so that a checkpoint has them. A gradient that is not finite skips the whole
@@ -53,20 +56,20 @@ def keep_masks(tx: optax.GradientTransformation, masks: Any) -> optax.GradientTr
     """
     tx = transformation("keep_masks", tx)
 
-    def init(params: Any) -> KeepMasksState:
+    def init(params: PyTree) -> KeepMasksState:
         return KeepMasksState(_fitting(masks, params), tx.init(params))
 
-    def update(grads: Any, state: KeepMasksState, params: Any, **extra: Any) -> tuple[Any, KeepMasksState]:
+    def update(grads: PyTree, state: KeepMasksState, params: PyTree, **extra: PyTree) -> tuple[PyTree, KeepMasksState]:
         updates, inner = tx.update(masked(grads, state.masks), state.inner, params, **extra)
-        return kept(updates, params, state.masks), state._replace(inner=inner)
+        return masked_updates(updates, params, state.masks), state._replace(inner=inner)
 
     return wrapper("keep_masks", init, update)
 
 
-def _fitting(masks: Any, params: Any) -> Any:
+def _fitting(masks: PyTree, params: PyTree) -> PyTree:
     """The masks in the structure of ``params``, which they fit."""
 
-    def one(path: tuple, W: Any, M: Any) -> Array | None:
+    def fitting(path: KeyPath, W: Array | jax.ShapeDtypeStruct, M: ArrayLike | None) -> Array | None:
         if M is None:
             return None
         name, M = "/".join(path_names(path)), jnp.array(M)  # a copy: whoever donates the state keeps the masks
@@ -77,31 +80,33 @@ def _fitting(masks: Any, params: Any) -> Any:
         return M
 
     structure = jax.tree.structure(params)
-    return jax.tree.map_with_path(one, params, structure.unflatten(by_path("masks", masks, params)))
+    return jax.tree.map_with_path(fitting, params, structure.unflatten(by_path("masks", masks, params)))
 
 
-def masked(grads: Any, masks: Any) -> Any:
+def masked(grads: PyTree, masks: PyTree) -> PyTree:
     """``g∘M``."""
     return jax.tree.map(lambda g, M: g if M is None else jnp.where(M, g, 0), grads, masks)
 
 
-def kept(updates: Any, params: Any, masks: Any) -> Any:
+def masked_updates(updates: PyTree, params: PyTree, masks: PyTree) -> PyTree:
     """Updates after which a masked weight is 0."""
     return jax.tree.map(lambda u, W, M: u if M is None else jnp.where(M, u, -W), updates, params, masks)
 
 
-def transformation(name: str, tx: Any) -> optax.GradientTransformationExtraArgs:
+def transformation(name: str, tx: object) -> optax.GradientTransformationExtraArgs:
     """``tx``, which takes any argument. Raises ``TypeError`` for what is none."""
     if not isinstance(tx, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
         raise TypeError(f"{name} wraps an optimizer, e.g. optax.adamw(1e-3); got {type(tx).__name__}.")
     return optax.with_extra_args_support(tx)
 
 
-def wrapper(name: str, init: Any, update: Any) -> optax.GradientTransformationExtraArgs:
+def wrapper(
+    name: str, init: Callable[..., PyTree], update: Callable[..., tuple[PyTree, PyTree]]
+) -> optax.GradientTransformationExtraArgs:
     """A transformation that needs the parameters, and skips gradients that are not finite."""
     tx = skip_nonfinite(optax.GradientTransformationExtraArgs(init, update))
 
-    def with_params(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def with_params(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError(
                 f"{name} sets weights to 0, but update was called without them: call update(grads, state, params)."

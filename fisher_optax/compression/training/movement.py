@@ -12,14 +12,15 @@ Source: Sanh et al. 2020 (arXiv 2005.07683), equations 2 to 4 and section 4.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from ..._arguments import in_range, injectable, value_at
+from ..matrix.masks import Sparsity
 from .keeping import masked, transformation, wrapper
 from .targets import Pruning, as_leaves, as_matrices
 
@@ -30,23 +31,23 @@ class MovementState(NamedTuple):
     """State of `movement`; the trees are like the parameters, None where nothing is pruned."""
 
     count: Int[Array, ""]
-    scores: Any  # in float32 at least
-    hidden: Any  # W where it is masked, 0 elsewhere
-    masks: Any
-    inner: Any
+    scores: PyTree  # in float32 at least
+    hidden: PyTree  # W where it is masked, 0 elsewhere
+    masks: PyTree
+    inner: PyTree
 
 
 @injectable
 def movement(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity | optax.Schedule | None = None,
     *,
-    score_learning_rate: Any,
+    score_learning_rate: optax.ScalarOrSchedule,
     kind: str = "hard",
-    threshold: Any = None,
-    regularization: Any = None,
-    prune: Any = None,
-    axes: Any = None,
+    threshold: optax.ScalarOrSchedule | None = None,
+    regularization: optax.ScalarOrSchedule | None = None,
+    prune: PyTree = None,
+    axes: PyTree = None,
     scope: str = "matrix",
 ) -> optax.GradientTransformationExtraArgs:
     """Train W by ``tx`` while scores decide which weights the model has (see the top of this file).
@@ -86,12 +87,12 @@ def movement(
     """
     tx = transformation("movement", tx)
     _check(kind, sparsity, threshold, regularization, score_learning_rate)
-    pruning = Pruning("movement", 0.0 if kind == "soft" else sparsity, scope, prune, axes).checked()
+    pruning = Pruning("movement", 0.0 if sparsity is None else sparsity, scope, prune, axes).checked()
 
-    def init(params: Any) -> MovementState:
+    def init(params: PyTree) -> MovementState:
         targets = pruning.axes_of(params)
 
-        def each(make: Callable[[Any], Array]) -> Any:
+        def each(make: Callable[[Array | jax.ShapeDtypeStruct], Array]) -> PyTree:
             return jax.tree.map(lambda W, A: None if A is None else make(W), params, targets)
 
         return MovementState(
@@ -102,8 +103,8 @@ def movement(
             tx.init(params),
         )
 
-    def update(grads: Any, state: MovementState, params: Any, **extra: Any) -> tuple[Any, MovementState]:
-        done = state.count + 1
+    def update(grads: PyTree, state: MovementState, params: PyTree, **extra: PyTree) -> tuple[PyTree, MovementState]:
+        count = state.count + 1
         W = jax.tree.map(_whole, params, state.masks, state.hidden)
         u, inner = tx.update(masked(grads, state.masks), state.inner, W, **extra)
         η, λ = (
@@ -117,17 +118,17 @@ def movement(
 
         S = jax.tree.map(lambda g, W, S: None if S is None else scored(S, g, W), grads, W, state.scores)
         if kind == "hard":
-            M = _hard(pruning, S, params, done)
+            M = _hard(pruning, S, params, count)
         else:
-            M = jax.tree.map(lambda s: jax.nn.sigmoid(s) > value_at(threshold, done), S)
+            M = jax.tree.map(lambda s: jax.nn.sigmoid(s) > value_at(threshold, count), S)
         updates = jax.tree.map(_to_visible, u, params, W, state.masks, M)
         hidden = jax.tree.map(_hidden, u, W, M)
-        return updates, MovementState(done, S, hidden, M, inner)
+        return updates, MovementState(count, S, hidden, M, inner)
 
     return wrapper("movement", init, update)
 
 
-def movement_masks(state: Any) -> Any:
+def movement_masks(state: PyTree) -> PyTree:
     """The masks of `movement`, out of an optimizer's state however deep: a tree like the parameters, True for what
     stays, None where nothing is pruned.
 
@@ -149,41 +150,47 @@ def movement_masks(state: Any) -> Any:
     return found[0].masks
 
 
-def _is_movement(node: Any) -> bool:
+def _is_movement(node: object) -> bool:
     return isinstance(node, MovementState)
 
 
-def _whole(W: Array, M: Any, hidden: Any) -> Array:
-    return W if M is None else jnp.where(M, W, hidden)
+def _whole(W: Array, M: Array | None, hidden: Array | None) -> Array:
+    return W if M is None or hidden is None else jnp.where(M, W, hidden)
 
 
-def _hidden(u: Array, W: Array, M: Any) -> Array | None:
+def _hidden(u: Array, W: Array, M: Array | None) -> Array | None:
     return None if M is None else jnp.where(M, 0, W + u).astype(W.dtype)
 
 
-def _to_visible(u: Array, visible: Array, W: Array, before: Any, M: Any) -> Array:
+def _to_visible(u: Array, visible: Array, W: Array, before: Array | None, M: Array | None) -> Array:
     """From W∘M to (W + u)∘M'; for what stays u itself, which the difference would round."""
-    if M is None:
+    if M is None or before is None:
         return u
     return jnp.where(M, jnp.where(before, u, W + u - visible), -visible)
 
 
-def _hard(pruning: Pruning, scores: Any, params: Any, count: Any) -> Any:
+def _hard(pruning: Pruning, scores: PyTree, params: PyTree, count: Array) -> PyTree:
     axes = pruning.axes_of(params)
     return as_leaves(pruning.masks(as_matrices(scores, axes), pruning.share(count)), params, axes)
 
 
-def _check(kind: str, sparsity: Any, threshold: Any, regularization: Any, score_learning_rate: Any) -> None:
+def _check(
+    kind: str,
+    sparsity: object,
+    threshold: optax.ScalarOrSchedule | None,
+    regularization: optax.ScalarOrSchedule | None,
+    score_learning_rate: optax.ScalarOrSchedule,
+) -> None:
     if kind not in KINDS:
         raise ValueError(f"movement: kind must be 'hard' or 'soft'; got {kind!r}.")
     soft = {"threshold": threshold, "regularization": regularization}
     wanted, other = ({"sparsity": sparsity}, soft) if kind == "hard" else (soft, {"sparsity": sparsity})
     missing = [name for name, value in wanted.items() if value is None]
-    given = [name for name, value in other.items() if value is not None]
-    if missing or given:
+    unfit = [name for name, value in other.items() if value is not None]
+    if missing or unfit:
         raise ValueError(
             f"movement: kind {kind!r} takes {' and '.join(wanted)}, not {' or '.join(other)}; "
-            + (f"without {missing[0]}." if missing else f"got {given[0]}.")
+            + (f"without {missing[0]}." if missing else f"got {unfit[0]}.")
         )
     in_range("movement: score_learning_rate", score_learning_rate, 0)
     for name, value, high in (("threshold", threshold, 1.0), ("regularization", regularization, float("inf"))):

@@ -1,26 +1,27 @@
 """How far to prune at which step, and which leaves: what optimizers that prune share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from ..._arguments import value_at
-from ...matrices.axes import made, path_names
+from ...matrices.axes import MatrixAxes, made, path_names
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
 from ...matrices.rules import resolve_axes
-from ..matrix.masks import SCOPES, Pattern, as_sparsity, check_pattern, global_masks, mask
+from ..matrix.masks import SCOPES, Pattern, Sparsity, as_sparsity, check_pattern, global_masks, mask
 
 LATE = 2**31 - 1  # of any schedule, the last step
 
 
-def cubic_schedule(final: float, begin: int, end: int, initial: float = 0.0) -> Callable[[Any], Array]:
+def cubic_schedule(final: float, begin: int, end: int, initial: float = 0.0) -> Callable[[ArrayLike], Array]:
     """``s(t) = s_f + (s_i - s_f) (1 - (t - t0) / (t1 - t0))³`` from step t0 to t1; s_i before, s_f after.
 
     Much is pruned first, while what is left can make up for it, and little in the end.
@@ -43,32 +44,32 @@ def cubic_schedule(final: float, begin: int, end: int, initial: float = 0.0) -> 
     if not begin < end:
         raise ValueError(f"cubic_schedule: end must come after begin; got begin={begin!r}, end={end!r}.")
 
-    def schedule(count: Any) -> Array:
+    def schedule(count: ArrayLike) -> Array:
         left = 1 - jnp.clip((count - begin) / (end - begin), 0, 1)
         return final + (initial - final) * left**3
 
     return schedule
 
 
-def by_path(name: str, tree: Any, params: Any) -> list[Any]:
+def by_path(name: str, tree: PyTree, params: PyTree) -> list[PyTree]:
     """What ``tree`` has for each leaf of ``params``; None in it, or `optax.MaskedNode`, stands for all that is below.
 
     Raises ``ValueError`` for leaves that it lacks, or has beyond those of ``params``.
     """
     empty = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
 
-    def flat(tree: Any) -> dict[tuple[str, ...], Any]:
+    def flat(tree: PyTree) -> dict[tuple[str, ...], PyTree]:
         pairs = jax.tree_util.tree_flatten_with_path(tree, is_leaf=empty)[0]
         return {path_names(path): None if empty(x) else x for path, x in pairs}
 
-    def covered(names: tuple[str, ...], others: Any) -> bool:
+    def covered(names: tuple[str, ...], others: Container[tuple[str, ...]]) -> bool:
         return any(names[:i] in others for i in range(1, len(names) + 1))
 
-    given, known = flat(tree), flat(params)
-    nothing = {names for names, x in given.items() if x is None}
+    entries, known = flat(tree), flat(params)
+    nothing = {names for names, x in entries.items() if x is None}
     leaves = [names for names, x in known.items() if x is not None]
-    missing = [names for names in leaves if names not in given and not covered(names, nothing)]
-    beyond = [names for names in given if leaves and names not in nothing and not covered(names, known)]
+    missing = [names for names in leaves if names not in entries and not covered(names, nothing)]
+    beyond = [names for names in entries if leaves and names not in nothing and not covered(names, known)]
     for wrong, text in ((missing, "nothing at"), (beyond, "an entry at")):
         if wrong:
             place = "/".join(wrong[0])
@@ -76,17 +77,17 @@ def by_path(name: str, tree: Any, params: Any) -> list[Any]:
                 f"{name} has {text} {place!r}, unlike the parameters ({len(wrong)} such). Give it every leaf of theirs "
                 "under its own path, and None where there is nothing to say."
             )
-    return [given.get(names) for names in leaves]
+    return [entries.get(names) for names in leaves]
 
 
 class Pruning(NamedTuple):
     """Which leaves are pruned, and how far."""
 
     name: str  # of the wrapper
-    sparsity: Any  # a share, a `Pattern`, or a schedule of shares
+    sparsity: Sparsity | optax.Schedule  # a share, a `Pattern`, or a schedule of shares
     scope: str
-    prune: Any
-    axes: Any
+    prune: PyTree
+    axes: PyTree
 
     def checked(self) -> "Pruning":
         """With the sparsity read. Raises as `as_sparsity`, and ``ValueError`` for an unknown scope."""
@@ -102,14 +103,14 @@ class Pruning(NamedTuple):
             raise ValueError(f"{self.name}: a pattern is by output; got {self.sparsity!r} with scope 'global'.")
         return self._replace(sparsity=sparsity)
 
-    def axes_of(self, params: Any) -> Any:
+    def axes_of(self, params: PyTree) -> PyTree:
         """A tree like ``params``: the `MatrixAxes` of what is pruned, None elsewhere.
 
         Raises ``ValueError`` for a leaf to be pruned that is no matrix, or that a pattern does not fit.
         """
         leaves = resolve_axes(params, self.axes)
         if self.prune is None:
-            chosen: list[Any] = [leaf.kind == "matrix" for leaf in leaves]
+            chosen: list[PyTree] = [leaf.kind == "matrix" for leaf in leaves]
         else:
             chosen = by_path("prune", made(self.prune, params), params)
         for leaf, goes in zip(leaves, chosen, strict=True):
@@ -123,12 +124,12 @@ class Pruning(NamedTuple):
         read = [leaf.axes if goes else None for leaf, goes in zip(leaves, chosen, strict=True)]
         return jax.tree.structure(params).unflatten(read)
 
-    def share(self, count: Any) -> Float[Array, ""]:
+    def share(self, count: Array) -> Float[Array, ""]:
         """Of the weights that are gone after so many steps."""
         s = self.sparsity.share if isinstance(self.sparsity, Pattern) else value_at(self.sparsity, count)
         return jnp.asarray(s, jnp.float32)
 
-    def masks(self, scores: Any, share: Any) -> Any:
+    def masks(self, scores: PyTree, share: Array) -> PyTree:
         """For a tree of matrices of scores, None where nothing is pruned."""
         constant = self.sparsity if isinstance(self.sparsity, float | Pattern) else None
         return _chosen(scores, share, constant, self.scope)
@@ -136,22 +137,22 @@ class Pruning(NamedTuple):
 
 # Traced also where steps are not, so that a scheduled share removes as many weights here as there.
 @partial(jax.jit, static_argnames=("constant", "scope"))
-def _chosen(scores: Any, share: Any, constant: Any, scope: str) -> Any:
+def _chosen(scores: PyTree, share: Array, constant: float | Pattern | None, scope: str) -> PyTree:
     sparsity = share if constant is None else constant
     if scope == "global":
         return global_masks(scores, sparsity)
     return jax.tree.map(lambda s: mask(s, sparsity, scope), scores)
 
 
-def as_matrices(leaves: Any, axes: Any) -> Any:
+def as_matrices(leaves: PyTree, axes: PyTree) -> PyTree:
     """The leaves that have axes as ``(*batch, inputs, outputs)``, in float32 at least; None for the others."""
 
-    def one(x: Any, axes: Any) -> Array | None:
+    def as_matrix(x: Array, axes: MatrixAxes | None) -> Array | None:
         return None if axes is None else to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes)[0]
 
-    return jax.tree.map(one, leaves, axes)
+    return jax.tree.map(as_matrix, leaves, axes)
 
 
-def as_leaves(matrices: Any, like: Any, axes: Any) -> Any:
+def as_leaves(matrices: PyTree, like: PyTree, axes: PyTree) -> PyTree:
     """The leaves again, shaped as in ``like``: the inverse of `as_matrices`."""
     return jax.tree.map(lambda x, A, M: None if A is None else from_matrices((M,), x.shape, A), like, axes, matrices)

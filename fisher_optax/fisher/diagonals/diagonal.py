@@ -12,11 +12,10 @@ data's own labels make of it.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..._xla import automatic, on_mesh
 from ...capture.kinds.sums import check_counts
@@ -35,7 +34,7 @@ UNITS = ("sequence", "token", "position")
 class Settings:
     """All that a step's program depends on but shapes."""
 
-    loss_fn: Callable[..., Any]
+    loss_fn: Callable[..., PyTree]
     unit: str
     labels: Labels
     groups: Groups
@@ -44,19 +43,19 @@ class Settings:
 
 
 def diagonal(
-    example_loss_fn: Callable[..., Any],
-    params: Any,
-    batches: Iterable[Any],
+    example_loss_fn: Callable[..., PyTree],
+    params: PyTree,
+    batches: Iterable[PyTree],
     *,
     unit: str = "sequence",
     fisher: str = "empirical",
     n_samples: int = 1,
     temperature: float = 1.0,
-    key: Any = None,
+    key: PRNGKeyArray | None = None,
     groups: Groups = None,
-    axes: Any = None,
+    axes: PyTree = None,
     microbatch: int = 8,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Callable[[Iterable[PyTree]], Iterable[PyTree]] | None = None,
     on_batch: Callable[[DiagonalFisher], None] | None = None,
     resume: DiagonalFisher | None = None,
 ) -> DiagonalFisher:
@@ -130,7 +129,7 @@ def diagonal(
     return state
 
 
-def _labels(unit: str, fisher: str, n_samples: int, temperature: float, key: Any) -> Labels:
+def _labels(unit: str, fisher: str, n_samples: int, temperature: float, key: PRNGKeyArray | None) -> Labels:
     for name, value, known in (("unit", unit, UNITS), ("fisher", fisher, FISHERS)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}.")
@@ -144,7 +143,7 @@ def _labels(unit: str, fisher: str, n_samples: int, temperature: float, key: Any
     return Labels(fisher, n_samples, float(temperature))
 
 
-def _count(batch: Any, i: int) -> int:
+def _count(batch: PyTree, i: int) -> int:
     """How many examples a batch has."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if not shapes or any(len(shape) == 0 for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
@@ -154,7 +153,9 @@ def _count(batch: Any, i: int) -> int:
     return shapes[0][0]
 
 
-def _microbatch_squares(settings: Settings, params: Any, batch: Any, keys: Any) -> tuple[Any, Array, Array]:
+def _microbatch_squares(
+    settings: Settings, params: PyTree, batch: PyTree, keys: Array | None
+) -> tuple[PyTree, Array, Array]:
     """Stacked squares and weights of independent draws, and how many examples are wrong that these do not show."""
     axes = None if settings.axes is None else jax.tree.structure(params).unflatten(settings.axes)
     reduce = grouping(settings.groups, params, axes)
@@ -162,34 +163,38 @@ def _microbatch_squares(settings: Settings, params: Any, batch: Any, keys: Any) 
         x, w, wrong = position_squares(settings.loss_fn, settings.labels, params, batch, keys)
         return jax.tree.map(lambda s: s[None], reduce(x)), w[None], wrong
 
-    def one(example: Any, key: Any) -> tuple[Any, Array]:
+    def of_example(example: PyTree, key: PRNGKeyArray | None) -> tuple[PyTree, Array]:
         made = example_of(settings.loss_fn, settings.labels, params, example, key)
         return squares(settings.unit, settings.labels.fisher == "true", reduce, params, made)
 
-    x, w = jax.vmap(one)(batch, keys)
+    x, w = jax.vmap(of_example)(batch, keys)
     return x, w, jnp.zeros([], jnp.int32)
 
 
-def _start(settings: Settings, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
-    one, key = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), (batch, keys))
-    x = jax.eval_shape(functools.partial(_microbatch_squares, settings), params, one, key)[0]
+def _start(settings: Settings, params: PyTree, batch: PyTree, keys: Array | None) -> DiagonalFisher:
+    single, key = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), (batch, keys))
+    x = jax.eval_shape(functools.partial(_microbatch_squares, settings), params, single, key)[0]
     like = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), x)
     return on_mesh(lambda _: DiagonalFisher.zeros(like), (params, batch))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(settings: Settings, state: DiagonalFisher, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
+def _step(
+    settings: Settings, state: DiagonalFisher, params: PyTree, batch: PyTree, keys: Array | None
+) -> DiagonalFisher:
     return automatic(functools.partial(_add_batch, settings), state, params, batch, keys)
 
 
-def _add_batch(settings: Settings, state: DiagonalFisher, params: Any, batch: Any, keys: Any) -> DiagonalFisher:
+def _add_batch(
+    settings: Settings, state: DiagonalFisher, params: PyTree, batch: PyTree, keys: Array | None
+) -> DiagonalFisher:
     """One batch: whole microbatches in a loop, then what is left."""
     count = len(jax.tree.leaves(batch)[0])
     size = min(settings.microbatch, count)
     steps = count // size
 
-    def add(state: DiagonalFisher, given: Any) -> tuple[DiagonalFisher, None]:
-        x, w, wrong = _microbatch_squares(settings, params, *given)
+    def add(state: DiagonalFisher, microbatch: tuple[PyTree, Array | None]) -> tuple[DiagonalFisher, None]:
+        x, w, wrong = _microbatch_squares(settings, params, *microbatch)
         state = state.update(x, w)
         return state._replace(skipped=state.skipped + wrong), None
 

@@ -10,13 +10,15 @@ An example, not a token, is one independent draw: tokens of one text go together
 intervals far too short. Sources: Welford 1962; Chan, Golub and LeVeque 1983 for merging; Kish 1965 for n_eff.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ...capture.program.jaxprs import varying_as
 
@@ -33,8 +35,8 @@ class DiagonalFisher(NamedTuple):
       [2. 0.] [1. 0.] 2.0
     """
 
-    mean: Any  # tree of float32, shaped like the groups
-    m2: Any  # Σ w (x - mean)²
+    mean: PyTree  # tree of float32, shaped like the groups
+    m2: PyTree  # Σ w (x - mean)²
     w: Float[Array, ""]  # Σ w: tokens
     w2: Float[Array, ""]  # Σ w²
     n: Int[Array, ""]  # examples
@@ -42,14 +44,14 @@ class DiagonalFisher(NamedTuple):
     batches: Int[Array, ""]  # batches read
 
     @classmethod
-    def zeros(cls, like: Any) -> "DiagonalFisher":
+    def zeros(cls, like: PyTree) -> "DiagonalFisher":
         """Nothing seen yet, of groups shaped like ``like``."""
         float_like = lambda x: jnp.zeros(jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32))  # noqa: E731
         mean, m2 = (jax.tree.map(float_like, like) for _ in range(2))
         # A buffer each, so that all may be donated.
         return cls(mean, m2, *(jnp.zeros([]) for _ in range(2)), *(jnp.zeros([], jnp.int32) for _ in range(3)))
 
-    def update(self, x: Any, w: Float[Array, " b"]) -> "DiagonalFisher":
+    def update(self, x: PyTree, w: Float[Array, " b"]) -> "DiagonalFisher":
         """With the squares of ``b`` more examples, stacked in front; one that is not finite is skipped and counted, one
         of weight 0 left out.
 
@@ -62,8 +64,8 @@ class DiagonalFisher(NamedTuple):
         n, skipped = jnp.sum(keep, dtype=jnp.int32), jnp.sum(~finite, dtype=jnp.int32)
         # One after the other: reductions over the stack would make arrays of its size.
         start = jax.tree.map(lambda s: varying_as(s, *jax.tree.leaves(x), w), self)
-        seen, _ = jax.lax.scan(_add, start, (x, jnp.where(keep, w, 0).astype(self.w.dtype)))
-        return seen._replace(n=self.n + n, skipped=self.skipped + skipped)
+        state, _ = jax.lax.scan(_add, start, (x, jnp.where(keep, w, 0).astype(self.w.dtype)))
+        return state._replace(n=self.n + n, skipped=self.skipped + skipped)
 
     def merge(self, other: "DiagonalFisher") -> "DiagonalFisher":
         """Of the examples of both, as if seen by one.
@@ -91,7 +93,7 @@ class DiagonalFisher(NamedTuple):
             self.batches + other.batches,
         )
 
-    def all_reduce(self, axis: Any) -> "DiagonalFisher":
+    def all_reduce(self, axis: Hashable) -> "DiagonalFisher":
         """`merge` over the devices of a mapped axis, inside `jax.shard_map`, `jax.pmap` or `jax.vmap`."""
         total = lambda x: jax.lax.psum(x, axis)  # noqa: E731
         W = total(self.w)
@@ -102,7 +104,7 @@ class DiagonalFisher(NamedTuple):
         counts = (total(x) for x in (self.w2, self.n, self.skipped, self.batches))
         return DiagonalFisher(mean, m2, W, *counts)
 
-    def decay(self, γ: Any) -> "DiagonalFisher":
+    def decay(self, γ: ArrayLike) -> "DiagonalFisher":
         """Weigh all that was seen by γ: before each `update`, a moving average that corrects its own start.
 
         Raises:
@@ -118,19 +120,19 @@ class DiagonalFisher(NamedTuple):
         """How many examples of equal weight tell as much."""
         return jnp.square(self.w) / jnp.where(self.w2 > 0, self.w2, 1)
 
-    def variance(self) -> Any:
+    def variance(self) -> PyTree:
         """Of one example's squares, by group; infinite (unknown) where fewer than two examples were seen."""
         dof = self.w - self.w2 / jnp.where(self.w > 0, self.w, 1)
         # Equal weights leave W (n - 1) / n; what one example leaves is rounding.
         known = dof > 1e-6 * self.w
         return jax.tree.map(lambda x: jnp.where(known, x / jnp.where(known, dof, 1).astype(x.dtype), jnp.inf), self.m2)
 
-    def standard_error(self) -> Any:
+    def standard_error(self) -> PyTree:
         """Of the mean, by group."""
         n = jnp.maximum(self.n_eff, 1)
         return jax.tree.map(lambda v: jnp.sqrt(v / n.astype(v.dtype)), self.variance())
 
-    def confidence_interval(self, level: float = 0.95) -> tuple[Any, Any]:
+    def confidence_interval(self, level: float = 0.95) -> tuple[PyTree, PyTree]:
         """Lower and upper end by group, by Student's t with ``n_eff - 1`` degrees of freedom; never below 0. Not under
         `jit`.
 
@@ -148,19 +150,19 @@ class DiagonalFisher(NamedTuple):
         return lower, jax.tree.map(jnp.add, self.mean, half)
 
 
-def _add(seen: DiagonalFisher, one: tuple[Any, Array]) -> tuple[DiagonalFisher, None]:
+def _add(state: DiagonalFisher, example: tuple[PyTree, Array]) -> tuple[DiagonalFisher, None]:
     """With one more example, of weight 0 if it is not to count."""
-    x, w = one
-    W = seen.w + w
+    x, w = example
+    W = state.w + w
     share = w / jnp.where(W > 0, W, 1)
-    δ = jax.tree.map(lambda x, m: jnp.where(w > 0, x - m, 0), x, seen.mean)
-    mean = jax.tree.map(lambda m, d: m + share.astype(m.dtype) * d, seen.mean, δ)
+    δ = jax.tree.map(lambda x, m: jnp.where(w > 0, x - m, 0), x, state.mean)
+    mean = jax.tree.map(lambda m, d: m + share.astype(m.dtype) * d, state.mean, δ)
     # x - mean' = δ (1 - share)
-    m2 = jax.tree.map(lambda q, d: q + (w * (1 - share)).astype(q.dtype) * jnp.square(d), seen.m2, δ)
-    return seen._replace(mean=mean, m2=m2, w=W, w2=seen.w2 + jnp.square(w)), None
+    m2 = jax.tree.map(lambda q, d: q + (w * (1 - share)).astype(q.dtype) * jnp.square(d), state.m2, δ)
+    return state._replace(mean=mean, m2=m2, w=W, w2=state.w2 + jnp.square(w)), None
 
 
-def _finite(x: Any, w: Array) -> Bool[Array, " b"]:
+def _finite(x: PyTree, w: Array) -> Bool[Array, " b"]:
     """Which of the stacked examples have finite squares throughout."""
     each = (jnp.all(jnp.isfinite(leaf.reshape(len(leaf), -1)), 1) for leaf in jax.tree.leaves(x))
     return jnp.stack([jnp.isfinite(w), *each]).all(0)
@@ -171,7 +173,7 @@ def require_alike(a: DiagonalFisher, b: DiagonalFisher) -> None:
     _require_shapes(a.mean, b.mean)
 
 
-def _require_shapes(*trees: Any) -> None:
+def _require_shapes(*trees: PyTree) -> None:
     first, second = (jax.tree.map(jnp.shape, tree) for tree in trees)
     if jax.tree.flatten(first) != jax.tree.flatten(second):  # a module is equal to itself alone
         raise ValueError(
@@ -180,6 +182,6 @@ def _require_shapes(*trees: Any) -> None:
         )
 
 
-def _shown(shapes: Any) -> str:
+def _shown(shapes: PyTree) -> str:
     text = str(shapes)
     return text if len(text) < 160 else f"{text[:157]}..."

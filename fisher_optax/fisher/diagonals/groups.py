@@ -1,20 +1,20 @@
 """What the squares of a parameter's entries are added up to: a group keeps one number. Totals are conserved."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jax.tree_util import KeyPath
+from jaxtyping import Array, PyTree
 
 from ...matrices.axes import LeafAxes, path_names
 from ...matrices.rules import resolve_axes
 
 WORDS = ("parameter", "rows", "heads", "tensor", "blocks")
-Groups = str | Callable[[str, Array], Any] | None
+Groups = str | Callable[[str, Array], PyTree] | None
 
 
-def grouping(groups: Groups, params: Any, axes: Any = None) -> Callable[[Any], Any]:
+def grouping(groups: Groups, params: PyTree, axes: PyTree = None) -> Callable[[PyTree], PyTree]:
     """A function of a tree like the parameters, of squares (None where there are none), that adds up groups.
 
     Args:
@@ -38,17 +38,17 @@ def grouping(groups: Groups, params: Any, axes: Any = None) -> Callable[[Any], A
         raise ValueError(f"groups must be one of {', '.join(map(repr, WORDS))}, or a function; got {groups!r}.")
     if groups == "blocks":
         return _blocks
-    kept = {leaf.path: _kept(groups, leaf) for leaf in resolve_axes(params, axes)}
+    retained = {leaf.path: _kept(groups, leaf) for leaf in resolve_axes(params, axes)}
     if groups == "heads":
-        _heads_of_biases(kept, resolve_axes(params, axes))
-    if groups == "heads" and not any(kept.values()):
+        _heads_of_biases(retained, resolve_axes(params, axes))
+    if groups == "heads" and not any(retained.values()):
         raise ValueError(
             "groups='heads': no attention kernel with an axis of heads, as DenseGeneral((heads, size)) has. Where "
             "heads are merged into one axis, pass a function of (path, squares) that reshapes."
         )
 
-    def reduce(path: Any, x: Array) -> Array:
-        keep = kept["/".join(path_names(path))]
+    def reduce(path: KeyPath, x: Array) -> Array:
+        keep = retained["/".join(path_names(path))]
         return jnp.sum(x, [a for a in range(x.ndim) if a not in keep])
 
     return lambda squares: jax.tree_util.tree_map_with_path(reduce, squares)
@@ -70,13 +70,13 @@ def _kept(groups: str, leaf: LeafAxes) -> tuple[int, ...]:
     return tuple(sorted(axes.batch + heads)) if heads else ()
 
 
-def _heads_of_biases(kept: dict[str, tuple[int, ...]], leaves: list[LeafAxes]) -> None:
+def _heads_of_biases(retained: dict[str, tuple[int, ...]], leaves: list[LeafAxes]) -> None:
     for leaf in leaves:
-        if leaf.axes is not None and leaf.bias is not None and kept[leaf.path] and len(leaf.axes.outputs) == 2:
-            kept[leaf.bias] = tuple(range(len(leaf.axes.batch) + 1))
+        if leaf.axes is not None and leaf.bias is not None and retained[leaf.path] and len(leaf.axes.outputs) == 2:
+            retained[leaf.bias] = tuple(range(len(leaf.axes.batch) + 1))
 
 
-def _blocks(squares: Any) -> dict[str, Array]:
+def _blocks(squares: PyTree) -> dict[str, Array]:
     """Totals of the modules below the root, or below its one "params"."""
     totals: dict[str, Array] = {}
     flat, _ = jax.tree_util.tree_flatten_with_path(squares)

@@ -1,13 +1,13 @@
 """What is done with importances: where two tasks differ beyond doubt, and a penalty that keeps what matters."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .diagonal_fisher import DiagonalFisher, require_alike
 
@@ -15,12 +15,12 @@ from .diagonal_fisher import DiagonalFisher, require_alike
 class ImportanceShift(NamedTuple):
     """What `importance_shift` returns: trees like the groups, as NumPy arrays."""
 
-    difference: Any  # of the shares of the trace, second minus first
-    ratio: Any  # second over first; NaN where both are 0
-    effect: Any  # the difference in standard deviations of one example
-    z: Any  # ... in standard errors (Welch)
-    p: Any  # two-sided
-    significant: Any  # at the false-discovery rate asked for
+    difference: PyTree  # of the shares of the trace, second minus first
+    ratio: PyTree  # second over first; NaN where both are 0
+    effect: PyTree  # the difference in standard deviations of one example
+    z: PyTree  # ... in standard errors (Welch)
+    p: PyTree  # two-sided
+    significant: PyTree  # at the false-discovery rate asked for
 
 
 def importance_shift(first: DiagonalFisher, second: DiagonalFisher, rate: float = 0.05) -> ImportanceShift:
@@ -77,7 +77,7 @@ def _shares(fisher: DiagonalFisher, name: str) -> tuple[np.ndarray, np.ndarray, 
     return mean / trace, variance / trace**2, n
 
 
-def _unraveled(like: Any) -> Callable[[np.ndarray], Any]:
+def _unraveled(like: PyTree) -> Callable[[np.ndarray], PyTree]:
     """From a vector back to the tree."""
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
@@ -86,7 +86,9 @@ def _unraveled(like: Any) -> Callable[[np.ndarray], Any]:
     )
 
 
-def ewc_penalty(fisher: DiagonalFisher | Any, params: Any, strength: float = 1.0) -> Callable[[Any], Float[Array, ""]]:
+def ewc_penalty(
+    fisher: DiagonalFisher | PyTree, params: PyTree, strength: float = 1.0
+) -> Callable[[PyTree], Float[Array, ""]]:
     """``θ -> strength / 2 Σ F_jj (θ_j - θ*_j)²``, for the loss of the next task: elastic weight consolidation.
 
     Args:
@@ -112,13 +114,13 @@ def ewc_penalty(fisher: DiagonalFisher | Any, params: Any, strength: float = 1.0
     except ValueError:  # another structure
         fits = False
     if not fits:
-        given, wanted = ([jnp.shape(x) for x in jax.tree.leaves(tree)][:4] for tree in (F, start))
+        found, wanted = ([jnp.shape(x) for x in jax.tree.leaves(tree)][:4] for tree in (F, start))
         raise ValueError(
-            f"ewc_penalty needs a Fisher by parameter, with shapes {wanted}; got {given}. Take it by "
+            f"ewc_penalty needs a Fisher by parameter, with shapes {wanted}; got {found}. Take it by "
             "fo.fisher.diagonal(..., groups=None)."
         )
 
-    def penalty(params: Any) -> Float[Array, ""]:
+    def penalty(params: PyTree) -> Float[Array, ""]:
         """Of the parameters that are trained."""
         term = lambda f, x, at: jnp.zeros([]) if f is None else jnp.sum(f * jnp.square(x - at))  # noqa: E731
         terms = jax.tree.leaves(jax.tree.map(term, F, params, start, is_leaf=none))

@@ -2,21 +2,21 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ...capture.gradients import trace, value_and_grad
+from ...capture.gradients import value_and_grad
 from ...capture.kinds.squares import PositionSquares, captured, leaf_squares
 from ...capture.program.leaves import LeafPlan
+from ...capture.traced import trace
 from .squares import Labels, example_of
 
 
 def position_squares(
-    loss_fn: Callable[..., Any], labels: Labels, params: Any, batch: Any, keys: Any
-) -> tuple[Any, Float[Array, ""], Int[Array, ""]]:
+    loss_fn: Callable[..., PyTree], labels: Labels, params: PyTree, batch: PyTree, keys: Array | None
+) -> tuple[PyTree, Float[Array, ""], Int[Array, ""]]:
     """``Σ_s a_s² δ_s² / n`` over all positions of a batch of examples, n the tokens that count among them, n, and how
     many examples have a label that is no class.
 
@@ -24,7 +24,7 @@ def position_squares(
     """
     kind = PositionSquares()
 
-    def of_example(example: Any, key: Any) -> tuple[Array, Array, Array]:
+    def of_example(example: PyTree, key: PRNGKeyArray | None) -> tuple[Array, Array, Array]:
         made = example_of(loss_fn, labels, params, example, key)
         w = jnp.where(made.valid, made.weights, 0)
         return made.scores * w.reshape(-1, *[1] * (made.scores.ndim - 2)), jnp.sum(w), ~made.valid
@@ -33,13 +33,13 @@ def position_squares(
     scores, tokens, wrong = jax.vmap(of_example)(batch, keys)
     n = jnp.sum(tokens)
 
-    def along(params: Any, scores: Array, batch: Any) -> Array:
+    def along(params: PyTree, scores: Array, batch: PyTree) -> Array:
         """Its gradient is that of all examples' losses together."""
 
-        def one(example: Any, s: Array, key: Any) -> Array:
+        def along_scores(example: PyTree, s: Array, key: PRNGKeyArray | None) -> Array:
             return jnp.vdot(s, example_of(loss_fn, labels, params, example, key).values(params).astype(s.dtype))
 
-        return jnp.sum(jax.vmap(one)(batch, scores, keys))
+        return jnp.sum(jax.vmap(along_scores)(batch, scores, keys))
 
     leaves = trace(along, kind, params, (scores[:, 0], batch), {}).leaves
     _warn_of_missing(leaves)

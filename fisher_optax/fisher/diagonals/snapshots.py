@@ -5,11 +5,12 @@ a power of two that takes its largest entry to [2¹⁴, 2¹⁵): what is a milli
 scaling itself rounds nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from .diagonal_fisher import DiagonalFisher
 
@@ -29,8 +30,8 @@ def to_host(fisher: DiagonalFisher, half: bool = False) -> DiagonalFisher:
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
       >>> fisher = fo.fisher.DiagonalFisher.zeros(jnp.zeros(2)).update(jnp.array([[1e-20, 3e-15]]), jnp.ones(1))
-      >>> kept = fo.fisher.to_host(fisher, half=True)
-      >>> print(kept.mean.values.dtype, f"{fo.fisher.to_device(kept).mean[1]:.3g}")
+      >>> stored = fo.fisher.to_host(fisher, half=True)
+      >>> print(stored.mean.values.dtype, f"{fo.fisher.to_device(stored).mean[1]:.3g}")
       float16 3e-15
     """
     host = jax.device_get(fisher)
@@ -44,7 +45,7 @@ def to_device(fisher: DiagonalFisher) -> DiagonalFisher:
     return jax.tree.map(whole, fisher, is_leaf=packed)
 
 
-def _halved(x: Any) -> Halves:
+def _halved(x: ArrayLike) -> Halves:
     x = np.asarray(x, np.float32)
     top = np.max(np.abs(x), axis=-1, keepdims=True, initial=0) if x.ndim else np.abs(x)
     exponents = np.frexp(top)[1].astype(np.int16) - np.int16(TOP)

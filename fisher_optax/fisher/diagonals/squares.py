@@ -10,11 +10,10 @@ the data's labels they do not.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ...capture.outputs import Output, outputs
 from ..operators.matrix import label_scores
@@ -33,13 +32,15 @@ class Labels:
 class Example:
     """One example as a function of the parameters: what it is differentiated at, and by which cotangents."""
 
-    values: Callable[[Any], Array]  # params -> (n, ...): logits of its tokens, or their losses
+    values: Callable[[PyTree], Array]  # params -> (n, ...): logits of its tokens, or their losses
     scores: Float[Array, "k n ..."]  # cotangents; squares of k draws add up
     weights: Float[Array, " n"]
     valid: Bool[Array, ""]  # whether its labels are classes
 
 
-def example_of(loss_fn: Callable[..., Any], labels: Labels, params: Any, example: Any, key: Any) -> Example:
+def example_of(
+    loss_fn: Callable[..., PyTree], labels: Labels, params: PyTree, example: PyTree, key: PRNGKeyArray | None
+) -> Example:
     """What ``loss_fn(params, example)`` is: one call of `fo.losses`, the losses of tokens (alone or with weights), or a
     scalar, one token.
 
@@ -66,7 +67,14 @@ def example_of(loss_fn: Callable[..., Any], labels: Labels, params: Any, example
     return Example(losses, jnp.ones((1, n)), jax.lax.stop_gradient(weights), jnp.asarray(True))
 
 
-def _of_logits(loss_fn: Any, labels: Labels, params: Any, example: Any, found: list[Output], key: Any) -> Example:
+def _of_logits(
+    loss_fn: Callable[..., PyTree],
+    labels: Labels,
+    params: PyTree,
+    example: PyTree,
+    found: list[Output],
+    key: PRNGKeyArray | None,
+) -> Example:
     if len(found) != 1:
         raise ValueError(f"an example's loss must be one call of fo.losses; example_loss_fn makes {len(found)}.")
     out = found[0]
@@ -79,8 +87,8 @@ def _of_logits(loss_fn: Any, labels: Labels, params: Any, example: Any, found: l
 
 
 def squares(
-    unit: str, exact: bool, reduce: Callable[[Any], Any], params: Any, example: Example
-) -> tuple[Any, Float[Array, ""]]:
+    unit: str, exact: bool, reduce: Callable[[PyTree], PyTree], params: PyTree, example: Example
+) -> tuple[PyTree, Float[Array, ""]]:
     """One example's x, in groups, and its weight. ``exact``: the scores are of all labels at once, so that those of
     different tokens must not be added up.
     """
@@ -89,18 +97,18 @@ def squares(
     tokens = unit == "token" or exact
     K, T = example.scores.shape[:2]
 
-    def squared(ct: Array) -> Any:
+    def squared(ct: Array) -> PyTree:
         g = jax.tree.map(lambda x: jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32))), pull(ct)[0])
         return reduce(g)
 
-    def of_draw(ct: Array) -> Any:
+    def of_draw(ct: Array) -> PyTree:
         w = example.weights.reshape(-1, *[1] * (ct.ndim - 1))
         return squared(w.astype(ct.dtype) * ct)
 
-    def of_token(place: Array) -> Any:
+    def of_token(place: Array) -> PyTree:
         k, t = place // T, place % T
-        one = jnp.zeros_like(example.scores[0]).at[t].set(example.scores[k, t])
-        return jax.tree.map(lambda x: example.weights[t].astype(x.dtype) * x, squared(one))
+        cotangent = jnp.zeros_like(example.scores[0]).at[t].set(example.scores[k, t])
+        return jax.tree.map(lambda x: example.weights[t].astype(x.dtype) * x, squared(cotangent))
 
     count, each = (K * T, of_token) if tokens else (K, lambda k: of_draw(example.scores[k]))
     like = jax.eval_shape(each, jnp.zeros([], jnp.int32))

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from ...linalg.factorisations import eigenpairs, frequent_directions
 from .solve import (
@@ -42,11 +42,12 @@ class EmpiricalHead:
        [-0.25  0.25]]
     """
 
-    rows: Any  # (r, V): U, rows sqrt(s_t) δ_t
-    total: Any  # (): Σ w
+    # Arrays, or what JAX puts in their places.
+    rows: PyTree  # (r, V): U, rows sqrt(s_t) δ_t
+    total: PyTree  # (): Σ w
 
     @classmethod
-    def from_gradients(cls, gradients: Any, weights: Any = None) -> "EmpiricalHead":
+    def from_gradients(cls, gradients: ArrayLike, weights: ArrayLike | None = None) -> "EmpiricalHead":
         """Of gradients ``(*positions, V)`` of each token's loss by its logits: not of the mean, nor times ``w_t``.
 
         Weights, and what raises, are as in `SoftmaxHead.from_logits`; a gradient that is not finite counts for nothing.
@@ -54,7 +55,7 @@ class EmpiricalHead:
         return _of(*finite_rows(*tokens_and_weights("EmpiricalHead", "gradients", gradients, weights)))
 
     @classmethod
-    def from_logits(cls, logits: Any, labels: Any, weights: Any = None) -> "EmpiricalHead":
+    def from_logits(cls, logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> "EmpiricalHead":
         """Of the cross-entropy of labels ``(*positions,)``: ``δ_t = p_t - e_y``.
 
         Raises:
@@ -94,7 +95,7 @@ class EmpiricalHead:
             return self
         return dataclasses.replace(self, rows=frequent_directions(self.rows, max_rows))
 
-    def matvec(self, Y: Any) -> Array:
+    def matvec(self, Y: ArrayLike) -> Array:
         """``G Y`` for Y of ``(V, features)`` or ``(V,)``.
 
         Raises:
@@ -106,7 +107,7 @@ class EmpiricalHead:
         """All V² entries."""
         return _product(self, jnp.eye(self.rows.shape[1], dtype=self.rows.dtype))
 
-    def solve(self, Y: Any, damping: Any) -> Array:
+    def solve(self, Y: ArrayLike, damping: ArrayLike) -> Array:
         """``(G + λ)⁻¹ Y = (Y - Uᵀ (λ + U Uᵀ)⁻¹ U Y) / λ``, by Woodbury's identity.
 
         Where Y lies in the span of the gradients, float32 leaves about ``1e-7 |G| / λ`` of error.
@@ -137,9 +138,9 @@ def _scores(z: Array, y: Array, w: Array) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _merged(one: EmpiricalHead, other: EmpiricalHead) -> EmpiricalHead:
-    a, b = shares(jnp.stack([one.total, other.total]))
-    return EmpiricalHead(jnp.vstack([jnp.sqrt(a) * one.rows, jnp.sqrt(b) * other.rows]), one.total + other.total)
+def _merged(head: EmpiricalHead, other: EmpiricalHead) -> EmpiricalHead:
+    a, b = shares(jnp.stack([head.total, other.total]))
+    return EmpiricalHead(jnp.vstack([jnp.sqrt(a) * head.rows, jnp.sqrt(b) * other.rows]), head.total + other.total)
 
 
 @jax.jit

@@ -10,11 +10,12 @@ With p_t the probabilities of token t, shares ``s_t = w_t / Σ w`` of the weight
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ...linalg.factorisations import exact_sum, frequent_directions
 from . import solve as head_solve
@@ -65,14 +66,15 @@ class SoftmaxHead:
       [ 2. -2.]
     """
 
-    mean: Any  # (V,): p̄
-    rows: Any  # (r, V): p_t, or C
-    weights: Any  # (r,): w_t; None for C
-    total: Any  # (): Σ w
+    # Arrays, or what JAX puts in their places.
+    mean: PyTree  # (V,): p̄
+    rows: PyTree  # (r, V): p_t, or C
+    weights: PyTree  # (r,): w_t; None for C
+    total: PyTree  # (): Σ w
     tokens: bool  # the rows are single tokens, in their order
 
     @classmethod
-    def from_logits(cls, logits: Any, weights: Any = None) -> "SoftmaxHead":
+    def from_logits(cls, logits: ArrayLike, weights: ArrayLike | None = None) -> "SoftmaxHead":
         """Of tokens, in float32 at least.
 
         Args:
@@ -89,7 +91,10 @@ class SoftmaxHead:
 
     @classmethod
     def from_batches(
-        cls, batches: Iterable[Any], max_rows: int | None = None, sketch: str = "subsample"
+        cls,
+        batches: Iterable[ArrayLike | tuple[ArrayLike, ArrayLike]],
+        max_rows: int | None = None,
+        sketch: str = "subsample",
     ) -> "SoftmaxHead":
         """Of logits, or tuples of logits and weights, batch after batch, by `merge`: in the memory of one batch and
         ``max_rows + 1`` rows.
@@ -133,7 +138,7 @@ class SoftmaxHead:
             return self
         return _compressed(self, max_rows, sketch)
 
-    def matvec(self, Y: Any) -> Array:
+    def matvec(self, Y: ArrayLike) -> Array:
         """``G Y`` for Y of ``(V, features)`` or ``(V,)``; errs by rounding of ``p̄ Y``.
 
         Raises:
@@ -145,7 +150,7 @@ class SoftmaxHead:
         """All V² entries."""
         return self.matvec(jnp.eye(len(self.mean), dtype=self.mean.dtype))
 
-    def solve(self, Y: Any, damping: Any, zero_sum: bool = False) -> Array:
+    def solve(self, Y: ArrayLike, damping: ArrayLike, zero_sum: bool = False) -> Array:
         """``(G + λ)⁻¹ Y``, to about 1e-6 in float32 for all λ and all logits.
 
         Signed rows (see `compress`) err by up to 1e-6 of `condition`; there eigenvalues of S count as sqrt(r) times
@@ -165,19 +170,19 @@ class SoftmaxHead:
         λ = damping_of("SoftmaxHead.solve", damping, self.mean.dtype)
         return columns("SoftmaxHead.solve", Y, self.rows, lambda Y: _solution(self, Y, λ, zero_sum))
 
-    def solve_with_info(self, Y: Any, damping: Any, zero_sum: bool = False) -> HeadSolution:
+    def solve_with_info(self, Y: ArrayLike, damping: ArrayLike, zero_sum: bool = False) -> HeadSolution:
         """`solve`, with what is known of the solution: `condition`, for about the cost of a second solve."""
         x, condition = self.solve(Y, damping, zero_sum), self.condition(damping)
         depends = jnp.asarray(self.weights is None)
         return HeadSolution(x, condition, jnp.all(jnp.isfinite(x)) & (~depends | (condition <= TRUSTED)))
 
-    def condition(self, damping: Any) -> Float[Array, ""]:
+    def condition(self, damping: ArrayLike) -> Float[Array, ""]:
         """Condition number of S: how near G is to null vectors besides 1. From 1 for tokens that agree to ``p̄ / λ`` for
         tokens each certain of a word, or whose words are apart; told up to 1 / (sqrt(r) eps).
         """
         return _condition(self, damping_of("SoftmaxHead.condition", damping, self.mean.dtype))
 
-    def diagonal(self, hidden: Any) -> Float[Array, "V features"]:
+    def diagonal(self, hidden: ArrayLike) -> Float[Array, "V features"]:
         """Diagonal of the Fisher of a kernel whose logits are ``hidden @ kernel``: ``Σ_t s_t p_t (1 - p_t) h_t²``.
 
         Args:
@@ -189,12 +194,12 @@ class SoftmaxHead:
         h = self._hidden(hidden)
         return matmul(_variances(self).T, h * h)
 
-    def row_scores(self, hidden: Any) -> Float[Array, " V"]:
+    def row_scores(self, hidden: ArrayLike) -> Float[Array, " V"]:
         """`diagonal` summed over features, ``E[p (1 - p) |h|²]``: what a word's row of the kernel is worth."""
         h = self._hidden(hidden)
         return exact_sum(_variances(self) * jnp.sum(h * h, -1, keepdims=True), 0)
 
-    def _hidden(self, hidden: Any) -> Array:
+    def _hidden(self, hidden: ArrayLike) -> Array:
         if not self.tokens:
             raise ValueError("SoftmaxHead: compressed rows are no tokens. Take the diagonal of each batch's own head.")
         h = jnp.asarray(hidden)
@@ -220,14 +225,14 @@ def _centred(head: SoftmaxHead) -> Array:
 
 
 @jax.jit
-def _merged(one: SoftmaxHead, other: SoftmaxHead) -> SoftmaxHead:
-    if one.weights is not None and other.weights is not None:
-        rows, weights = jnp.vstack([one.rows, other.rows]), jnp.append(one.weights, other.weights)
-        return _of_rows(rows, weights, one.tokens and other.tokens)
-    a, b = shares(jnp.stack([one.total, other.total]))
-    apart = jnp.sqrt(a * b) * (one.mean - other.mean)
-    rows = jnp.vstack([jnp.sqrt(a) * _centred(one), jnp.sqrt(b) * _centred(other), apart])
-    return SoftmaxHead(a * one.mean + b * other.mean, rows, None, one.total + other.total, False)
+def _merged(head: SoftmaxHead, other: SoftmaxHead) -> SoftmaxHead:
+    if head.weights is not None and other.weights is not None:
+        rows, weights = jnp.vstack([head.rows, other.rows]), jnp.append(head.weights, other.weights)
+        return _of_rows(rows, weights, head.tokens and other.tokens)
+    a, b = shares(jnp.stack([head.total, other.total]))
+    apart = jnp.sqrt(a * b) * (head.mean - other.mean)
+    rows = jnp.vstack([jnp.sqrt(a) * _centred(head), jnp.sqrt(b) * _centred(other), apart])
+    return SoftmaxHead(a * head.mean + b * other.mean, rows, None, head.total + other.total, False)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -238,10 +243,10 @@ def _compressed(head: SoftmaxHead, max_rows: int, sketch: str) -> SoftmaxHead:
     largest = jnp.argsort(-jnp.sum(C * C, -1))
     if head.weights is None:
         return dataclasses.replace(head, rows=C[largest[:max_rows]])
-    kept = largest[: max_rows - 1]
-    others = head.weights.at[kept].set(0)
+    retained = largest[: max_rows - 1]
+    others = head.weights.at[retained].set(0)
     mean = exact_sum(shares(others)[:, None] * head.rows, 0)
-    return _of_rows(jnp.vstack([head.rows[kept], mean]), jnp.append(head.weights[kept], jnp.sum(others)), False)
+    return _of_rows(jnp.vstack([head.rows[retained], mean]), jnp.append(head.weights[retained], jnp.sum(others)), False)
 
 
 @jax.jit

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.lax import Precision
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from ...linalg.factorisations import eigenpairs, exact_sum, one_by_one
@@ -94,16 +95,18 @@ def _least(S: Array) -> float:
 SKETCHES = ("subsample", "frequent_directions")
 
 
-def tokens_and_weights(name: str, what: str, x: Any, weights: Any) -> tuple[Float[Array, "T V"], Float[Array, " T"]]:
+def tokens_and_weights(
+    name: str, what: str, x: ArrayLike, weights: ArrayLike | None
+) -> tuple[Float[Array, "T V"], Float[Array, " T"]]:
     """One row a token, in float32 at least, and weights >= 0."""
     shape = jnp.shape(x)
-    given = shape[:-1] if weights is None else jnp.shape(weights)
-    if not shape or given != shape[:-1]:
+    counts = shape[:-1] if weights is None else jnp.shape(weights)
+    if not shape or counts != shape[:-1]:
         raise ValueError(
-            f"{name}: got {what} {shape}, weights {given}; wanted (*positions, vocabulary) and (*positions,)."
+            f"{name}: got {what} {shape}, weights {counts}; wanted (*positions, vocabulary) and (*positions,)."
         )
     if weights is None:
-        weights = jnp.ones(given)
+        weights = jnp.ones(counts)
     elif not isinstance(weights, Tracer) and len(wrong := np.asarray(weights)[~_usable(np.asarray(weights))]):
         raise ValueError(f"{name}: weights must be finite and at least 0; got {wrong[0]}. Leave tokens out by 0.")
     return _flat(jnp.asarray(x), jnp.asarray(weights))
@@ -153,7 +156,7 @@ def complement(p: Float[Array, "T V"]) -> Float[Array, "T V"]:
     return jnp.where(likely, others[:, None], 1 - p)
 
 
-def columns(name: str, Y: Any, rows: Float[Array, "r V"], f: Callable[[Array], Array]) -> Array:
+def columns(name: str, Y: ArrayLike, rows: Float[Array, "r V"], f: Callable[[Array], Array]) -> Array:
     """``f`` of Y as a matrix; Y of ``(V, features)`` or ``(V,)``."""
     Y, V = jnp.asarray(Y), rows.shape[-1]
     if Y.ndim not in (1, 2) or len(Y) != V:
@@ -161,7 +164,7 @@ def columns(name: str, Y: Any, rows: Float[Array, "r V"], f: Callable[[Array], A
     return f(Y.reshape(V, -1).astype(jnp.promote_types(Y.dtype, rows.dtype))).reshape(Y.shape)
 
 
-def damping_of(name: str, damping: Any, dtype: Any) -> Float[Array, ""]:
+def damping_of(name: str, damping: ArrayLike, dtype: DTypeLike) -> Float[Array, ""]:
     """λ > 0 as an array."""
     λ = jnp.asarray(damping, dtype)
     if λ.ndim or (not isinstance(λ, Tracer) and not 0 < float(λ) < np.inf):
@@ -169,7 +172,7 @@ def damping_of(name: str, damping: Any, dtype: Any) -> Float[Array, ""]:
     return jnp.maximum(λ, jnp.finfo(dtype).tiny)
 
 
-def check_sketch(name: str, max_rows: Any, sketch: str) -> None:
+def check_sketch(name: str, max_rows: object, sketch: str) -> None:
     """A ValueError for what `compress` does not know."""
     if sketch not in SKETCHES:
         raise ValueError(f"{name}: sketch must be one of {', '.join(map(repr, SKETCHES))}; got {sketch!r}.")

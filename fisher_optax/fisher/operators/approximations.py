@@ -22,40 +22,40 @@ Nothing that is a Kronecker product is nearer in Frobenius norm than `nearest`, 
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..._arguments import in_range
 from ...capture.gradients import value_and_grad
 from ...capture.kinds.kronecker import KroneckerFactors
 from ...capture.kinds.sums import check_counts
 from ...linalg import eigenbasis, unit_frobenius
+from ...matrices.layout import Layer
 from ...preconditioner.factors import projector_splitting
-from .layer_forms import ByOutput, Entries, LayerForms, Product, Rotated, RowSum, Sums, einsum, in_bases
+from .layer_forms import ByOutput, Entries, Form, LayerForms, Product, Rotated, RowSum, Sums, einsum, in_bases
 from .layer_rows import LayerRows, Source, dense, layers_in, rows_of
 from .operator import Operator
 
 __all__ = ["METHODS", "approximate", "dense"]
 
-# At most: the layers of a small CNN take 5 to 20.
-ITERATIONS = 1000
+ITERATIONS = 1000  # at most: the layers of a small CNN take 5 to 20
+Turning = tuple[Array, Array | int, Array, Array]  # how far R turned, the iteration, L and R
 
 
 def approximate(
     method: str,
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
+    loss_fn: Callable[..., PyTree],
+    params: PyTree,
+    *batch: PyTree,
     fisher: str = "true",
     n_samples: int = 1,
     temperature: float = 1.0,
-    key: Any = None,
+    key: PRNGKeyArray | None = None,
     batch_size: int | None = None,
-    **options: Any,
+    **options: object,
 ) -> Operator:
     """The Fisher of a model as one of the methods at the top of this file sees it, on trees like the parameters.
 
@@ -103,7 +103,15 @@ def approximate(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _forms(method: str, options: Any, source: Source, layers: Any, params: Any, batch: Any, key: Any) -> list[Any]:
+def _forms(
+    method: str,
+    options: tuple[tuple[str, object], ...],
+    source: Source,
+    layers: tuple[Layer, ...],
+    params: PyTree,
+    batch: PyTree,
+    key: PRNGKeyArray | None,
+) -> list[Form]:
     rows = LayerRows(source, layers, params, batch, key)
     return [*METHODS[method](rows, **dict(options)), *rows.exact(layers=False)]
 
@@ -150,17 +158,17 @@ def dykaf(rows: LayerRows, sweeps: int = 1) -> list[Product]:
     # The running mean of rows times √r is in the end their sum.
     check_counts("dykaf", sweeps=sweeps)
     r, dtype = rows.number, rows.shape.dtype
-    rule = projector_splitting(lambda seen: seen.astype(dtype) / (seen + 1))
+    rule = projector_splitting(lambda count: jnp.asarray(count, dtype) / (count + 1))
 
-    def over(state: Any, G: Array) -> Any:
+    def over(state: PyTree, G: Array) -> PyTree:
         # Matrix by matrix: the start's decomposition is then made once, where a vmap makes it in every step.
-        one = lambda xs: jax.lax.scan(lambda s, g: (rule.update(g, s, None), None), *xs)[0]  # noqa: E731
-        return jax.lax.map(one, (state, jnp.swapaxes(G, 0, 1) * r**0.5))
+        of_matrix = lambda xs: jax.lax.scan(lambda s, g: (rule.update(g, s, None), None), *xs)[0]  # noqa: E731
+        return jax.lax.map(of_matrix, (state, jnp.swapaxes(G, 0, 1) * r**0.5))
 
-    def step(states: list[Any], R: Array) -> tuple[list[Any], tuple[()]]:
+    def step(states: list[PyTree], R: Array) -> tuple[list[PyTree], tuple[()]]:
         return [over(s, G) for s, G in zip(states, rows.matrices(R), strict=False)], ()
 
-    def start(N: int, m: int, n: int) -> Any:
+    def start(N: int, m: int, n: int) -> PyTree:
         return jax.vmap(lambda _: rule.init(m, n, True, True, dtype))(jnp.zeros(N))
 
     starts = [start(*x.shape[1:]) for x in jax.eval_shape(rows.matrices, rows.shape)[: len(rows.layers)]]
@@ -172,7 +180,7 @@ def kl(rows: LayerRows, ridge: float = 1e-3) -> list[Product]:
     """KL-Shampoo: the product of least KL(N(0, F + ε I) | N(0, L ⊗ R)), by alternating between both factors."""
     in_range("kl: ridge", ridge, 0)
 
-    def fit(block: Any) -> Product:
+    def fit(block: RowSum | Entries) -> Product:
         sums = Sums(block)
         scale = jnp.where(sums.mean_diagonal > 0, sums.mean_diagonal, 1)
         ε = jnp.maximum(jnp.asarray(ridge, scale.dtype), 10 * jnp.finfo(scale.dtype).eps)
@@ -195,7 +203,7 @@ def kl(rows: LayerRows, ridge: float = 1e-3) -> list[Product]:
 def nearest(rows: LayerRows) -> list[Product]:
     """The nearest Kronecker product in Frobenius norm, by power iteration: what no other can be nearer than."""
 
-    def fit(block: Any) -> Product:
+    def fit(block: RowSum | Entries) -> Product:
         sums = Sums(block)
 
         def step(R: Array) -> tuple[Array, Array]:
@@ -208,7 +216,7 @@ def nearest(rows: LayerRows) -> list[Product]:
     return [jax.lax.map(fit, block) for block in rows.exact()]
 
 
-METHODS: dict[str, Callable[..., list[Any]]] = {
+METHODS: dict[str, Callable[..., Sequence[Form]]] = {
     f.__name__: f for f in (block_diagonal, diagonal, rowwise, kfac, ekfac, shampoo, soap, dykaf, kl, nearest)
 }
 
@@ -219,17 +227,17 @@ def _input_and_output_factors(rows: LayerRows, mode: str) -> list[tuple[Array, A
     structure = jax.tree.structure(rows.params)
     grad_fn = value_and_grad(s.loss_fn, kind, fisher=s.fisher, n_samples=s.n_samples)
 
-    def factors(batch: Any, key: Any, share: Any) -> list[tuple[Array, Array, Array]]:
+    def factors(batch: PyTree, key: PRNGKeyArray | None, share: Array | float) -> list[tuple[Array, Array, Array]]:
         found = structure.flatten_up_to(grad_fn(rows.params, *batch, fisher_key=key)[2])
-        mine = [found[layer.kernel] for layer in rows.layers]
-        sides = [[x.reshape(-1, *x.shape[-2:]) for x in (f.left, f.right)] for f in mine]
-        return [(f.weight * A, share * B, f.weight) for f, (A, B) in zip(mine, sides, strict=True)]
+        statistics = [found[layer.kernel] for layer in rows.layers]
+        sides = [[x.reshape(-1, *x.shape[-2:]) for x in (f.left, f.right)] for f in statistics]
+        return [(f.weight * A, share * B, f.weight) for f, (A, B) in zip(statistics, sides, strict=True)]
 
     if s.batch_size is None:
         found = factors(rows.batch, rows.key, 1.0)
     else:
 
-        def on_chunk(sums: Any, numbers: Array, examples: Any, shares: list[Array]) -> tuple[Any, tuple[()]]:
+        def on_chunk(sums: PyTree, numbers: Array, examples: PyTree, shares: list[Array]) -> tuple[PyTree, tuple[()]]:
             new = factors(examples, rows.key_of(numbers[0]), jnp.sum(shares[0]))
             return jax.tree.map(jnp.add, sums, new), ()
 
@@ -279,15 +287,14 @@ def _until_it_stands(step: Callable[[Array], tuple[Array, Array]], sums: Sums) -
     R = jnp.eye(sums.n, dtype=sums.mean_diagonal.dtype)
     tolerance = jnp.finfo(R.dtype).eps ** 0.75
 
-    def unfinished(state: Any) -> Array:
+    def unfinished(state: Turning) -> Array:
         turned, i, *_ = state
         return (turned > tolerance) & (i < ITERATIONS)
 
-    def body(state: Any) -> Any:
+    def body(state: Turning) -> Turning:
         _, i, _, R = state
         L, new = step(R)
         return jnp.linalg.norm(unit_frobenius(new) - unit_frobenius(R)), i + 1, L, new
 
     start = (jnp.asarray(jnp.inf, R.dtype), 0, jnp.eye(sums.m, dtype=R.dtype), R)
-    _, _, L, R = jax.lax.while_loop(unfinished, body, start)
-    return L, R
+    return jax.lax.while_loop(unfinished, body, start)[2:]

@@ -12,12 +12,12 @@ product to one of them two sums are enough, ``Σ G_r Y G_rᵀ`` and ``Σ G_rᵀ 
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from ...matrices.layout import Layer, join, split
 from .operator import Rule
@@ -76,6 +76,9 @@ class Entries(NamedTuple):
         return einsum("aijkl,akl->aij", self.entries, V)
 
 
+Form = Product | Rotated | ByOutput | RowSum | Entries
+
+
 class Sums:
     """``left(Y) = Σ G_r Y G_rᵀ`` and ``right(X) = Σ G_rᵀ X G_r`` of one exact block, a stack's slice."""
 
@@ -113,7 +116,7 @@ class LayerForms(Rule):
 
     layers: tuple[Layer, ...]
 
-    def product(self, data: Any, v: Any) -> Any:
+    def product(self, data: list[Form], v: PyTree) -> PyTree:
         leaves, structure = jax.tree.flatten(v)
         promoted = [V.astype(jnp.promote_types(V.dtype, jnp.float32)) for V in matrices_of(self.layers, leaves)]
         U = [form.product(V) for form, V in zip(data, promoted, strict=True)]
@@ -125,7 +128,7 @@ class LayerForms(Rule):
         return jax.tree.unflatten(structure, out)
 
 
-def matrices_of(layers: tuple[Layer, ...], leaves: list[Any]) -> list[Float[Array, "N m n"]]:
+def matrices_of(layers: tuple[Layer, ...], leaves: list[Array]) -> list[Float[Array, "N m n"]]:
     """A stack of matrices for each layer, and a column for each other leaf."""
     joined = [x.reshape(-1, *x.shape[-2:]) for x in join(list(layers), leaves)]
     return joined + [leaves[i].reshape(1, -1, 1) for i in others_of(layers, len(leaves))]
@@ -133,5 +136,5 @@ def matrices_of(layers: tuple[Layer, ...], leaves: list[Any]) -> list[Float[Arra
 
 def others_of(layers: tuple[Layer, ...], count: int) -> list[int]:
     """The places of ``count`` leaves that belong to no layer."""
-    taken = {i for layer in layers for i in layer.places}
-    return [i for i in range(count) if i not in taken]
+    used = {i for layer in layers for i in layer.places}
+    return [i for i in range(count) if i not in used]

@@ -7,11 +7,11 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ...capture.kinds.sums import check_counts
 from ...capture.losses import total
@@ -27,7 +27,7 @@ from .matrix import FISHERS, operator
 class Source:
     """Which Fisher, in the arguments of `operator`, and of how many examples at once (None: of all)."""
 
-    loss_fn: Callable[..., Any]
+    loss_fn: Callable[..., PyTree]
     fisher: str
     n_samples: int
     temperature: float
@@ -39,9 +39,9 @@ class LayerRows(NamedTuple):
 
     source: Source
     layers: tuple[Layer, ...]
-    params: Any
-    batch: tuple[Any, ...]
-    key: Any
+    params: PyTree
+    batch: tuple[PyTree, ...]
+    key: PRNGKeyArray | None
 
     @property
     def number(self) -> int:
@@ -53,25 +53,25 @@ class LayerRows(NamedTuple):
         """How many rows a position has."""
         return {"true": out.logits.shape[-1], "mc": self.source.n_samples, "empirical": 1}[self.source.fisher]
 
-    def fold(self, step: Callable[[Any, Array], tuple[Any, Any]], start: Any) -> tuple[Any, Any]:
+    def fold(self, step: Callable[[PyTree, Array], tuple[PyTree, PyTree]], start: PyTree) -> tuple[PyTree, PyTree]:
         """``carry, out = step(carry, R)`` over the rows, some at a time: the last carry, and the outs of all."""
         if self.source.batch_size is None:
             return step(start, self._of(self.batch, self.key, None))
 
-        def one(number: Array, example: Any, shares: list[Array]) -> Array:
+        def rows_of_example(number: Array, example: PyTree, shares: list[Array]) -> Array:
             return self._of(jax.tree.map(lambda x: x[None], example), self.key_of(number), shares)
 
-        def on_chunk(carry: Any, numbers: Array, examples: Any, shares: list[Array]) -> tuple[Any, Any]:
-            R = jax.vmap(one)(numbers, examples, shares)
+        def on_chunk(carry: PyTree, numbers: Array, examples: PyTree, shares: list[Array]) -> tuple[PyTree, PyTree]:
+            R = jax.vmap(rows_of_example)(numbers, examples, shares)
             return step(carry, R.reshape(-1, R.shape[-1]))
 
         return self.over_chunks(on_chunk, start)
 
-    def key_of(self, number: Array) -> Any:
+    def key_of(self, number: Array) -> PRNGKeyArray | None:
         """For the labels of one example, or of a chunk from it on."""
         return None if self.key is None else jax.random.fold_in(self.key, number)
 
-    def over_chunks(self, on_chunk: Callable[..., tuple[Any, Any]], start: Any) -> tuple[Any, Any]:
+    def over_chunks(self, on_chunk: Callable[..., tuple[PyTree, PyTree]], start: PyTree) -> tuple[PyTree, PyTree]:
         """``carry, out = on_chunk(carry, numbers, examples, shares)``, ``batch_size`` examples at a time."""
         assert self.source.batch_size is not None
         each = (jnp.arange(E := len(jax.tree.leaves(self.batch)[0])), self.batch, self._shares())
@@ -91,13 +91,13 @@ class LayerRows(NamedTuple):
     def _shares(self) -> list[Float[Array, " E"]]:
         """Of each example in the mean, for each loss."""
 
-        def weights(example: Any) -> list[Array]:
+        def weights(example: PyTree) -> list[Array]:
             found = outputs(self.source.loss_fn, self.params, *jax.tree.map(lambda x: x[None], example))[0]
             return [jnp.sum(o.weights) for o in found]
 
         return [w / total(w) for w in jax.vmap(weights)(self.batch)]
 
-    def _of(self, batch: Any, key: Any, shares: list[Array] | None) -> Float[Array, "r d"]:
+    def _of(self, batch: PyTree, key: PRNGKeyArray | None, shares: list[Array] | None) -> Float[Array, "r d"]:
         """Position by position, and of each label by label; of a batch with these shares in the whole."""
         s = self.source
         F = operator(
@@ -107,8 +107,8 @@ class LayerRows(NamedTuple):
         R = R.astype(jnp.promote_types(R.dtype, jnp.float32))
         for i, out in enumerate(outputs(s.loss_fn, self.params, *batch)[0]):
             K, P = self.labels(out), math.prod(out.weights.shape)
-            mine = jnp.swapaxes(R[start : start + K * P].reshape(K, P, -1), 0, 1).reshape(K * P, -1)
-            made.append(mine if shares is None else mine * jnp.sqrt(shares[i]).astype(R.dtype))
+            rows = jnp.swapaxes(R[start : start + K * P].reshape(K, P, -1), 0, 1).reshape(K * P, -1)
+            made.append(rows if shares is None else rows * jnp.sqrt(shares[i]).astype(R.dtype))
             start += K * P
         return jnp.concatenate(made)
 
@@ -123,12 +123,12 @@ class LayerRows(NamedTuple):
             start += n
         return jax.vmap(lambda leaves: matrices_of(self.layers, leaves))(leaves)
 
-    def sum(self, f: Callable[..., Any], *given: list[Any]) -> list[Any]:
-        """Of each layer, ``Σ f(G, ...)`` with G some of its matrices and what is given for it."""
+    def sum(self, f: Callable[..., PyTree], *statistics: list[PyTree]) -> list[PyTree]:
+        """Of each layer, ``Σ f(G, ...)`` with G some of its matrices and these statistics of it."""
 
-        def of(R: Array) -> list[Any]:
+        def of(R: Array) -> list[PyTree]:
             G = self.matrices(R)[: len(self.layers)]
-            return [f(*xs) for xs in zip(G, *given, strict=True)]
+            return [f(*xs) for xs in zip(G, *statistics, strict=True)]
 
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, self.shape))
         return self.fold(lambda sums, R: (jax.tree.map(jnp.add, sums, of(R)), ()), zero)[0]
@@ -142,14 +142,14 @@ class LayerRows(NamedTuple):
         by_rows = [self.number < math.prod(shape[1:]) for shape in shapes]
         dtype = self.shape.dtype
 
-        def step(sums: list[Array], R: Array) -> tuple[list[Any], list[Any]]:
+        def step(sums: list[Array], R: Array) -> tuple[list[Array], list[Array | tuple[()]]]:
             G = self.matrices(R)[cut]
             new = [s if b else s + einsum("raij,rakl->aijkl", g, g) for s, g, b in zip(sums, G, by_rows, strict=True)]
             return new, [g if b else () for g, b in zip(G, by_rows, strict=True)]
 
         start = [jnp.zeros(() if b else (*s, *s[1:]), dtype) for s, b in zip(shapes, by_rows, strict=True)]
-        sums, kept = self.fold(step, start)
-        made = zip(sums, kept, by_rows, strict=True)
+        sums, stored = self.fold(step, start)
+        made = zip(sums, stored, by_rows, strict=True)
         return [RowSum(jnp.swapaxes(G, 0, 1)) if b else Entries(s) for s, G, b in made]
 
     @property
@@ -161,13 +161,13 @@ class LayerRows(NamedTuple):
 
 
 def dense(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
+    loss_fn: Callable[..., PyTree],
+    params: PyTree,
+    *batch: PyTree,
     fisher: str = "true",
     n_samples: int = 1,
     temperature: float = 1.0,
-    key: Any = None,
+    key: PRNGKeyArray | None = None,
     batch_size: int | None = 16,
 ) -> Float[Array, "d d"]:
     """All entries of a model's Fisher, ``operator(...).dense()``, a few examples at a time: for small models.
@@ -196,20 +196,20 @@ def dense(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _dense(source: Source, params: Any, batch: Any, key: Any) -> Array:
+def _dense(source: Source, params: PyTree, batch: PyTree, key: PRNGKeyArray | None) -> Array:
     rows = LayerRows(source, (), params, batch, key)
     zero = jnp.zeros((rows.shape.shape[1],) * 2, rows.shape.dtype)
     return rows.fold(lambda F, R: (F + einsum("ri,rj->ij", R, R), ()), zero)[0]
 
 
 def rows_of(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    batch: Any,
+    loss_fn: Callable[..., PyTree],
+    params: PyTree,
+    batch: PyTree,
     fisher: str,
     n_samples: int,
     temperature: float,
-    key: Any,
+    key: PRNGKeyArray | None,
     batch_size: int | None,
 ) -> LayerRows:
     """Checked; without layers."""
@@ -223,7 +223,7 @@ def rows_of(
     return LayerRows(Source(loss_fn, fisher, n_samples, float(temperature), batch_size), (), params, batch, key)
 
 
-def _check_examples(loss_fn: Callable[..., Any], params: Any, batch: Any) -> None:
+def _check_examples(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> None:
     """A ValueError unless the leading axis of every leaf counts examples, each with its share of the positions."""
     advice = "With batch_size=None all are seen together."
     shapes = [x.shape for x in jax.tree.leaves(batch)]
@@ -236,8 +236,8 @@ def _check_examples(loss_fn: Callable[..., Any], params: Any, batch: Any) -> Non
     positions = lambda batch: jax.eval_shape(  # noqa: E731
         lambda params, batch: [jnp.ravel(o.weights) for o in outputs(loss_fn, params, *batch)[0]], params, batch
     )
-    whole, one = positions(batch), positions(jax.tree.map(lambda x: x[:1], batch))
-    for all_of, of_one in zip(whole, one, strict=True):
+    whole, single = positions(batch), positions(jax.tree.map(lambda x: x[:1], batch))
+    for all_of, of_one in zip(whole, single, strict=True):
         if all_of.size != E * of_one.size:
             raise ValueError(
                 f"batch_size needs a loss that is a mean over examples; of {E} it has {all_of.size} positions, of one "
@@ -245,7 +245,7 @@ def _check_examples(loss_fn: Callable[..., Any], params: Any, batch: Any) -> Non
             )
 
 
-def layers_in(loss_fn: Callable[..., Any], params: Any, batch: Any) -> tuple[Layer, ...]:
+def layers_in(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> tuple[Layer, ...]:
     """The matrices that `fo.infer_axes` finds, with their biases."""
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
     paths = ["/".join(path_names(path)) for path, _ in flat]

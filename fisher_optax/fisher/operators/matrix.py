@@ -17,13 +17,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ...capture.kinds.sums import check_counts
 from ...capture.losses import own_key
@@ -40,13 +39,13 @@ NO_LOSS = (
 
 
 def operator(
-    loss_fn: Callable[..., Any],
-    params: Any,
-    *batch: Any,
+    loss_fn: Callable[..., PyTree],
+    params: PyTree,
+    *batch: PyTree,
     fisher: str = "true",
     n_samples: int = 1,
     temperature: float = 1.0,
-    key: Any = None,
+    key: PRNGKeyArray | None = None,
 ) -> Operator:
     """The Fisher of a model, or a relative of it, as a matrix that acts on trees (see the top of this file).
 
@@ -95,15 +94,15 @@ def operator(
     return Operator.on(f"{fisher} Fisher", rule, (params, batch, key), params)
 
 
-def check_outputs(loss_fn: Callable[..., Any], params: Any, batch: Any) -> None:
+def check_outputs(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> None:
     """A ValueError for labels that are no class, and for weights that are all 0; not of traced batches."""
     found = jax.eval_shape(lambda p, b: outputs(loss_fn, p, *b)[0], params, batch)
     if not found:
         raise ValueError(NO_LOSS)
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, batch))):
         return
-    for out, given in zip(found, _weights_and_labels(loss_fn, params, batch), strict=True):
-        weights, labels, classes = *map(np.asarray, given), out.logits.shape[-1]
+    for out, arrays in zip(found, _weights_and_labels(loss_fn, params, batch), strict=True):
+        weights, labels, classes = *map(np.asarray, arrays), out.logits.shape[-1]
         if not np.any(weights > 0):
             raise ValueError("every weight in the loss is 0: the batch has no example to take a Fisher of.")
         wrong = labels[(weights > 0) & ((labels < 0) | (labels >= classes))] if labels.ndim == weights.ndim else []
@@ -115,12 +114,12 @@ def check_outputs(loss_fn: Callable[..., Any], params: Any, batch: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weights_and_labels(loss_fn: Callable[..., Any], params: Any, batch: Any) -> list[tuple[Array, Array]]:
+def _weights_and_labels(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> list[tuple[Array, Array]]:
     """Of each loss; the compiler drops the logits, and so the model."""
     return [(o.weights, o.labels) for o in outputs(loss_fn, params, *batch)[0]]
 
 
-def check_temperature(temperature: Any) -> None:
+def check_temperature(temperature: object) -> None:
     """A ValueError unless it is a number above 0."""
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a number above 0; got {temperature!r}.")
@@ -128,18 +127,18 @@ def check_temperature(temperature: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Hessian(Rule):
-    loss_fn: Callable[..., Any]
+    loss_fn: Callable[..., PyTree]
 
-    def product(self, data: Any, v: Any) -> Any:
+    def product(self, data: PyTree, v: PyTree) -> PyTree:
         params, batch = data
         return jax.jvp(jax.grad(lambda p: self.loss_fn(p, *batch)), (params,), (v,))[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _GaussNewton(Rule):
-    loss_fn: Callable[..., Any]
+    loss_fn: Callable[..., PyTree]
 
-    def product(self, data: Any, v: Any) -> Any:
+    def product(self, data: PyTree, v: PyTree) -> PyTree:
         params, batch = data
         logits = lambda p: [o.logits for o in outputs(self.loss_fn, p, *batch)[0]]  # noqa: E731
         loss = lambda shifts: outputs(self.loss_fn, params, *batch, shifts=shifts)[1]  # noqa: E731
@@ -151,19 +150,19 @@ class _GaussNewton(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class _Fisher(RowRule):
-    loss_fn: Callable[..., Any]
+    loss_fn: Callable[..., PyTree]
     fisher: str
     n_samples: int
     temperature: float
 
-    def product(self, data: Any, v: Any) -> Any:
+    def product(self, data: PyTree, v: PyTree) -> PyTree:
         params, batch, key = data
         logits, found = self._logits(params, batch)
         _, Jv = jax.jvp(logits, (params,), (v,))
         pull = jax.vjp(logits, params)[1]
         return pull([self._middle(o, i, key, u) for i, (o, u) in enumerate(zip(found, Jv, strict=True))])[0]
 
-    def rows(self, data: Any) -> Array:
+    def rows(self, data: PyTree) -> Array:
         """One for each position and label."""
         params, batch, key = data
         logits, found = self._logits(params, batch)
@@ -180,21 +179,21 @@ class _Fisher(RowRule):
             P = math.prod(scores.shape[1:-1])
 
             def row(place: Array, i: int = i, scores: Array = scores, K: int = K, P: int = P, C: int = C) -> Array:
-                one = jnp.zeros((P, C), scores.dtype).at[place % P].set(scores.reshape(K * P, C)[place])
+                cotangent = jnp.zeros((P, C), scores.dtype).at[place % P].set(scores.reshape(K * P, C)[place])
                 cts = [jnp.zeros_like(o.logits) for o in found]
-                cts[i] = one.reshape(found[i].logits.shape)
+                cts[i] = cotangent.reshape(found[i].logits.shape)
                 g = jax.tree.leaves(pull(cts)[0])
                 return jnp.concatenate([x.ravel().astype(jnp.result_type(*g)) for x in g])
 
             rows.append(jax.lax.map(row, jnp.arange(K * P), batch_size=32))
         return jnp.concatenate(rows)
 
-    def _logits(self, params: Any, batch: Any) -> tuple[Callable[[Any], list[Array]], list[Output]]:
+    def _logits(self, params: PyTree, batch: PyTree) -> tuple[Callable[[PyTree], list[Array]], list[Output]]:
         return lambda p: [o.logits for o in outputs(self.loss_fn, p, *batch)[0]], outputs(self.loss_fn, params, *batch)[
             0
         ]
 
-    def _middle(self, out: Output, number: int, key: Any, u: Array) -> Array:
+    def _middle(self, out: Output, number: int, key: PRNGKeyArray | None, u: Array) -> Array:
         """The mean of ``s sᵀ u`` over labels, times the position's share."""
         share = out.shares[..., None].astype(u.dtype)
         if self.fisher == "true":
@@ -204,19 +203,22 @@ class _Fisher(RowRule):
         scores = self._scores(out, number, key, shares=False)
         return share * jnp.sum(scores * jnp.sum(scores * u, -1, keepdims=True), 0)
 
-    def _scores(self, out: Output, number: int, key: Any, shares: bool = True) -> Array:
+    def _scores(self, out: Output, number: int, key: PRNGKeyArray | None, shares: bool = True) -> Array:
         """``(K, *positions, C)``: vectors s whose ``s sᵀ`` add up to the middle, with or without the shares."""
         scores = label_scores(out, self.fisher, self.n_samples, self.temperature, number, key)
         return scores * jnp.sqrt(out.shares)[..., None].astype(scores.dtype) if shares else scores
 
 
-def label_scores(out: Output, fisher: str, n_samples: int, temperature: float, number: int, key: Any) -> Array:
+def label_scores(
+    out: Output, fisher: str, n_samples: int, temperature: float, number: int, key: PRNGKeyArray | None
+) -> Array:
     """``(K, *positions, C)``: gradients at the logits whose outer products add up to their Fisher of that kind."""
     p, z = out.distribution, out.logits
     if fisher == "empirical":
         return _data_score(out)[None]
     if fisher == "true":
         return jax.vmap(lambda ct: p.root(z, ct, temperature))(jnp.eye(z.shape[-1], dtype=z.dtype))
+    assert key is not None
     keys = jax.random.split(own_key(jax.random.fold_in(key, number), z), n_samples)
     return jax.vmap(lambda k: p.score(z, p.sample(k, z, temperature)))(keys) / n_samples**0.5
 

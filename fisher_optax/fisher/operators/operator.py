@@ -5,15 +5,16 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.lax import Precision
 from jax.tree_util import tree_flatten_with_path
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from ..._xla import automatic
 from ...matrices.axes import path_names
@@ -23,7 +24,7 @@ class Rule(abc.ABC):
     """How an operator acts. Equal rules are one program, so they are frozen dataclasses."""
 
     @abc.abstractmethod
-    def product(self, data: Any, v: Any) -> Any:
+    def product(self, data: PyTree, v: PyTree) -> PyTree:
         """Of the matrix and a tree."""
 
 
@@ -31,7 +32,7 @@ class RowRule(Rule):
     """How one acts that is a sum of outer products."""
 
     @abc.abstractmethod
-    def rows(self, data: Any) -> Array:
+    def rows(self, data: PyTree) -> Array:
         """R of (rows, D) with ``RᵀR`` the matrix."""
 
 
@@ -56,25 +57,25 @@ class Operator:
 
     name: str
     rule: Rule
-    data: Any  # the arrays that the rule reads
-    structure: Any
+    data: PyTree  # the arrays that the rule reads
+    structure: Hashable  # a PyTreeDef
     paths: tuple[str, ...]
     leaves: tuple[jax.ShapeDtypeStruct, ...]
 
     @classmethod
-    def on(cls, name: str, rule: Rule, data: Any, like: Any) -> "Operator":
+    def on(cls, name: str, rule: Rule, data: PyTree, like: PyTree) -> "Operator":
         """An operator on trees like ``like``, of arrays or `jax.ShapeDtypeStruct`."""
         flat, structure = tree_flatten_with_path(like)
         leaves = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for _, x in flat)
         return cls(name, rule, data, structure, tuple("/".join(path_names(p)) for p, _ in flat), leaves)
 
     @classmethod
-    def from_matvec(cls, matvec: Callable[[Any], Any], like: Any) -> "Operator":
+    def from_matvec(cls, matvec: Callable[[PyTree], PyTree], like: PyTree) -> "Operator":
         """From a function of trees like ``like``, which has to be linear and symmetric."""
         return cls.on("matvec", Matvec(matvec), (), like)
 
     @classmethod
-    def from_dense(cls, matrix: Any, like: Any, name: str = "dense") -> "Operator":
+    def from_dense(cls, matrix: ArrayLike, like: PyTree, name: str = "dense") -> "Operator":
         """From its D x D entries, in the order of `jax.flatten_util.ravel_pytree`.
 
         Raises:
@@ -92,11 +93,11 @@ class Operator:
         return sum(math.prod(x.shape) for x in self.leaves)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> np.dtype:
         """Of a raveled tree."""
         return jnp.result_type(*(x.dtype for x in self.leaves))
 
-    def matvec(self, v: Any) -> Any:
+    def matvec(self, v: PyTree) -> PyTree:
         """The product with a tree.
 
         Raises:
@@ -113,14 +114,14 @@ class Operator:
         v = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), v, jax.tree.unflatten(self.structure, self.leaves))
         return self.rule.product(self.data, v)
 
-    def __matmul__(self, v: Any) -> Any:
+    def __matmul__(self, v: PyTree) -> PyTree:
         return self.matvec(v)
 
-    def ravel(self, tree: Any) -> Array:
+    def ravel(self, tree: PyTree) -> Array:
         """A tree as one vector."""
         return jnp.concatenate([jnp.ravel(x).astype(self.dtype) for x in jax.tree.leaves(tree)])
 
-    def unravel(self, x: Array) -> Any:
+    def unravel(self, x: Array) -> PyTree:
         """The inverse of `ravel`."""
         leaves, start = [], 0
         for like in self.leaves:
@@ -171,7 +172,7 @@ class Operator:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _rows(rule: RowRule, data: Any) -> Array:
+def _rows(rule: RowRule, data: PyTree) -> Array:
     return automatic(rule.rows, data)
 
 
@@ -194,9 +195,9 @@ def _by_entries(F: Operator, batch_size: int) -> Array:
 class Matvec(Rule):
     """Any function."""
 
-    matvec: Callable[[Any], Any]
+    matvec: Callable[[PyTree], PyTree]
 
-    def product(self, data: Any, v: Any) -> Any:
+    def product(self, data: PyTree, v: PyTree) -> PyTree:
         del data
         return self.matvec(v)
 
@@ -205,7 +206,7 @@ class Matvec(Rule):
 class Dense(Rule):
     """All entries."""
 
-    def product(self, data: Array, v: Any) -> Any:
+    def product(self, data: Array, v: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(v)
         return unravel(jnp.matmul(data, flat, precision=Precision.HIGHEST).astype(flat.dtype))
 
@@ -214,12 +215,12 @@ class Dense(Rule):
 class Block(Rule):
     """The leaves ``chosen`` of another operator's, as a list."""
 
-    whole: Any  # the rule of that operator
-    structure: Any
+    whole: Rule  # of that operator
+    structure: Hashable  # a PyTreeDef
     leaves: tuple[jax.ShapeDtypeStruct, ...]
     chosen: tuple[int, ...]
 
-    def product(self, data: Any, v: Any) -> Any:
+    def product(self, data: PyTree, v: PyTree) -> PyTree:
         full = [jnp.zeros(x.shape, x.dtype) for x in self.leaves]
         for i, x in zip(self.chosen, v, strict=True):
             full[i] = x
@@ -231,7 +232,8 @@ class Block(Rule):
 class RowBlock(Block, RowRule):
     """The same of one that has rows: their entries there."""
 
-    def rows(self, data: Any) -> Array:
+    def rows(self, data: PyTree) -> Array:
         ends = [0, *itertools.accumulate(math.prod(x.shape) for x in self.leaves)]
+        assert isinstance(self.whole, RowRule)
         R = self.whole.rows(data)
         return jnp.concatenate([R[:, ends[i] : ends[i + 1]] for i in self.chosen], 1)

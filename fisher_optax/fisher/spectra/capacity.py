@@ -10,12 +10,13 @@ the larger. Of a matrix with eigenvalues below 0 they are those of its singular 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..operators.operator import Operator
 from .spectrum import spectrum
@@ -24,7 +25,7 @@ from .spectrum import spectrum
 BLOCK_EIGENVALUES = 100
 
 
-def effective_rank(eigenvalues: Any) -> Float[Array, "*batch"]:
+def effective_rank(eigenvalues: ArrayLike | Sequence[ArrayLike]) -> Float[Array, "*batch"]:
     """``exp(entropy of |λ| / Σ|λ|)`` along the last axis; 0 where all are 0.
 
     Example:
@@ -35,7 +36,7 @@ def effective_rank(eigenvalues: Any) -> Float[Array, "*batch"]:
     return jnp.where(some, jnp.exp(-jnp.sum(jax.scipy.special.xlogy(p, p), -1)), 0)
 
 
-def participation_ratio(eigenvalues: Any) -> Float[Array, "*batch"]:
+def participation_ratio(eigenvalues: ArrayLike | Sequence[ArrayLike]) -> Float[Array, "*batch"]:
     """``(Σ|λ|)² / Σλ²`` along the last axis; 0 where all are 0.
 
     Example:
@@ -46,7 +47,7 @@ def participation_ratio(eigenvalues: Any) -> Float[Array, "*batch"]:
     return jnp.where(some, 1 / jnp.where(some, jnp.sum(jnp.square(p), -1), 1), 0)
 
 
-def _shares(eigenvalues: Any) -> tuple[Array, Array]:
+def _shares(eigenvalues: ArrayLike | Sequence[ArrayLike]) -> tuple[Array, Array]:
     """``|λ| / Σ|λ|``, and whether any is not 0."""
     λ = jnp.abs(jnp.asarray(eigenvalues))
     λ = λ.astype(jnp.promote_types(λ.dtype, jnp.float32))
@@ -87,9 +88,9 @@ def block_spectra(
     *,
     k: int | None = None,
     iterations: int | None = None,
-    key: Any = None,
+    key: PRNGKeyArray | None = None,
     tolerance: float | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
 ) -> dict[str, BlockSpectrum]:
     """The spectrum of each diagonal block.
 

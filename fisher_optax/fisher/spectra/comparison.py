@@ -94,7 +94,7 @@ class Against:
         )
 
 
-def _entries(name: str, matrix: Any) -> np.ndarray:
+def _entries(name: str, matrix: Operator | ArrayLike) -> np.ndarray:
     A = np.asarray(matrix.dense() if isinstance(matrix, Operator) else matrix)
     if A.ndim != 2 or A.shape[0] != A.shape[1] or not len(A):
         raise ValueError(f"compare: {name} has shape {A.shape}; wanted a square matrix or an operator.")

@@ -9,12 +9,11 @@ Two passes of orthogonalisation, which are matfree's, keep that up while there i
 worst case, up to m = D / 2. For more, D products give the matrix itself.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 from matfree.decomp import tridiag_sym
 
 from ..operators.operator import Operator
@@ -29,13 +28,13 @@ def product(operator: Operator, v: Array) -> Array:
         return operator.ravel(operator @ operator.unravel(v)).astype(v.dtype)
 
 
-def dtype_of(operator: Operator) -> Any:
+def dtype_of(operator: Operator) -> np.dtype:
     """What the work is done in."""
     return jnp.promote_types(operator.dtype, jnp.float32)
 
 
 @jax.jit
-def _probe(operator: Operator, key: Any) -> tuple[Array, Array]:
+def _probe(operator: Operator, key: PRNGKeyArray) -> tuple[Array, Array]:
     """The largest entry of A u and A v, and ``|uᵀAv - vᵀAu| / (|Au| + |Av|)``, for u and v normal."""
     u, v = jax.random.normal(key, (2, operator.size), dtype_of(operator))
     AuAv = jnp.stack([product(operator, u), product(operator, v)])
@@ -45,7 +44,7 @@ def _probe(operator: Operator, key: Any) -> tuple[Array, Array]:
     return s, asymmetry / (jnp.linalg.norm(Au) + jnp.linalg.norm(Av) + jnp.finfo(s.dtype).tiny)
 
 
-def checked_size(operator: Operator, key: Any, tolerance: float | None) -> Array:
+def checked_size(operator: Operator, key: PRNGKeyArray, tolerance: float | None) -> Array:
     """The size of A, once it is known to be finite and symmetric."""
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((operator, key))):
         raise ValueError(f"{operator.name}: its spectrum is looked at outside jit: the work is jitted in here.")
@@ -67,7 +66,7 @@ def require_finite(operator: Operator, x: Array) -> None:
         raise ValueError(f"{operator.name}: its product with a finite vector is not finite. Look for NaN in its data.")
 
 
-def lanczos(operator: Operator, s: Array, key: Any, start: Array, m: int) -> tuple[Array, Array, Array]:
+def lanczos(operator: Operator, s: Array, key: PRNGKeyArray, start: Array, m: int) -> tuple[Array, Array, Array]:
     """Ritz values θ (ascending), their vectors as rows, and the shares of ``start`` in each; all D if m > D / 2."""
     g, scale = jax.random.uniform(key, start.shape, start.dtype, -1, 1), jnp.where(s == 0, 1, s)
     N = lambda v: g * jnp.roll(v, -1, -1) + jnp.roll(g * v, 1, -1)  # noqa: E731

@@ -10,11 +10,12 @@ and a tridiagonal T = Q A Qᵀ = U diag(θ) Uᵀ:
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray
 from scipy.special import stdtrit
 
 from ..operators.operator import Operator
@@ -61,7 +62,12 @@ class Spectrum(NamedTuple):
 
 
 def spectrum(
-    operator: Operator, k: int = 20, *, iterations: int | None = None, key: Any = None, tolerance: float | None = None
+    operator: Operator,
+    k: int = 20,
+    *,
+    iterations: int | None = None,
+    key: PRNGKeyArray | None = None,
+    tolerance: float | None = None,
 ) -> Spectrum:
     """The k largest eigenvalues (the largest, not those of largest size), by Lanczos' iteration.
 
@@ -101,7 +107,7 @@ def spectrum(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _spectrum(operator: Operator, s: Array, key: Any, m: int, k: int) -> Spectrum:
+def _spectrum(operator: Operator, s: Array, key: PRNGKeyArray, m: int, k: int) -> Spectrum:
     shake, draw = jax.random.split(key)
     start = jax.random.normal(draw, (operator.size,), dtype_of(operator))
     _, V, _ = lanczos(operator, s, shake, start, m)
@@ -178,11 +184,11 @@ def density(
     *,
     probes: int = 16,
     iterations: int = 40,
-    key: Any = None,
-    grid: Any = None,
+    key: PRNGKeyArray | None = None,
+    grid: ArrayLike | None = None,
     width: float | None = None,
     tolerance: float | None = None,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Density:
     """Density of all D eigenvalues by stochastic Lanczos quadrature, each node smeared to a Gaussian.
 
@@ -231,7 +237,7 @@ def density(
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _quadrature(operator: Operator, s: Array, key: Any, m: int) -> tuple[Array, Array]:
+def _quadrature(operator: Operator, s: Array, key: PRNGKeyArray, m: int) -> tuple[Array, Array]:
     """Nodes and weights of one vector."""
     shake, draw = jax.random.split(key)
     θ, _, w = lanczos(operator, s, shake, jax.random.rademacher(draw, (operator.size,), dtype_of(operator)), m)
@@ -239,7 +245,7 @@ def _quadrature(operator: Operator, s: Array, key: Any, m: int) -> tuple[Array, 
 
 
 @jax.jit
-def _smoothed(θ: Array, w: Array, x: Array, σ: Any) -> tuple[Array, Array]:
+def _smoothed(θ: Array, w: Array, x: Array, σ: ArrayLike) -> tuple[Array, Array]:
     """The density at x and its standard error."""
     each = jax.lax.map(lambda p: jax.scipy.stats.norm.pdf(x[:, None], p[0], σ) @ p[1], (θ, w))
     return _mean(each)

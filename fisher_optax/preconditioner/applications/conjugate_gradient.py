@@ -27,39 +27,40 @@ Source: FROG: Fisher row-wise preconditioning, technical overview (fullfix.githu
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import Precision
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ...linalg import conjugate_gradient
 from ...statistics import Samples, Window
 
-Solve = Callable[[Array, Array, Array, Window | None, Any, int], Array]  # `frog_direction` or `kfrog_direction`
+Solve = Callable[[Array, Array, Array, Window | None, ArrayLike, int], Array]  # `frog_direction` or `kfrog_direction`
 
 
 class Inputs(NamedTuple):
     """X as an operator; `rows` by which it multiplies are ``(r, *places)``."""
 
     inputs: Float[Array, "r *places c"]
-    one: Float[Array, ""] | None  # the input of the bias, scaled as the others; None: no bias
+    bias_input: Float[Array, ""] | None  # the input of the bias, scaled as the others; None: no bias
     window: Window | None
 
     @property
     def width(self) -> int:
         """D."""
         c = self.inputs.shape[-1]
-        return c * math.prod(self.window.shape if self.window else ()) + (self.one is not None)
+        return c * math.prod(self.window.shape if self.window else ()) + (self.bias_input is not None)
 
     def squared(self) -> "Inputs":
         """``X ∘ X``, whose products with ones are ``|X_i|²`` and the diagonal of ``XᵀX``."""
-        return Inputs(self.inputs**2, None if self.one is None else self.one**2, self.window)
+        return Inputs(self.inputs**2, None if self.bias_input is None else self.bias_input**2, self.window)
 
     def times(self, V: Float[Array, "d n"]) -> Float[Array, "r *places n"]:
         """``X V``."""
-        W = V if self.one is None else V[:-1]
+        W = V if self.bias_input is None else V[:-1]
         if self.window is None:
             XW = jnp.matmul(self.inputs, W, precision=Precision.HIGHEST)
         else:
@@ -75,7 +76,7 @@ class Inputs(NamedTuple):
                 jax.lax.ConvDimensionNumbers(last, kernel, last),
                 precision=Precision.HIGHEST,
             )
-        return XW if self.one is None else XW + self.one * V[-1][(None,) * (XW.ndim - 1)]
+        return XW if self.bias_input is None else XW + self.bias_input * V[-1][(None,) * (XW.ndim - 1)]
 
     def transposed_times(self, U: Float[Array, "r *places n"]) -> Float[Array, "d n"]:
         """``Xᵀ U``."""
@@ -83,19 +84,21 @@ class Inputs(NamedTuple):
         return jax.linear_transpose(self.times, V)(U)[0]
 
 
-def in_stack(solve: Solve, M: Float[Array, "*stack d n"], samples: Samples, damping: Any, iterations: int) -> Array:
+def in_stack(
+    solve: Solve, M: Float[Array, "*stack d n"], samples: Samples, damping: ArrayLike, iterations: int
+) -> Array:
     """The direction of one layer, or of each of a stack of them, in the dtype of M.
 
     M has a row more than the inputs have columns where it ends with a bias.
     """
 
-    def one(M: Array, x: Array, y: Array) -> Array:
+    def of_layer(M: Array, x: Array, y: Array) -> Array:
         return solve(M, x, y, samples.window, damping, iterations)
 
     x, y = (a.astype(M.dtype) for a in (samples.inputs, samples.gradients))
     if M.ndim == 2:
-        return one(M, x, y)
-    return jax.vmap(one)(M, *(a.reshape(len(M), *a.shape[-_rank(samples.window) :]) for a in (x, y)))
+        return of_layer(M, x, y)
+    return jax.vmap(of_layer)(M, *(a.reshape(len(M), *a.shape[-_rank(samples.window) :]) for a in (x, y)))
 
 
 def check_samples(path: str, samples: Samples, shape: tuple[int, ...], bias: bool) -> None:
@@ -118,7 +121,7 @@ def frog_direction(
     x: Float[Array, "r *places c"],
     y: Float[Array, "r *out_places n"],
     window: Window | None,
-    damping: Any,
+    damping: ArrayLike,
     iterations: int,
 ) -> Float[Array, "d n"]:
     """FROG's Z. An output whose samples are all zero says nothing about its Fisher, which is then taken as I."""
@@ -140,7 +143,7 @@ def kfrog_direction(
     x: Float[Array, "r *places c"],
     y: Float[Array, "r *out_places n"],
     window: Window | None,
-    damping: Any,
+    damping: ArrayLike,
     iterations: int,
 ) -> Float[Array, "d n"]:
     """K-FROG's Z. An output whose samples are all zero does not move: nothing says how far."""
@@ -170,7 +173,7 @@ def _solution(X: Inputs, Λ: Array, τ: Array, M: Float[Array, "d n"], iteration
     return conjugate_gradient(product, M, iterations, energy)
 
 
-def _scaled(x: Array, window: Window | None, rows: int, least: Any) -> tuple[Inputs, Array]:
+def _scaled(x: Array, window: Window | None, rows: int, least: ArrayLike) -> tuple[Inputs, Array]:
     """X divided by u, for a matrix of so many rows: the root of ``least²`` plus the square of X's largest entry."""
     width = x.shape[-1] * math.prod(window.shape if window else ())
     bias = rows > width

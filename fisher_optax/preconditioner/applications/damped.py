@@ -7,10 +7,12 @@ where there are fewer than r), which makes this the Woodbury identity for p = -1
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from ... import linalg
 from ..._arguments import value_at
@@ -24,7 +26,7 @@ class DampedState(NamedTuple):
     count: Int[Array, ""]
 
 
-def damped(damping: Any = 1e-3, exponent: float = -1.0) -> Application:
+def damped(damping: optax.ScalarOrSchedule = 1e-3, exponent: float = -1.0) -> Application:
     """``(A ⊗ B + λ I)^p G`` exactly from eigenpairs; ``A^p G B^p`` from roots, whose factors were damped when read.
 
     Args:
@@ -38,12 +40,14 @@ def damped(damping: Any = 1e-3, exponent: float = -1.0) -> Application:
         del G
         return DampedState(jnp.zeros([], jnp.int32))
 
-    def update(G: Float[Array, "m n"], state: Any, basis: Any, **extra: Any) -> tuple[Array, DampedState]:
+    def update(
+        G: Float[Array, "m n"], state: DampedState, basis: Eigenpairs | InverseRoot, **extra: PyTree
+    ) -> tuple[Array, DampedState]:
         del extra
-        done = DampedState(state.count + 1)
+        counted = DampedState(state.count + 1)
         if isinstance(basis, InverseRoot):
-            return _between(G, basis), done
-        return _power(G, basis, kronecker_values(basis, G), value_at(damping, state.count), exponent), done
+            return _between(G, basis), counted
+        return _power(G, basis, kronecker_values(basis, G), value_at(damping, state.count), exponent), counted
 
     nothing = Moments((), ())
     return Application(
@@ -65,7 +69,9 @@ class CorrectedState(NamedTuple):
     nu: Array  # S
 
 
-def eigenvalue_corrected(damping: Any = 1e-3, exponent: float = -1.0, decay: Any = 0.95) -> Application:
+def eigenvalue_corrected(
+    damping: optax.ScalarOrSchedule = 1e-3, exponent: float = -1.0, decay: optax.ScalarOrSchedule = 0.95
+) -> Application:
     """EKFAC: ``S ← β S + (1-β) squares``, the Fisher's own diagonal in the basis, in place of ``λ_A λ_Bᵀ``.
 
     Until it has seen squares in a basis (those of the first call are in none), S is ``λ_A λ_Bᵀ``.
@@ -80,18 +86,20 @@ def eigenvalue_corrected(damping: Any = 1e-3, exponent: float = -1.0, decay: Any
     def init(G: Float[Array, "m n"]) -> CorrectedState:
         return CorrectedState(jnp.zeros([], jnp.int32), jnp.zeros([], G.dtype), jnp.zeros_like(G))
 
-    def observe(state: Any, seen: LayerFactors, basis: Eigenpairs) -> CorrectedState:
+    def observe(state: CorrectedState, statistics: LayerFactors, basis: Eigenpairs) -> CorrectedState:
         del basis
-        assert seen.squares is not None
+        assert statistics.squares is not None
         β = jnp.where(state.count == 0, 1, value_at(decay, state.count))
-        nu = β * state.nu + (1 - β) * seen.squares.astype(state.nu.dtype)
+        nu = β * state.nu + (1 - β) * statistics.squares.astype(state.nu.dtype)
         weight = β * state.weight + (1 - β)
         return CorrectedState(state.count, weight.astype(state.weight.dtype), nu.astype(state.nu.dtype))
 
-    def update(G: Float[Array, "m n"], state: Any, basis: Eigenpairs, **extra: Any) -> tuple[Array, CorrectedState]:
+    def update(
+        G: Float[Array, "m n"], state: CorrectedState, basis: Eigenpairs, **extra: PyTree
+    ) -> tuple[Array, CorrectedState]:
         del extra
-        seen = state.weight > 0
-        S = jnp.where(seen, state.nu / jnp.where(seen, state.weight, 1), kronecker_values(basis, G))
+        measured = state.weight > 0
+        S = jnp.where(measured, state.nu / jnp.where(measured, state.weight, 1), kronecker_values(basis, G))
         return _power(G, basis, S, value_at(damping, state.count), exponent), state._replace(count=state.count + 1)
 
     return Application(
@@ -113,8 +121,8 @@ def kronecker_values(basis: Eigenpairs, G: Float[Array, "m n"]) -> Float[Array, 
     return λ_A[:, None] * λ_B[None, :]
 
 
-def _power(G: Array, basis: Eigenpairs, S: Array, λ: Any, p: float) -> Array:
-    def f(s: Any) -> Array:
+def _power(G: Array, basis: Eigenpairs, S: Array, λ: ArrayLike, p: float) -> Array:
+    def f(s: Array) -> Array:
         damped = jnp.asarray(s + λ, G.dtype)
         return jnp.where(damped > 0, jnp.where(damped > 0, damped, 1) ** p, 0)  # without damping, the pseudo-inverse
 
@@ -130,7 +138,7 @@ def _power(G: Array, basis: Eigenpairs, S: Array, λ: Any, p: float) -> Array:
     return (_times(within, Q_B.mT) + beyond).astype(G.dtype)
 
 
-def _on_left(H: Array, basis: Eigenpairs, λ_B: Any, f: Callable[[Any], Array]) -> Array:
+def _on_left(H: Array, basis: Eigenpairs, λ_B: Float[Array, " k"] | None, f: Callable[[Array], Array]) -> Array:
     """``f(A ⊗ λ_B) H`` for columns that are eigenvectors of B, with these eigenvalues (or one for all)."""
     Q_A, λ_A = basis.left, basis.left_values
     λ_B = jnp.ones(1, H.dtype) if λ_B is None else jnp.maximum(λ_B, 0)

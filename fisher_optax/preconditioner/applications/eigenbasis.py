@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ... import linalg
 from ..._arguments import one_of, value_at
@@ -54,7 +55,7 @@ def in_eigenbasis(
     one_of("precision", precision, PRECISIONS)
     transform: Any = optax.with_extra_args_support(inner)
 
-    def update(G: Matrix, state: Any, basis: Any, **extra: Any) -> tuple[Matrix, Any]:
+    def update(G: Matrix, state: PyTree, basis: Eigenbasis | Eigenpairs, **extra: PyTree) -> tuple[Matrix, PyTree]:
         if basis.left is None and basis.right is None:
             return transform.update(G, state, None, **extra)
         H = linalg.into_basis(basis.left, G, basis.right, precision)
@@ -64,7 +65,7 @@ def in_eigenbasis(
         X = jnp.where(counts(second_moment(state, H), values=values), X, 0)
         return linalg.out_of_basis(basis.left, X, basis.right, precision), state
 
-    def second_moment(state: Any, H: Matrix) -> Matrix:
+    def second_moment(state: PyTree, H: Matrix) -> Matrix:
         """Of each entry, as the inner state has it; else the square of its mean, or of this gradient."""
         sides = [*_fields(state, left), *_fields(state, right)]
         if len(sides) == 2:
@@ -72,10 +73,10 @@ def in_eigenbasis(
         squares = [*_fields(state, quadratic), *(jnp.square(m.astype(H.dtype)) for m in _fields(state, linear))]
         return next((v for v in squares if v.shape == H.shape), jnp.square(H))
 
-    def moments(state: Any) -> Moments:
+    def moments(state: PyTree) -> Moments:
         return Moments(*(tuple(_fields(state, names)) for names in (linear, quadratic, left, right)))
 
-    def with_moments(state: Any, moments: Moments) -> Any:
+    def with_moments(state: PyTree, moments: Moments) -> PyTree:
         for names, values in zip((linear, quadratic, left, right), moments, strict=True):
             state = _replace(state, names, iter(values))
         return state
@@ -88,16 +89,16 @@ class AdamState(NamedTuple):
     """State of `adam`, in the basis."""
 
     count: Int[Array, ""]
-    mu: Any
-    nu: Any
+    mu: PyTree
+    nu: PyTree
 
 
 def adam(
-    b1: Any = 0.95,
-    b2: Any = 0.95,
-    eps: Any = 1e-8,
+    b1: optax.ScalarOrSchedule = 0.95,
+    b2: optax.ScalarOrSchedule = 0.95,
+    eps: optax.ScalarOrSchedule = 1e-8,
     bias_correction: bool = True,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     normalize: bool = False,
 ) -> optax.GradientTransformation:
     """Adam as the SOAP authors run it: ``eps`` is added before the bias is corrected.
@@ -113,11 +114,11 @@ def adam(
       normalize: scale ``m / (sqrt(v) + eps)`` to root mean square 1 before the correction; zero stays zero.
     """
 
-    def init(params: Any) -> AdamState:
+    def init(params: PyTree) -> AdamState:
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=mu_dtype), params)
         return AdamState(jnp.zeros([], jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdamState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, AdamState]:
         del params
         t = state.count + 1
         β1, β2, ε = (value_at(value, state.count) for value in (b1, b2, eps))
@@ -135,16 +136,16 @@ def adam(
     return optax.GradientTransformation(init, update)
 
 
-def _is_first(state: Any) -> Array:
+def _is_first(state: PyTree) -> Array:
     """Whether the state has seen no gradient, where it counts them."""
     return next((count == 0 for count in _fields(state, ("count",))), jnp.zeros([], bool))
 
 
-def _is_state(node: Any) -> bool:
+def _is_state(node: object) -> bool:
     return isinstance(node, tuple) and hasattr(node, "_fields")
 
 
-def _fields(state: Any, names: tuple[str, ...]) -> Iterator[Any]:
+def _fields(state: PyTree, names: tuple[str, ...]) -> Iterator[PyTree]:
     """The fields of nested NamedTuple states that bear one of the names, in order."""
     if _is_state(state):
         for name in state._fields:
@@ -154,7 +155,7 @@ def _fields(state: Any, names: tuple[str, ...]) -> Iterator[Any]:
             yield from _fields(part, names)
 
 
-def _replace(state: Any, names: tuple[str, ...], values: Iterator[Any]) -> Any:
+def _replace(state: PyTree, names: tuple[str, ...], values: Iterator[PyTree]) -> PyTree:
     """The state with those fields replaced by the next of ``values``."""
     if _is_state(state):
         return type(state)(

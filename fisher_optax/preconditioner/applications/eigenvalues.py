@@ -1,9 +1,11 @@
 """KL-Shampoo's application: momentum divided by the square roots of the factors' eigenvalues."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from ... import linalg
 from ..._arguments import value_at
@@ -19,7 +21,10 @@ class EigenvaluesState(NamedTuple):
 
 
 def inverse_root_of_eigenvalues(
-    b1: Any = 0.9, eps: Any = 1e-8, bias_correction: bool = True, mu_dtype: Any = None
+    b1: optax.ScalarOrSchedule = 0.9,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    bias_correction: bool = True,
+    mu_dtype: DTypeLike | None = None,
 ) -> Application:
     """``U = Q_L [m / (sqrt(λ_L λ_Rᵀ) + eps)] Q_Rᵀ`` with ``m ← b1 m + (1-b1) Q_Lᵀ G Q_R``.
 
@@ -36,7 +41,9 @@ def inverse_root_of_eigenvalues(
     def init(G: Float[Array, "m n"]) -> EigenvaluesState:
         return EigenvaluesState(jnp.zeros([], jnp.int32), jnp.zeros_like(G, dtype=mu_dtype))
 
-    def update(G: Float[Array, "m n"], state: Any, basis: Eigenpairs, **extra: Any) -> tuple[Array, EigenvaluesState]:
+    def update(
+        G: Float[Array, "m n"], state: EigenvaluesState, basis: Eigenpairs, **extra: PyTree
+    ) -> tuple[Array, EigenvaluesState]:
         del extra
         β, t = value_at(b1, state.count), state.count + 1
         m = β * state.mu.astype(G.dtype) + (1 - β) * linalg.into_basis(basis.left, G, basis.right)
@@ -61,7 +68,7 @@ def inverse_root_of_eigenvalues(
     )
 
 
-def _in_units(λ: Any) -> Array:
+def _in_units(λ: Array | float) -> Array:
     """Relative to the largest: a product of two has the scale of a fourth power."""
     largest = jnp.max(jnp.asarray(λ))
     return λ / jnp.where(largest > 0, largest, 1)

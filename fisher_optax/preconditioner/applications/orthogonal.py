@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 from types import NoneType
-from typing import Any
 
-from jaxtyping import Array, Inexact
+from jax.typing import DTypeLike
+from jaxtyping import Array, Inexact, PyTree
 
 from ...transforms.per_matrix import polar
 from ..contracts import Application, Moments
@@ -15,7 +15,7 @@ def orthogonal(
     scale: str | float = 1.0,
     *,
     method: str = "auto",
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Application:
     """``U = scale(m, n) · polar(G)``, the polar factor by a Newton-Schulz iteration.
 
@@ -35,9 +35,9 @@ def orthogonal(
     """
     tx = polar(polynomial, scale, method=method, dtype=dtype)
 
-    def update(G: Inexact[Array, "m n"], state: Any, basis: Any, **extra: Any) -> tuple[Array, Any]:
+    def update(G: Inexact[Array, "m n"], state: PyTree, basis: PyTree, **extra: PyTree) -> tuple[Array, PyTree]:
         del basis, extra
-        stepped: Any = tx.update(G, state)
+        stepped: tuple[PyTree, PyTree] = tx.update(G, state)
         return stepped
 
     nothing = Moments((), ())

@@ -1,9 +1,11 @@
 """Shampoo's application: a negative power of each factor, on momentum."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from ... import linalg
 from ..._arguments import value_at
@@ -17,7 +19,9 @@ class PowerState(NamedTuple):
     mu: Array
 
 
-def power(b1: Any = 0.0, *, twice_alone: bool = False, mu_dtype: Any = None) -> Application:
+def power(
+    b1: optax.ScalarOrSchedule = 0.0, *, twice_alone: bool = False, mu_dtype: DTypeLike | None = None
+) -> Application:
     """``U = L^p m R^p`` with ``m ← b1 m + G``, where the roots hold G already: it acts on itself.
 
     Args:
@@ -31,7 +35,9 @@ def power(b1: Any = 0.0, *, twice_alone: bool = False, mu_dtype: Any = None) -> 
     def init(G: Float[Array, "m n"]) -> PowerState:
         return PowerState(jnp.zeros([], jnp.int32), jnp.zeros_like(G, dtype=mu_dtype))
 
-    def update(G: Float[Array, "m n"], state: Any, roots: InverseRoot, **extra: Any) -> tuple[Array, PowerState]:
+    def update(
+        G: Float[Array, "m n"], state: PowerState, roots: InverseRoot, **extra: PyTree
+    ) -> tuple[Array, PowerState]:
         del extra
         m = value_at(b1, state.count) * state.mu.astype(G.dtype) + G
         U, (L, R) = m, roots

@@ -1,12 +1,13 @@
 """Adam in the basis with a second moment of rank one: m + n numbers instead of m n."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.lax import Precision
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PyTree
 
 from ..._arguments import value_at
 from .eigenbasis import ratio
@@ -16,13 +17,17 @@ class Rank1AdamState(NamedTuple):
     """State of `rank1_adam`, in the basis."""
 
     count: Int[Array, ""]
-    mu: Any
-    nu_left: Any  # v ≈ nu_left nu_rightᵀ
-    nu_right: Any
+    mu: PyTree
+    nu_left: PyTree  # v ≈ nu_left nu_rightᵀ
+    nu_right: PyTree
 
 
 def rank1_adam(
-    b1: Any = 0.95, b2: Any = 0.95, eps: Any = 1e-8, bias_correction: bool = True, mu_dtype: Any = None
+    b1: optax.ScalarOrSchedule = 0.95,
+    b2: optax.ScalarOrSchedule = 0.95,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    bias_correction: bool = True,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     """Adam whose second moment is followed by one outer product, by parallel projector splitting of ``g²``.
 
@@ -42,36 +47,38 @@ def rank1_adam(
       second moment in pre-training (their Figure 3).
     """
 
-    def init(params: Any) -> Rank1AdamState:
+    def init(params: PyTree) -> Rank1AdamState:
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=mu_dtype), params)
 
-        def side(axis: int) -> Any:
+        def side(axis: int) -> PyTree:
             # Zero would stay zero.
             start = lambda x: jnp.maximum(jnp.asarray(value_at(eps, 0), x.dtype), jnp.finfo(x.dtype).tiny)  # noqa: E731
             return jax.tree.map(lambda x: jnp.full(x.shape[axis], start(x), x.dtype), params)
 
         return Rank1AdamState(jnp.zeros([], jnp.int32), mu, side(-2), side(-1))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Rank1AdamState]:
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, Rank1AdamState]:
         del params
         t = state.count + 1
         β1, β2, ε = (value_at(value, state.count) for value in (b1, b2, eps))
         scale = jnp.sqrt(1 - β2**t) / (1 - β1**t) if bias_correction else 1.0
 
-        def one(g: Array, m: Array, l: Array, r: Array) -> tuple[Array, ...]:
+        def step(g: Array, m: Array, l: Array, r: Array) -> tuple[Array, ...]:
             m_new = β1 * m.astype(g.dtype) + (1 - β1) * g
             l_new, r_new = follow(jnp.square(g), l, r, β2)
             u = scale * ratio(m_new, jnp.sqrt(jnp.outer(l_new, r_new)) + ε)
             return u.astype(g.dtype), m_new.astype(m.dtype), l_new.astype(l.dtype), r_new.astype(r.dtype)
 
-        done = jax.tree.map(one, updates, state.mu, state.nu_left, state.nu_right)
-        u, *moments = jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0,) * 4), done)
+        steps = jax.tree.map(step, updates, state.mu, state.nu_left, state.nu_right)
+        u, *moments = jax.tree.transpose(jax.tree.structure(updates), jax.tree.structure((0,) * 4), steps)
         return u, Rank1AdamState(t, *moments)
 
     return optax.GradientTransformation(init, update)
 
 
-def follow(D: Float[Array, "m n"], l: Float[Array, " m"], r: Float[Array, " n"], decay: Any) -> tuple[Array, Array]:
+def follow(
+    D: Float[Array, "m n"], l: Float[Array, " m"], r: Float[Array, " n"], decay: float | Array
+) -> tuple[Array, Array]:
     """The outer product that follows ``decay l rᵀ + (1 - decay) D``, all entries non-negative."""
     dot = lambda x, y: jnp.matmul(x, y, precision=Precision.HIGHEST)  # noqa: E731
     (l_, l_size), (r_, r_size) = _unit(l), _unit(r)

@@ -1,18 +1,21 @@
 """K-FAC's factors: moving averages of what capture sees of each layer."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, PyTree
 
 from ... import linalg
 from ..._arguments import value_at
 from ..._xla import select
 from ...linalg.eigenbasis import LowRank
 from ...statistics import LayerFactors
-from ..contracts import FactorRule, Kronecker
+from ..contracts import Factor, FactorRule, Kronecker
 
 
-def kronecker(decay: Any = 0.95, *, rank: int | None = None) -> FactorRule:
+def kronecker(decay: optax.ScalarOrSchedule = 0.95, *, rank: int | None = None) -> FactorRule:
     """``A ← β A + (1-β) left;  B ← β B + (1-β) right``, divided by the sum of their weights when they are read.
 
     Args:
@@ -22,36 +25,41 @@ def kronecker(decay: Any = 0.95, *, rank: int | None = None) -> FactorRule:
     Source: Martens and Grosse 2015 (arXiv 1503.05671), section 5.
     """
 
-    def init(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
-        def side(d: int, wanted: bool) -> Any:
+    def init(m: int, n: int, left: bool, right: bool, dtype: DTypeLike) -> Kronecker:
+        def side(d: int, wanted: bool) -> Factor | LowRank:
             if wanted:
                 return jnp.zeros((d, d), dtype)
             return None if rank is None else LowRank(jnp.zeros((rank, d), dtype))
 
         return Kronecker(side(m, left), side(n, right), (jnp.zeros([], jnp.int32), jnp.zeros([], dtype)))
 
-    def follow(seen: LayerFactors, factors: Kronecker, apply: Any, accept: Any) -> Kronecker:
+    def follow(
+        statistics: LayerFactors,
+        factors: Kronecker,
+        apply: Callable[..., Array],
+        accept: Bool[Array, ""] | None,
+    ) -> Kronecker:
         count, weight = factors.seen
         β = value_at(decay, count)
 
-        def blend(A: Any, S: Any) -> Any:
+        def blend(A: Array, S: Array) -> Array:
             return select(accept, β * A + (1 - β) * S.astype(A.dtype), A)
 
-        def side(A: Any, new: Any) -> Any:
+        def side(A: Factor | LowRank, new: PyTree) -> Factor | LowRank:
             if isinstance(A, LowRank):
                 S = jnp.concatenate([jnp.sqrt(β) * A.rows, jnp.sqrt(1 - β) * new.rows.astype(A.rows.dtype)])
                 return select(accept, LowRank(linalg.strongest_rows(S, len(A.rows))), A)
             return None if A is None else apply(blend, A, new)
 
-        seen_now = select(accept, (count + 1, (β * weight + (1 - β)).astype(weight.dtype)), factors.seen)
-        return Kronecker(side(factors.left, seen.left), side(factors.right, seen.right), seen_now)
+        sums = select(accept, (count + 1, (β * weight + (1 - β)).astype(weight.dtype)), factors.seen)
+        return Kronecker(side(factors.left, statistics.left), side(factors.right, statistics.right), sums)
 
-    def update(seen: LayerFactors, factors: Kronecker, bases: Any) -> Kronecker:
+    def update(statistics: LayerFactors, factors: Kronecker, bases: PyTree) -> Kronecker:
         del bases
-        return follow(seen, factors, lambda f, A, S: f(A, S), None)
+        return follow(statistics, factors, lambda f, A, S: f(A, S), None)
 
-    def overwrite(seen: LayerFactors, factors: Kronecker, accept: Any) -> Kronecker:
-        return follow(seen, factors, linalg.overwritten, accept)
+    def overwrite(statistics: LayerFactors, factors: Kronecker, accept: Bool[Array, ""] | None) -> Kronecker:
+        return follow(statistics, factors, linalg.overwritten, accept)
 
     return FactorRule("Kronecker", init, update, read=mean_factors, of_statistics=True, overwrite=overwrite)
 
@@ -61,13 +69,13 @@ def mean_factors(factors: Kronecker) -> Kronecker:
     weight = factors.seen[1]
     weight = jnp.where(weight == 0, 1, weight)
 
-    def mean(A: Any) -> Any:
+    def mean(A: Factor | LowRank) -> Factor | LowRank:
         return None if A is None else LowRank(A.rows / jnp.sqrt(weight)) if isinstance(A, LowRank) else A / weight
 
     return factors._replace(left=mean(factors.left), right=mean(factors.right))
 
 
-def tikhonov(damping: Any) -> Any:
+def tikhonov(damping: optax.ScalarOrSchedule) -> Callable[[Kronecker], Kronecker]:
     """A reader of `kronecker` factors: ``A + π sqrt(λ) I`` and ``B + sqrt(λ)/π I`` with ``π² = (tr A / d_A) / (tr B /
     d_B)``, so that neither side's damping drowns the other.
 
@@ -81,7 +89,7 @@ def tikhonov(damping: Any) -> Any:
         known = (mean_A > 0) & (mean_B > 0)
         π = jnp.sqrt(jnp.where(known, mean_A, 1) / jnp.where(known, mean_B, 1))
 
-        def damped(X: Any, ε: Any) -> Any:
+        def damped(X: Factor, ε: Array) -> Factor:
             return None if X is None else X + (ε * jnp.eye(len(X))).astype(X.dtype)
 
         return factors._replace(left=damped(A, π * jnp.sqrt(λ)), right=damped(B, jnp.sqrt(λ) / π))

@@ -16,21 +16,23 @@ either factor c times as large, at every step. The paper starts at I, whose rema
 forgotten only after ``log(1/s) / (1-β)`` steps, and until then turns the bases back to where they were.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from ... import linalg
 from ..._arguments import value_at
-from ..contracts import Eigenpairs, FactorRule, Kronecker
+from ..contracts import Eigenpairs, Factor, FactorRule, Kronecker
 
 # Of the largest eigenvalue: smaller ones count as this much where they divide.
 FLOOR = 1e-7
 INITS = ("gradient", "identity")
 
+Values = Float[Array, " d"] | None
 
-def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule:
+
+def kullback_leibler(decay: optax.ScalarOrSchedule = 0.98, *, init: str = "gradient") -> FactorRule:
     """Factors that minimise the Kullback-Leibler divergence (see the top of this file).
 
     Args:
@@ -49,7 +51,7 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
     if init not in INITS:
         raise ValueError(f"kullback_leibler: init must be one of {', '.join(map(repr, INITS))}; got {init!r}.")
 
-    def start(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
+    def start(m: int, n: int, left: bool, right: bool, dtype: DTypeLike) -> Kronecker:
         size = float(init == "identity")
         eyes = (size * jnp.eye(d, dtype=dtype) if wanted else None for d, wanted in ((m, left), (n, right)))
         return Kronecker(*eyes, seen=jnp.zeros([], jnp.int32))
@@ -58,7 +60,7 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
         β = jnp.asarray(value_at(decay, factors.seen), G.dtype)
         factors, basis = _begun(G, factors, basis)
 
-        def follow(A: Any, G: Array, Q: Any, values: Any) -> Any:
+        def follow(A: Factor, G: Array, Q: Array | None, values: Array | None) -> Factor:
             """The factor of G's rows, from the eigenpairs of its columns."""
             if A is None:
                 return None
@@ -78,7 +80,7 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
         H = G if basis.left is None else linalg.times(basis.left.astype(G.dtype).mT, G)
         H = H if basis.right is None else linalg.times(H, basis.right.astype(G.dtype))
 
-        def follow(own: Any, other: Any, H: Array) -> Any:
+        def follow(own: Values, other: Array | None, H: Array) -> Values:
             if own is None:
                 return None
             squares = jnp.square(H) if other is None else H * (H / _floored(other)[None])
@@ -90,7 +92,7 @@ def kullback_leibler(decay: Any = 0.98, *, init: str = "gradient") -> FactorRule
     return FactorRule("Kullback-Leibler", start, update, track)
 
 
-def running_mean(count: Any) -> Array:
+def running_mean(count: ArrayLike) -> Array:
     """The decay ``1 - 1 / (t + 1)`` at call t = 1, 2, ...: after it, all gradients and the start weigh the same."""
     t = jnp.asarray(count, jnp.float32) + 1
     return t / (t + 1)
@@ -98,16 +100,16 @@ def running_mean(count: Any) -> Array:
 
 def _begun(G: Float[Array, "m n"], factors: Kronecker, basis: Eigenpairs) -> tuple[Kronecker, Eigenpairs]:
     """Factors and eigenvalues, those of ``s I`` where the factors are still zero: one in use never is."""
-    held = [A for A in factors[:2] if A is not None]
+    present = [A for A in factors[:2] if A is not None]
     largest = jnp.max(jnp.abs(G))
     s = largest * jnp.sqrt(jnp.mean(jnp.square(G / jnp.where(largest > 0, largest, 1))))
-    s = s if len(held) == 2 else s * s
-    new = jnp.trace(held[0]) == 0
+    s = s if len(present) == 2 else s * s
+    new = jnp.trace(present[0]) == 0
 
-    def factor(A: Any) -> Any:
+    def factor(A: Factor) -> Factor:
         return None if A is None else jnp.where(new, s * jnp.eye(len(A), dtype=A.dtype), A)
 
-    def values(λ: Any) -> Any:
+    def values(λ: Values) -> Values:
         return None if λ is None else jnp.where(new, s, λ).astype(λ.dtype)
 
     return (

@@ -7,20 +7,20 @@ Source: Vyas et al. 2024 (arXiv 2409.11321), Algorithm 3, lines 14-15; Gupta et 
   1; trace scaling: Morwani et al. 2024 (arXiv 2406.17748).
 """
 
-from typing import Any
-
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from ... import linalg
 from ..._arguments import one_of, value_at
-from ..contracts import PRECISIONS, FactorRule, Kronecker
+from ..contracts import PRECISIONS, Factor, FactorRule, Kronecker
 
 KINDS = ("ema", "mean", "sum")
 
 
 def outer_product(
-    decay: Any = 0.95, *, kind: str = "ema", trace_scaling: bool = False, precision: str = "highest"
+    decay: optax.ScalarOrSchedule = 0.95, *, kind: str = "ema", trace_scaling: bool = False, precision: str = "highest"
 ) -> FactorRule:
     """Outer products of the gradient with itself, on each side.
 
@@ -45,24 +45,24 @@ def outer_product(
     if kind not in KINDS:
         raise ValueError(f"outer_product: kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}.")
 
-    def init(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
+    def init(m: int, n: int, left: bool, right: bool, dtype: DTypeLike) -> Kronecker:
         count = jnp.zeros([], jnp.int32) if callable(decay) else ()
         weight = jnp.zeros([], dtype) if kind == "mean" else ()
         L, R = (jnp.zeros((d, d), dtype) if wanted else None for d, wanted in ((m, left), (n, right)))
         return Kronecker(L, R, (count, weight))
 
-    def update(G: Float[Array, "m n"], factors: Kronecker, bases: Any) -> Kronecker:
+    def update(G: Float[Array, "m n"], factors: Kronecker, bases: PyTree) -> Kronecker:
         del bases
         count, weight = factors.seen
         now = value_at(decay, count)
         β, new = (1, 1) if kind == "sum" else (now, 1 - now)
 
-        def follow(A: Any, G: Array) -> Any:
+        def follow(A: Factor, G: Array) -> Factor:
             return None if A is None else β * A + new * linalg.times(G, G.mT, precision)
 
         weight = (β * weight + new).astype(weight.dtype) if kind == "mean" else ()
-        seen = (count + 1 if callable(decay) else (), weight)
-        return Kronecker(follow(factors.left, G), follow(factors.right, G.mT), seen)
+        counts = (count + 1 if callable(decay) else (), weight)
+        return Kronecker(follow(factors.left, G), follow(factors.right, G.mT), counts)
 
     def read(factors: Kronecker) -> Kronecker:
         weight = factors.seen[1]
@@ -74,8 +74,8 @@ def outer_product(
     return FactorRule("outer product", init, update) if plain else FactorRule("outer product", init, update, read=read)
 
 
-def _trace_scaled(L: Any, R: Any) -> Kronecker:
-    def scaled(A: Any) -> Any:
+def _trace_scaled(L: Float[Array, "m m"] | None, R: Float[Array, "n n"] | None) -> Kronecker:
+    def scaled(A: Factor) -> Factor:
         if A is None:
             return None
         size = jnp.trace(A)

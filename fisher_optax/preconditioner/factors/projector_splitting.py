@@ -12,10 +12,10 @@ Source: Yudin et al. 2025 (arXiv 2511.06477), Algorithm 1; Lubich and Oseledets 
 is what the authors' released code does: H with L̄ instead of U, and the size from both projections.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import optax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree
 
 from ... import linalg
 from ..._arguments import value_at
@@ -28,7 +28,7 @@ INITS = ("dominant", "dominant_released", "identity")
 
 
 def projector_splitting(
-    decay: Any = 0.95, *, variant: str = "sequential", init: str = "dominant", first: str = "inputs"
+    decay: optax.ScalarOrSchedule = 0.95, *, variant: str = "sequential", init: str = "dominant", first: str = "inputs"
 ) -> FactorRule:
     """Follow the running mean of ``g gᵀ`` by one Kronecker product (see the top of this file for the step).
 
@@ -56,35 +56,35 @@ def projector_splitting(
                 f"projector_splitting: {name} must be one of {', '.join(map(repr, known))}; got {value!r}."
             )
 
-    def start(m: int, n: int, left: bool, right: bool, dtype: Any) -> Kronecker:
+    def start(m: int, n: int, left: bool, right: bool, dtype: DTypeLike) -> Kronecker:
         def factor(d: int) -> Array:
             return 1e-3 * jnp.eye(d, dtype=dtype) / d**0.5 if init == "identity" else jnp.zeros((d, d), dtype)
 
         count = jnp.zeros([], jnp.int32) if callable(decay) else ()
         return Kronecker(factor(m) if left else None, factor(n) if right else None, count)
 
-    def update(G: Float[Array, "m n"], factors: Kronecker, basis: Any) -> Kronecker:
+    def update(G: Float[Array, "m n"], factors: Kronecker, basis: PyTree) -> Kronecker:
         del basis
         L, R, count = factors
-        β, seen = value_at(decay, count), count + 1 if callable(decay) else ()
+        β, counted = value_at(decay, count), count + 1 if callable(decay) else ()
         if L is None or R is None:
-            return one_sided(G, factors, β)._replace(seen=seen)
+            return one_sided(G, factors, β)._replace(seen=counted)
 
         if init != "identity":
             # A factor in use is never zero.
             L, R = branch(jnp.trace(L) > 0, lambda: (L, R), lambda: dominant(G, squared=init == "dominant"))
         if variant == "parallel":
-            return Kronecker(*parallel_step(L, R, G, β), seen=seen)
+            return Kronecker(*parallel_step(L, R, G, β), seen=counted)
         if first == "inputs":
-            return Kronecker(*sequential_step(L, R, G, β), seen=seen)
+            return Kronecker(*sequential_step(L, R, G, β), seen=counted)
         R, L = sequential_step(R, L, G.mT, β)
-        return Kronecker(L, R, seen)
+        return Kronecker(L, R, counted)
 
     return FactorRule("projector splitting", start, update)
 
 
 def sequential_step(
-    L: Float[Array, "m m"], R: Float[Array, "n n"], G: Float[Array, "m n"], decay: Any
+    L: Float[Array, "m m"], R: Float[Array, "n n"], G: Float[Array, "m n"], decay: float | Array
 ) -> tuple[Array, Array]:
     """One step of the integrator, L first."""
     L_, R_ = linalg.unit_frobenius(L), linalg.unit_frobenius(R)
@@ -98,7 +98,7 @@ def sequential_step(
 
 
 def parallel_step(
-    L: Float[Array, "m m"], R: Float[Array, "n n"], G: Float[Array, "m n"], decay: Any
+    L: Float[Array, "m m"], R: Float[Array, "n n"], G: Float[Array, "m n"], decay: float | Array
 ) -> tuple[Array, Array]:
     """The released code's step: both sides from the old ones, then the size of F's projection on them."""
     L_, R_ = linalg.unit_frobenius(L), linalg.unit_frobenius(R)
@@ -109,7 +109,7 @@ def parallel_step(
     return jnp.sqrt(s) * U, jnp.sqrt(s) * V
 
 
-def one_sided(G: Float[Array, "m n"], factors: Kronecker, decay: Any) -> Kronecker:
+def one_sided(G: Float[Array, "m n"], factors: Kronecker, decay: float | Array) -> Kronecker:
     """The nearest ``L ⊗ I`` or ``I ⊗ R`` to the running mean."""
     if factors.left is not None:
         return Kronecker(decay * factors.left + (1 - decay) * _outer(G) / G.shape[1], None)
