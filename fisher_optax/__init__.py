@@ -40,7 +40,7 @@ from .states.health import Health, check_state, health
 from .states.report import Report, report
 from .states.warm_start import from_adam
 from .transforms.decay import add_cautious_decay, add_decay_after_step
-from .transforms.fallback import Row
+from .transforms.fallback import AxesWarning, Row
 from .transforms.grafting import graft
 from .transforms.normuon import scale_by_normuon
 
@@ -56,6 +56,7 @@ STATIC_ARGS = {f.__name__: _static_args(f) for f in _FACTORIES}
 
 __all__ = [
     "STATIC_ARGS",
+    "AxesWarning",
     "CaptureReport",
     "Health",
     "InputGram",

@@ -30,7 +30,7 @@ class Platform(NamedTuple):
 # Measured on two CPU cores: QR of side 768 takes a third of the time of shifted CholeskyQR; blocks of symmetric
 # products gain from 384 on; a product of two or three matrices of side 256 or 384 runs at a higher rate than that of
 # one, while whole stacks leave the caches, and so does more than 2 MB of optimal brain surgeon; jaxlib's batched
-# factorisations can hang (`linalg.factorisations`); where a state makes the step, as Adam's moments do, it is computed
+# factorisations can hang (`linalg.blocks`); where a state makes the step, as Adam's moments do, it is computed
 # once for each, and where only one of the two is selected, the old state is copied for the other.
 # From the compilers for v5e and H200, not from their devices: an eigh of side 768 compiles for a TPU in a minute, a QR
 # of 3072 in two, a float32 product of 3072 at the highest precision in 7.4 s and by 256 rows at once in 1.5; on a GPU

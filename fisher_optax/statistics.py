@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from . import linalg
 from .linalg.eigenbasis import LowRank
-from .matrices.axes import MatrixAxes
+from .matrices.axes import MatrixAxes, path_names
 
 
 class Logits(NamedTuple):
@@ -88,3 +88,14 @@ class Samples:
 
 
 LayerStatistics = LayerFactors | Samples
+
+
+def is_statistics(x: object) -> bool:
+    """Whether ``x`` is the statistics of one layer."""
+    return isinstance(x, LayerFactors | Samples)
+
+
+def statistics_by_path(statistics: PyTree) -> dict[str, LayerStatistics]:
+    """The statistics in a tree, by the path of the leaf they belong to."""
+    flat = jax.tree_util.tree_flatten_with_path(statistics, is_leaf=is_statistics)[0]
+    return {"/".join(path_names(path)): x for path, x in flat if is_statistics(x)}

@@ -11,8 +11,7 @@ from jaxtyping import Array, PyTree
 
 from ..linalg.eigenbasis import LowRank
 from ..matrices.axes import path_names
-from ..statistics import LayerStatistics, Logits, Samples, Side
-from .to_optimizer import is_statistics
+from ..statistics import LayerStatistics, Logits, Samples, Side, is_statistics
 
 AxisNames = Hashable | tuple[Hashable, ...]  # of a mapped axis, or several
 

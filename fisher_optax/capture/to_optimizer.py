@@ -6,13 +6,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import tree_flatten_with_path
 from jaxtyping import PyTree
 
 from ..linalg.eigenbasis import LowRank
-from ..matrices.axes import MatrixAxes, path_names
+from ..matrices.axes import INFERRED, LeafAxes, MatrixAxes, how_many, listed
 from ..matrices.layout import Layer, join, shapes, split
-from ..statistics import LayerFactors, LayerStatistics, Samples
+from ..statistics import LayerFactors, LayerStatistics, Samples, statistics_by_path
 
 HOW = (
     "get them from `value, grads, stats = fo.value_and_grad(loss_fn, statistics=fo.{kind}(...))(params, batch)` "
@@ -92,7 +91,7 @@ def _aligned(statistics: PyTree, layers: list[Layer], method: str, wants: type) 
         )
     if statistics is None:
         return None
-    found = by_path(statistics)
+    found = statistics_by_path(statistics)
     if missing := [layer.path for layer in layers if found.get(layer.path) is None]:
         have = ", ".join(map(repr, found)) or "nothing"
         raise ValueError(
@@ -155,15 +154,16 @@ def _with_bias(statistics: LayerStatistics, layer: Layer) -> LayerStatistics:
     return LayerFactors(side(statistics.left), statistics.right, squares, statistics.weight)
 
 
-def by_path(statistics: PyTree) -> dict[str, LayerStatistics]:
-    """The statistics in a tree, by the path of the leaf they belong to."""
-    flat = tree_flatten_with_path(statistics, is_leaf=is_statistics)[0]
-    return {"/".join(path_names(path)): x for path, x in flat if is_statistics(x)}
-
-
-def is_statistics(x: object) -> bool:
-    """Whether ``x`` is the statistics of one layer."""
-    return isinstance(x, LayerFactors | Samples)
+def unused_statistics(method: str, leaves: list[LeafAxes], statistics: PyTree) -> str | None:
+    """What to say of leaves that have statistics, and go to the fallback by their names."""
+    captured = {} if statistics is None else statistics_by_path(statistics)
+    left = [x for x in leaves if x.kind == "other" and x.axes is None and x.path in captured and not x.is_given]
+    if not left:
+        return None
+    return (
+        f"{method}: {how_many(left, leaves)} have statistics, since the program multiplies by them, and go to the "
+        f"fallback: {listed(left)}. {INFERRED}."
+    )
 
 
 def layer_axes(layers: list[Layer]) -> list[MatrixAxes]:

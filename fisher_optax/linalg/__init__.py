@@ -1,6 +1,6 @@
 """Pure functions of arrays: orthogonalisation, eigenbases that follow a matrix, symmetric storage."""
 
-from .blocks import blockwise, diagonal, overwritten
+from .blocks import blockwise, cholesky_qr, diagonal, overwritten, sequential
 from .eigenbasis import (
     descending,
     dominant_eigenvector,
@@ -12,7 +12,6 @@ from .eigenbasis import (
     range_of_rows,
     strongest_rows,
 )
-from .factorisations import cholesky_qr, sequential
 from .following import followed, project
 from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.lax import Precision
 from jaxtyping import Array, Bool, Float, Int
 
-from .factorisations import cholesky_qr, one_by_one
+from .blocks import cholesky_qr, one_by_one
 from .following import (
     at_least_float32,
     column_lengths,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from .factorisations import one_by_one
+from .blocks import one_by_one
 from .products import times
 
 # Where a factorisation fails, damping becomes ten times as large, and this at least; after so many tries, NaN.

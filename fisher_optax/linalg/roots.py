@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from .factorisations import one_by_one
+from .blocks import one_by_one
 from .following import apart_last
 from .polynomials import polar_express
 from .products import times, unit_scale

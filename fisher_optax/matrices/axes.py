@@ -1,6 +1,7 @@
 """Which axes of a leaf are a matrix's inputs, outputs and batch: what everything else reads."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -80,6 +81,15 @@ class MatrixAxes:
         return own == others
 
 
+# How the reason of a leaf begins that has two readings, and of one that a user names.
+AMBIGUOUS, GIVEN = "ambiguous", "user"
+
+INFERRED = (
+    "Pass axes=fo.infer_axes(loss_fn, params, batch), which reads them off the program, or axes= with a fo.MatrixAxes "
+    "for each, or None where it is to go to the fallback"
+)
+
+
 class LeafAxes(NamedTuple):
     """What one leaf of the parameters is, and why."""
 
@@ -90,6 +100,29 @@ class LeafAxes(NamedTuple):
     kind: str  # "matrix" | "embedding" | "head" | "other"
     reason: str  # for the report: "Dense kernel", "ambiguous 3-D kernel: pass axes=", "vector", ...
     bias: str | None = None  # the leaf that is added to a matrix's outputs
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the user has said what it is."""
+        return self.reason.startswith(GIVEN)
+
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether it may be a matrix, in more ways than one."""
+        return self.kind == "other" and self.reason.startswith(AMBIGUOUS)
+
+
+def how_many(some: list[LeafAxes], leaves: list[LeafAxes]) -> str:
+    """Some of the leaves, by their number and by their share of all entries."""
+    size = lambda leaves: sum(math.prod(leaf.shape) for leaf in leaves)  # noqa: E731
+    noun = "leaf" if len(some) == 1 else "leaves"
+    return f"{len(some)} {noun} ({size(some) / max(size(leaves), 1):.0%} of the parameters)"
+
+
+def listed(some: list[LeafAxes], most: int = 4) -> str:
+    """The first of these leaves, each with its shape and what the rules say of it."""
+    more = f", and {len(some) - most} more" if len(some) > most else ""
+    return "; ".join(f"{leaf.path!r} of shape {leaf.shape}, {leaf.reason}" for leaf in some[:most]) + more
 
 
 def path_names(path: KeyPath) -> tuple[str, ...]:

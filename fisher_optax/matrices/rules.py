@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from .axes import LeafAxes, MatrixAxes, made, path_names
+from .axes import AMBIGUOUS, GIVEN, INFERRED, LeafAxes, MatrixAxes, how_many, listed, made, path_names
 
 BIAS_BESIDE = {"kernel": "bias", "weight": "bias", "w": "b"}
 SMALLEST_RANK = {"kernel": 2, "embedding": 2, "bias": 1, "scale": 1}  # of one layer, unstacked
@@ -156,7 +156,7 @@ def _verdict(leaf: Leaf, depth: int, inputs: int, doubt: str) -> LeafAxes:
     embedding = any(EMBEDDING.search(name) for name in leaf.names)
     if not inputs:
         noun = leaf.name if leaf.name in ("kernel", "embedding") else "leaf"
-        reason = f"ambiguous {len(leaf.shape)}-D {noun}: pass axes= ({doubt})"
+        reason = f"{AMBIGUOUS} {len(leaf.shape)}-D {noun}: pass axes= ({doubt})"
         return leaf.as_("embedding" if embedding else "other", None, reason)
     every = tuple(range(len(leaf.shape)))
     axes = MatrixAxes(every[depth : depth + inputs], every[depth + inputs :], every[:depth])
@@ -199,7 +199,8 @@ def resolve_axes(params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.fl
         (``nn.Partitioned``, ``nnx.Param``) add nothing to a path; ``None`` and ``optax.MaskedNode`` are no leaves.
       axes: ``None``, the rules by path and shape; or a tree with ``MatrixAxes`` or ``None`` (fallback) for every leaf,
         matched by path, so that it may hold more than a masked ``params``; or a function from params to such a tree.
-        A ``MatrixAxes`` given here makes the leaf a matrix, embeddings and heads included.
+        A ``MatrixAxes`` given here makes the leaf a matrix, embeddings and heads included. ``"strict"``: the rules,
+        and a ValueError where a leaf is ambiguous.
       dtypes: what ``axes`` may make a matrix of, ``jnp.floating`` or ``jnp.inexact``. The rules leave complex leaves
         to the fallback.
 
@@ -213,9 +214,26 @@ def resolve_axes(params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.fl
     """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     leaves = [Leaf(path_names(path), jnp.shape(value), jnp.result_type(value)) for path, value in flat]
-    read = list(map(Rules(leaves).read, leaves)) if axes is None else _read_given(made(axes, params), leaves, dtypes)
+    if axes is None or isinstance(axes, str):
+        read = list(map(Rules(leaves).read, leaves))
+        if axes is not None:
+            _refuse_ambiguous(axes, read)
+    else:
+        read = _read_given(made(axes, params), leaves, dtypes)
     shapes = {leaf.path: leaf.shape for leaf in read if jnp.issubdtype(leaf.dtype, jnp.floating)}
     return [leaf._replace(bias=_bias_path(leaf, shapes)) for leaf in read]
+
+
+def _refuse_ambiguous(axes: str, leaves: list[LeafAxes]) -> None:
+    if axes != "strict":
+        raise ValueError(
+            f"axes= must be None, 'strict', a tree of fo.MatrixAxes or a function of params; got {axes!r}."
+        )
+    if ambiguous := [leaf for leaf in leaves if leaf.is_ambiguous]:
+        raise ValueError(
+            f"axes='strict', and {how_many(ambiguous, leaves)} may be read in more ways than one: "
+            f"{listed(ambiguous)}. {INFERRED}."
+        )
 
 
 def _bias_path(leaf: LeafAxes, shapes: dict[str, tuple[int, ...]]) -> str | None:
@@ -266,7 +284,7 @@ def _read_given(tree: PyTree, leaves: list[Leaf], dtypes: DTypeLike) -> list[Lea
                 "None, the fallback."
             )
         return no_matrix(leaf, dtypes) or leaf.as_(
-            "matrix" if axes else "other", axes, "user" if axes else "user: fallback"
+            "matrix" if axes else "other", axes, GIVEN if axes else f"{GIVEN}: fallback"
         )
 
     return [read(leaf, entries[leaf.names]) for leaf in leaves]

@@ -7,7 +7,7 @@ import optax
 from jaxtyping import PyTree
 
 from .._arguments import in_range, one_of
-from ..capture.to_optimizer import layer_axes, on_layers
+from ..capture.to_optimizer import layer_axes, on_layers, unused_statistics
 from ..linalg.eigenbasis import LowRank
 from ..matrices.layout import Layer
 from ..preconditioner.contracts import Application, Decomposition, FactorRule, Refresh, Storage, refresh_of, storage_of
@@ -130,7 +130,9 @@ def direction(
     """``build`` on layers, and ``fallback``, a direction, on the rest; by default Adam."""
     rest = optax.scale_by_adam() if fallback is None else fallback
     describe = describing(method.describe, of_heads)
-    return skip_nonfinite(layers_with_fallback(name, build, rest, axes=axes, kinds=KINDS, describe=describe))
+    return skip_nonfinite(
+        layers_with_fallback(name, build, rest, axes=axes, kinds=KINDS, describe=describe, unused=unused_statistics)
+    )
 
 
 def optimizer(

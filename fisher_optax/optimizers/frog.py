@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._arguments import in_range, injectable, value_at
-from ..capture.to_optimizer import HOW, KINDS, on_layers
+from ..capture.to_optimizer import HOW, KINDS, on_layers, unused_statistics
 from ..matrices.layout import Layer
 from ..preconditioner.applications.conjugate_gradient import (
     Solve,
@@ -111,7 +111,8 @@ def frog(
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with
         this rate, decay and mask.
-      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params.
+      axes: None (rules by path and shape, see `fo.report`; an `fo.AxesWarning` names what they leave open), "strict"
+        (the same, as an error), a tree of `fo.MatrixAxes`, or a function of params.
       momentum_dtype: storage of M, default float32 at least.
 
     Raises:
@@ -178,7 +179,7 @@ def _scale_by(
         return _on_samples(direction, method, layers)
 
     rest = optax.scale_by_adam() if fallback is None else fallback
-    return skip_nonfinite(layers_with_fallback(method, build, rest, axes=axes, kinds=LAYERS))
+    return skip_nonfinite(layers_with_fallback(method, build, rest, axes=axes, kinds=LAYERS, unused=unused_statistics))
 
 
 def _complete(
@@ -198,7 +199,7 @@ def _complete(
         return chain(_on_samples(direction, method, layers), decay, rate)
 
     rest = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
-    return skip_nonfinite(layers_with_fallback(method, build, rest, axes=axes, kinds=LAYERS))
+    return skip_nonfinite(layers_with_fallback(method, build, rest, axes=axes, kinds=LAYERS, unused=unused_statistics))
 
 
 def _on_samples(direction: Freezable, method: str, layers: list[Layer]) -> Freezable:

@@ -104,8 +104,9 @@ def kfac(
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix (biases go with their kernels) and for embeddings, default
         ``optax.adamw`` with this rate, decay and mask.
-      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, e.g. from `fo.infer_axes`, or a
-        function of params.
+      axes: None (rules by path and shape, see `fo.report`; an `fo.AxesWarning` names what they leave open, and layers
+        that have statistics which they leave to the fallback), "strict" (an error where they leave something open), a
+        tree of `fo.MatrixAxes`, e.g. from `fo.infer_axes`, or a function of params.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without

@@ -1,12 +1,13 @@
 """KFAC-SOAP: Adam in the eigenbases of K-FAC's factors instead of Shampoo's."""
 
+import functools
 from collections.abc import Callable
 
 import optax
 from jaxtyping import PyTree
 
 from .._arguments import injectable
-from ..capture.to_optimizer import layer_axes, on_layers
+from ..capture.to_optimizer import layer_axes, on_layers, unused_statistics
 from ..matrices.layout import Layer
 from ..preconditioner.contracts import Refresh, Storage
 from ..preconditioner.factors import kronecker
@@ -62,7 +63,7 @@ def scale_by_kfac_soap(
         fallback,
         axes,
         adam=scheduled_adam(b1, b2, eps),
-        route=layers_with_fallback,
+        route=functools.partial(layers_with_fallback, unused=unused_statistics),
         on_matrices=_on_layers(method),
     )
 
@@ -136,7 +137,7 @@ def kfac_soap(
         weight_decay=weight_decay,
         mask=mask,
         adam=scheduled_adam(b1, b2, eps),
-        route=layers_with_fallback,
+        route=functools.partial(layers_with_fallback, unused=unused_statistics),
         on_matrices=_on_layers(method),
     )
 

@@ -124,7 +124,8 @@ def soap(
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix and for embeddings, default ``optax.adamw`` with the same
         arguments.
-      axes: None (rules by path and shape, see `fo.report`), a tree of `fo.MatrixAxes`, or a function of params.
+      axes: None (rules by path and shape, see `fo.report`; an `fo.AxesWarning` names what they leave open), "strict"
+        (the same, as an error), a tree of `fo.MatrixAxes`, or a function of params.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.

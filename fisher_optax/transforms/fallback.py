@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,15 +14,30 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
-from ..matrices.axes import LeafAxes, MatrixAxes, step_dtype
+from ..matrices.axes import INFERRED, LeafAxes, MatrixAxes, how_many, listed, step_dtype
 from ..matrices.layout import Layer, layers_of
 from ..matrices.rules import resolve_axes
 from .skip_nonfinite import Freezable, freezable
 
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
 BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
+Unused = Callable[[str, list[LeafAxes], PyTree], str | None]
 MATRIX, FALLBACK = "matrix", "fallback"
 _marking: contextvars.ContextVar[bool] = contextvars.ContextVar("marking", default=False)
+
+
+class AxesWarning(UserWarning):
+    """A method leaves to its fallback what may be a matrix.
+
+    Embeddings, heads, normalisations and biases go there without a word, and so does what ``axes=`` sends there.
+
+    Example:
+      >>> import warnings, jax.numpy as jnp, fisher_optax as fo
+      >>> with warnings.catch_warnings(record=True) as found:
+      ...     state = fo.soap(3e-3).init({"mixed": jnp.ones((2, 3, 4))})
+      >>> print(str(found[0].message)[:69])
+      soap: 1 leaf (100% of the parameters) may be matrices and go to the f
+    """
 
 
 @functools.partial(
@@ -79,9 +95,12 @@ def layers_with_fallback(
     axes: PyTree = None,
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
+    unused: Unused = lambda method, leaves, statistics: None,
 ) -> Freezable:
-    """`with_fallback`, where a matrix takes its bias along: ``build`` gets the layers among its own leaves."""
-    return _routed(method, build, fallback, axes, lambda leaves: layers_of(leaves, kinds), describe)
+    """`with_fallback`, where a matrix takes its bias along: ``build`` gets the layers among its own leaves.
+    ``unused(method, leaves, statistics)`` says what to warn of, if there is something, at a call.
+    """
+    return _routed(method, build, fallback, axes, lambda leaves: layers_of(leaves, kinds), describe, unused=unused)
 
 
 def _routed(
@@ -92,6 +111,7 @@ def _routed(
     layers_among: Callable[[list[LeafAxes]], list[Layer]],
     describe: Callable[[LeafAxes], dict[str, Any]],
     dtypes: DTypeLike = jnp.floating,
+    unused: Unused = lambda method, leaves, statistics: None,
 ) -> Freezable:
     require_transformation("fallback", fallback)
     rest = freezable(in_float32(fallback))
@@ -108,8 +128,16 @@ def _routed(
         labelled = jax.tree.structure(tree).unflatten(labels)
         return leaves, layers, optax.partition(tx, lambda _: labelled)  # a tree that could be called, it would call
 
+    warned: set[str] = set()
+
+    def warn(message: str | None) -> None:
+        if message is not None and message not in warned:
+            warned.add(message)
+            warnings.warn(message, AxesWarning, stacklevel=2)
+
     def init(params: PyTree) -> PyTree:
         leaves, layers, tx = routes(params)
+        warn(_unread(method, leaves))
         if is_recording():
             owners = {layer.kernel: layer for layer in layers}
             kernels = {layer.bias: layer.path for layer in layers if layer.bias is not None}
@@ -130,9 +158,22 @@ def _routed(
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> PyTree:
         # By the parameters' dtypes, as in `init`.
-        return routes(updates if params is None else params)[2].update(updates, state, params, **extra)
+        leaves, _, tx = routes(updates if params is None else params)
+        warn(unused(method, leaves, extra.get("statistics")))
+        return tx.update(updates, state, params, **extra)
 
     return Freezable(init, update)
+
+
+def _unread(method: str, leaves: list[LeafAxes]) -> str | None:
+    """What to say of leaves that may be matrices, and go to the fallback."""
+    ambiguous = [leaf for leaf in leaves if leaf.is_ambiguous]
+    if not ambiguous:
+        return None
+    return (
+        f"{method}: {how_many(ambiguous, leaves)} may be matrices and go to the fallback: {listed(ambiguous)}. "
+        f"{INFERRED}; axes='strict' makes this an error."
+    )
 
 
 def is_matrix(leaf: LeafAxes, kinds: tuple[str, ...]) -> bool:

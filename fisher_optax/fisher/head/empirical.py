@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from ...linalg.factorisations import eigenpairs, frequent_directions
+from ...linalg.blocks import eigenpairs, frequent_directions
 from .solve import (
     check_counted,
     check_sketch,

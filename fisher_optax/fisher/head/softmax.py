@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
-from ...linalg.factorisations import exact_sum, frequent_directions
+from ...linalg.blocks import exact_sum, frequent_directions
 from . import solve as head_solve
 from .solve import (
     check_counted,

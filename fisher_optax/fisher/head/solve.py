@@ -31,7 +31,7 @@ from jax.lax import Precision
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from ...linalg.factorisations import eigenpairs, exact_sum, one_by_one
+from ...linalg.blocks import eigenpairs, exact_sum, one_by_one
 
 
 def matmul(A: Array, B: Array) -> Array:

@@ -1,0 +1,88 @@
+"""A matrix that a method leaves to its fallback is named, once; a word makes it an error."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fisher_optax as fo
+
+METHODS = {
+    "soap": fo.soap,
+    "muon": fo.muon,
+    "shampoo": fo.shampoo,
+    "kl_soap": fo.kl_soap,
+    "dykaf": fo.dykaf,
+    "kfac": fo.kfac,
+    "ekfac": fo.ekfac,
+    "kfac_soap": fo.kfac_soap,
+    "frog": fo.frog,
+}
+MIXED = {"mixed": jnp.ones((2, 3, 4)), "dense": {"kernel": jnp.ones((4, 6)), "bias": jnp.zeros(6)}}
+MEANT = {"mixed": fo.MatrixAxes(1, 2, 0), "dense": {"kernel": fo.MatrixAxes(), "bias": None}}
+
+
+def warned(f: Any, *args: Any, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        f(*args, **options)
+    assert all(issubclass(x.category, fo.AxesWarning) for x in found)
+    return [str(x.message) for x in found]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_init_names_what_is_ambiguous_once_with_its_share_and_the_cure(name: str) -> None:
+    tx = METHODS[name](1e-3)
+    (message,) = warned(tx.init, MIXED)
+    assert message.startswith(
+        f"{name}: 1 leaf (44% of the parameters) may be matrices and go to the fallback: 'mixed' "
+    )
+    assert "of shape (2, 3, 4)" in message
+    assert "axes=fo.infer_axes(loss_fn, params, batch)" in message
+    assert warned(tx.init, MIXED) == warned(jax.eval_shape, tx.init, MIXED) == []
+
+
+def test_what_is_meant_for_the_fallback_goes_there_without_a_word() -> None:
+    """By its kind, or because somebody said so."""
+    model = {
+        "wte": {"embedding": jnp.ones((9, 4))},
+        "norm": {"scale": jnp.ones((3, 4))},
+        "lm_head": {"kernel": jnp.ones((4, 9)), "bias": jnp.zeros(9)},
+        "dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)},
+        "nothing": jnp.zeros((0, 2, 2)),
+        "count": jnp.zeros((2, 2, 2), jnp.int32),
+    }
+    assert warned(fo.soap(1e-3).init, model) == warned(fo.muon(1e-3).init, model) == []
+    for axes in (MEANT, {**MEANT, "mixed": None}, lambda params: MEANT):
+        assert warned(fo.soap(1e-3, axes=axes).init, MIXED) == []
+    fo.soap(1e-3, axes="strict").init(model)
+
+
+def test_a_word_makes_it_an_error() -> None:
+    with pytest.raises(ValueError, match=r"axes='strict', and 1 leaf \(44% of the parameters\) .*'mixed' of shape"):
+        fo.soap(1e-3, axes="strict").init(MIXED)
+    with pytest.raises(ValueError, match=r"axes= must be None, 'strict', .*; got 'strct'"):
+        fo.kfac(1e-3, axes="strct").init(MIXED)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(fo.kfac, fo.KroneckerFactors()), (fo.frog, fo.LayerSamples(4))])
+def test_statistics_of_what_goes_to_the_fallback_by_its_name_are_named_at_the_trace(make: Any, kind: Any) -> None:
+    """A matrix called scale is read as a normalisation's, until the program is asked."""
+    params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.zeros(4)}, "gate": {"scale": jnp.ones((4, 2))}}
+
+    def loss(p: Any, x: jax.Array) -> jax.Array:
+        return fo.losses.gaussian((x @ p["dense"]["kernel"] + p["dense"]["bias"]) @ p["gate"]["scale"], x[:, :2])
+
+    x = jnp.linspace(0.1, 1, 15).reshape(5, 3)
+    _, grads, stats = fo.value_and_grad(loss, kind)(params, x)
+    tx = make(1e-3)
+    state = tx.init(params)
+    update = jax.jit(lambda g, s, stats: tx.update(g, s, params, statistics=stats))
+    (message,) = warned(update, grads, state, stats)
+    assert message.startswith(f"{make.__name__}: 1 leaf (33% of the parameters) have statistics")
+    assert "'gate/scale' of shape (4, 2)" in message
+    assert warned(update, grads, state, stats) == []
+    inferred = make(1e-3, axes=fo.infer_axes(loss, params, x, statistics=kind))
+    assert warned(inferred.update, grads, inferred.init(params), params, statistics=stats) == []
