@@ -94,7 +94,8 @@ def ewc_penalty(
     Args:
       fisher: a `DiagonalFisher` by parameter, or its mean; what is None there is not held.
       params: θ*, where it was taken.
-      strength: 1 counts the old task as one example; its number of examples is the Bayesian choice.
+      strength: how many of the new task's terms the old one counts for. With N_old examples then, the Bayesian choice
+        is N_old for a loss that is a sum over examples, and N_old / N_new for their mean over N_new.
 
     Raises:
       ValueError: for a Fisher that has not the parameters' shapes, as one of groups.
