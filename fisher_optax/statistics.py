@@ -24,7 +24,9 @@ Side = Array | LowRank | Logits | None  # of a layer's statistics; None: not ask
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("left", "right", "squares", "weight"), meta_fields=("bias", "axes")
+    jax.tree_util.register_dataclass,
+    data_fields=("left", "right", "squares", "weight", "divisor"),
+    meta_fields=("bias", "axes"),
 )
 @dataclasses.dataclass(frozen=True)
 class LayerFactors:
@@ -39,14 +41,16 @@ class LayerFactors:
     left: PyTree  # (*batch, m, m); of an embedding, its diagonal (V,); or `LowRank`
     right: PyTree  # (*batch, n, n), `LowRank` or `Logits`
     squares: PyTree  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
-    weight: PyTree  # (): how many inputs it is the mean of
+    weight: PyTree  # (): how many inputs ``left`` is the mean of
     bias: str | None = None
     axes: MatrixAxes | None = None
+    # (): what the loss was divided by, which ``right`` and ``squares`` are means over; None: as many as ``weight``
+    divisor: PyTree = None
 
     def finite_probes(self) -> list[PyTree]:
         """Of a second moment its diagonal, which bounds all of it."""
         sides = [_diagonal(side) if hasattr(side, "ndim") else side for side in (self.left, self.right)]
-        return [self.squares, self.weight, *sides]
+        return [self.squares, self.weight, self.divisor, *sides]
 
 
 def _diagonal(side: Array) -> Array:

@@ -11,18 +11,17 @@ from jaxtyping import Array, PyTree
 
 from ..linalg.eigenbasis import LowRank
 from ..matrices.axes import path_names
-from ..statistics import LayerStatistics, Logits, Samples, Side, is_statistics
+from ..statistics import LayerFactors, LayerStatistics, Logits, Samples, Side, is_statistics
 
 AxisNames = Hashable | tuple[Hashable, ...]  # of a mapped axis, or several
 
 
 def accumulate_statistics(so_far: PyTree, new: PyTree) -> PyTree:
-    """The statistics of both batches together: means weighted by the number of positions behind each.
+    """The statistics of both batches together, as if they had been one: ``left`` a mean weighted by the number of
+    positions behind each, ``right`` and ``squares`` by what each loss was divided by, the sum of its weights.
 
     `optax.MultiSteps` hands on only the last micro-batch's extra arguments, so gather the others' here and pass the
     result with the last one. Rows and samples, which stand for the whole, are those of both, one after the other.
-    ``right`` and ``squares`` are the whole batch's where what each loss was divided by is in proportion to its
-    positions, as for padded tokens; not under other weights than 0 and 1, nor a ``mask`` of sequences with one loss.
 
     Args:
       so_far: statistics of the earlier micro-batches; None: there were none, and the result is ``new`` itself.
@@ -55,11 +54,10 @@ def accumulate_statistics(so_far: PyTree, new: PyTree) -> PyTree:
 def all_reduce_statistics(statistics: PyTree, axis: AxisNames) -> PyTree:
     """The statistics of all devices along a mapped axis together, from each device's own.
 
-    Means weighted by the number of positions behind each; rows, samples and logits of all devices, one after the other,
+    Means weighted as by `accumulate_statistics`; rows, samples and logits of all devices, one after the other,
     which an average would mix. It is for statistics that differ between devices: from `jax.pmap`, a `jax.shard_map`
     with ``check_vma=False``, or parameters that vary. Where the loss is averaged inside a `jax.shard_map`,
-    `value_and_grad` has done it, and whatever losses are divided by; here ``right`` and ``squares`` are the
-    whole batch's where that is in proportion to positions, as in `accumulate_statistics`.
+    `value_and_grad` has done it.
 
     Args:
       statistics: from `value_and_grad`, on each device. None and other leaves stay as they are.
@@ -85,17 +83,19 @@ def all_reduce_statistics(statistics: PyTree, axis: AxisNames) -> PyTree:
             place = _sample_axis(x)
             inputs, gradients = gather(x.inputs, place), gather(x.gradients, place)
             return dataclasses.replace(x, inputs=inputs, gradients=gradients, weight=total)
-        share = x.weight / jnp.where(total == 0, 1, total)
+        divisor = jax.lax.psum(_divisor(x), axis)
+        of_inputs, of_gradients = x.weight / _or_one(total), _divisor(x) / _or_one(divisor)
 
-        def mean(side: Side) -> Side:
+        def mean(side: Side, share: Array) -> Side:
             if isinstance(side, Logits):
                 return jax.tree.map(lambda y: gather(y, 0), _shared(side, share))
             if isinstance(side, LowRank):
                 return LowRank(gather(side.rows * share**0.5, -2))
             return None if side is None else jax.lax.psum(share * side, axis)
 
-        means = {side: mean(getattr(x, side)) for side in ("left", "right", "squares")}
-        return dataclasses.replace(x, **means, weight=total)
+        left, right = mean(x.left, of_inputs), mean(x.right, of_gradients)
+        squares = mean(x.squares, of_gradients)
+        return LayerFactors(left, right, squares, total, x.bias, x.axes, None if x.divisor is None else divisor)
 
     return jax.tree.map(lambda x: of_all(x) if is_statistics(x) else x, statistics, is_leaf=is_statistics)
 
@@ -116,13 +116,14 @@ def _both(path: KeyPath, a: Any, b: Any) -> Any:
             "both from the same fo.value_and_grad."
         )
     total = a.weight + b.weight
-    share_b = b.weight / jnp.where(total == 0, 1, total)
-    share_a = 1 - share_b
     if isinstance(a, Samples):
         inputs, gradients = _joined(a.inputs, b.inputs, a), _joined(a.gradients, b.gradients, a)
         return dataclasses.replace(a, inputs=inputs, gradients=gradients, weight=total)
 
-    def mean(x: Any, y: Any) -> Side:
+    divisor = _divisor(a) + _divisor(b)
+
+    def mean(x: Any, y: Any, share_b: Array) -> Side:
+        share_a = 1 - share_b
         if x is None:
             return None
         if isinstance(x, Logits):
@@ -131,14 +132,23 @@ def _both(path: KeyPath, a: Any, b: Any) -> Any:
             return LowRank(jnp.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
         return share_a * x + share_b * y
 
-    means = {side: mean(getattr(a, side), getattr(b, side)) for side in ("left", "right", "squares")}
-    return dataclasses.replace(a, **means, weight=total)
+    of_inputs, of_gradients = b.weight / _or_one(total), _divisor(b) / _or_one(divisor)
+    left, right = mean(a.left, b.left, of_inputs), mean(a.right, b.right, of_gradients)
+    squares, divisor = mean(a.squares, b.squares, of_gradients), None if a.divisor is None else divisor
+    return LayerFactors(left, right, squares, total, a.bias, a.axes, divisor)
+
+
+def _divisor(statistics: LayerFactors) -> Array:
+    return statistics.weight if statistics.divisor is None else statistics.divisor
+
+
+def _or_one(total: Array) -> Array:
+    return jnp.where(total == 0, 1, total)
 
 
 def _shared(tokens: Logits, share: Array) -> Logits:
     """Tokens whose weights add up to their share of all."""
-    total = tokens.weights.sum()
-    return tokens._replace(weights=share * tokens.weights / jnp.where(total == 0, 1, total))
+    return tokens._replace(weights=share * tokens.weights / _or_one(tokens.weights.sum()))
 
 
 def _joined(x: Array, y: Array, samples: Samples) -> Array:

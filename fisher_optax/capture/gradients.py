@@ -149,6 +149,9 @@ def _evaluate(
     (value, aux), grads, raw, at_losses = _differentiate(traced, watched, probes, pairs, watch, passes)
     found = {leaf.number: kind.finish(leaf, sums, N) for leaf, sums in zip(watched, raw, strict=True)}
     tokens = kind.head_tokens()
+    if fisher != "empirical":
+        # Gradients of drawn labels come divided, so that no kind can know it.
+        found = {number: _divided_by(counted.total, x) for number, x in found.items()}
     for leaf in watched:
         if leaf.head is not None and tokens is not None:
             right = tokens_of(at_losses, leaf, traced.operands[leaf.number], tokens)
@@ -212,6 +215,12 @@ def _differentiate(
 def _mean_of_inputs(total: list[list[Sums]], passes: int) -> list[list[Sums]]:
     """Sums over backward passes, of which each has seen the same inputs."""
     return [[{k: x / passes if k in SEEN_AGAIN else x for k, x in slot.items()} for slot in s] for s in total]
+
+
+def _divided_by(total: ArrayLike | None, statistics: PyTree) -> PyTree:
+    if total is None or not isinstance(statistics, LayerFactors):
+        return statistics
+    return dataclasses.replace(statistics, divisor=jnp.where(statistics.weight > 0, total, 0))
 
 
 def _with_path(statistics: PyTree, leaf: LeafPlan, leaves: list[LeafPlan]) -> PyTree:

@@ -237,7 +237,10 @@ class KroneckerFactors(StatisticsKind):
                 found[side] = in_leaf_order(x, plan)
         if "squares" in raw:
             found["squares"] = in_leaf_order(times(raw["squares"], N), plan)
-        return LayerFactors(found.get("left"), found.get("right"), found.get("squares"), jnp.mean(raw["count"]))
+        sides = found.get("left"), found.get("right"), found.get("squares")
+        weight = jnp.mean(raw["count"])
+        # A loss without anything that counts is divided by 1.
+        return LayerFactors(*sides, weight, divisor=jnp.where(weight > 0, jnp.mean(jnp.asarray(N)), 0))
 
 
 @dataclasses.dataclass(frozen=True)
