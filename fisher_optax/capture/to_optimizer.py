@@ -157,7 +157,8 @@ def _with_bias(statistics: LayerStatistics, layer: Layer) -> LayerStatistics:
 def unused_statistics(method: str, leaves: list[LeafAxes], statistics: PyTree) -> str | None:
     """What to say of leaves that have statistics, and go to the fallback by their names."""
     captured = {} if statistics is None else statistics_by_path(statistics)
-    left = [x for x in leaves if x.kind == "other" and x.axes is None and x.path in captured and not x.is_given]
+    real = [x for x in leaves if x.kind == "other" and jnp.issubdtype(x.dtype, jnp.floating)]
+    left = [x for x in real if x.axes is None and x.path in captured and not x.is_given]
     if not left:
         return None
     return (
