@@ -66,3 +66,12 @@ def test_an_application_without_factors_gets_what_update_gets() -> None:
     np.testing.assert_array_equal(updates["kernel"], 3)
     with pytest.raises(ValueError, match="precondition_frequency must be an integer of at least 1; got 0"):
         fo.precondition(None, None, polar, precondition_frequency=0)
+
+
+def test_factors_of_statistics_are_for_methods_of_layers() -> None:
+    """`fo.precondition` has no layers to align statistics with."""
+    application = fo.applications.damped(1e-3, -1.0)
+    with pytest.raises(TypeError, match=r"takes factors of gradients; 'Kronecker' ones follow .* fo.kfac, fo.ekfac"):
+        fo.precondition(
+            fo.factors.kronecker(0.95), fo.decompositions.with_eigenvalues(fo.decompositions.eigh()), application
+        )

@@ -66,7 +66,7 @@ def precondition(
       kinds: what the method takes of "matrix", "head" and "embedding" (see `fo.label_params`).
 
     Raises:
-      TypeError: where the application does not accept what the decomposition returns.
+      TypeError: where the application does not accept what the decomposition returns, and for factors of statistics.
       ValueError: for an option out of range.
 
     Example (SOAP with Lion inside):
@@ -78,6 +78,11 @@ def precondition(
     storage = storage_of("precondition", storage, FACTORS)
     rest = optax.scale_by_adam() if fallback is None else fallback
     check_cell(factors, decomposition, application)
+    if factors is not None and factors.of_statistics:
+        raise TypeError(
+            f"fo.precondition takes factors of gradients; {factors.name!r} ones follow the statistics of layers, which "
+            "fo.kfac, fo.ekfac and fo.kfac_soap take: update(grads, state, params, statistics=stats)."
+        )
     _check_numbers(precondition_frequency, max_precond_dim, max_stack)
     if factors is None or decomposition is None:
         return skip_nonfinite(_alone(application, storage, max_stack, rest, axes, kinds))
