@@ -18,22 +18,28 @@ WEIGHTS = {
     "one part counts for nothing": np.asarray([1.0] * 4 + [0.0] * 8),
 }
 PARTS = (slice(0, 4), slice(4, 6), slice(6, 12))
-OF_BATCH = {
-    "empirical": fo.KroneckerFactors(),
-    "squares": fo.KroneckerFactors(squares=True),
-    "true": fo.KroneckerFactors(),
-}
 
 
 def loss(p: Any, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
     return fo.losses.softmax_cross_entropy(jnp.tanh(x @ p["first"]) @ p["second"], y, w)
 
 
+def jitted(**options: Any) -> Any:
+    grad_fn = fo.value_and_grad(loss, **options)
+    bases = {"bases": dict.fromkeys(PARAMS, (None, None))} if "statistics" in options else {}
+    return jax.jit(lambda *args: grad_fn(*args, **bases)[2])
+
+
+OF_BATCH = {
+    "empirical": jitted(),
+    "squares": jitted(statistics=fo.KroneckerFactors(squares=True)),
+    "true": jitted(fisher="true"),
+}
+
+
 def statistics_of(name: str, part: Any, w: np.ndarray) -> Any:
-    kind, fisher = OF_BATCH[name], "true" if name == "true" else "empirical"
-    bases = {"bases": dict.fromkeys(PARAMS, (None, None))} if kind.squares else {}
     params, *batch = jax.tree.map(jnp.asarray, (PARAMS, X, Y, w))
-    return fo.value_and_grad(loss, kind, fisher=fisher)(params, *(x[part] for x in batch), **bases)[2]
+    return OF_BATCH[name](params, *(x[part] for x in batch))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -6,9 +6,13 @@ import types
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import fisher_optax as fo
 from tests.standins import factors, fed, samples
 
+# Leaves of its trees have two readings, and go to the fallback.
+pytestmark = pytest.mark.filterwarnings("ignore::fisher_optax.AxesWarning")
 # Constant rates, with which the suite's problems are solved in its 30,000 steps.
 OURS: dict[str, tuple[Any, dict[str, Any]]] = {
     "soap": (fo.soap, {"learning_rate": 1e-2}),

@@ -218,7 +218,7 @@ def _mean_of_inputs(total: list[list[Sums]], passes: int) -> list[list[Sums]]:
 
 
 def _divided_by(total: ArrayLike | None, statistics: PyTree) -> PyTree:
-    if total is None or not isinstance(statistics, LayerFactors):
+    if total is None or not isinstance(statistics, LayerFactors) or statistics.divisor is None:
         return statistics
     return dataclasses.replace(statistics, divisor=jnp.where(statistics.weight > 0, total, 0))
 

@@ -34,6 +34,7 @@ class AxesWarning(UserWarning):
     Example:
       >>> import warnings, jax.numpy as jnp, fisher_optax as fo
       >>> with warnings.catch_warnings(record=True) as found:
+      ...     warnings.simplefilter("always")
       ...     state = fo.soap(3e-3).init({"mixed": jnp.ones((2, 3, 4))})
       >>> print(str(found[0].message)[:69])
       soap: 1 leaf (100% of the parameters) may be matrices and go to the f

@@ -239,6 +239,8 @@ class KroneckerFactors(StatisticsKind):
             found["squares"] = in_leaf_order(times(raw["squares"], N), plan)
         sides = found.get("left"), found.get("right"), found.get("squares")
         weight = jnp.mean(raw["count"])
+        if not self.of_gradients():
+            return LayerFactors(*sides, weight)
         # A loss without anything that counts is divided by 1.
         return LayerFactors(*sides, weight, divisor=jnp.where(weight > 0, jnp.mean(jnp.asarray(N)), 0))
 
