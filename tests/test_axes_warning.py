@@ -36,12 +36,15 @@ def warned(f: Any, *args: Any, **options: Any) -> list[str]:
 @pytest.mark.parametrize("name", METHODS)
 def test_init_names_what_is_ambiguous_once_with_its_share_and_the_cure(name: str) -> None:
     tx = METHODS[name](1e-3)
-    (message,) = warned(tx.init, MIXED)
+    (message,) = warned(jax.eval_shape, tx.init, MIXED)
     assert message.startswith(
         f"{name}: 1 leaf (44% of the parameters) may be matrices and go to the fallback: 'mixed' "
     )
     assert "of shape (2, 3, 4)" in message
     assert "axes=fo.infer_axes(loss_fn, params, batch)" in message
+    with pytest.warns(fo.AxesWarning) as found:
+        jax.eval_shape(METHODS[name](1e-3).init, MIXED)
+    assert found[0].filename == __file__
     assert warned(jax.eval_shape, tx.init, MIXED) == []
 
 
@@ -53,6 +56,8 @@ def test_what_is_meant_for_the_fallback_goes_there_without_a_word() -> None:
         "lm_head": {"kernel": jnp.ones((4, 9)), "bias": jnp.zeros(9)},
         "dense": {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)},
         "nothing": jnp.zeros((0, 2, 2)),
+        "cls": jnp.zeros((1, 1, 8)),
+        "temperature": jnp.ones((3, 1, 1)),
         "count": jnp.zeros((2, 2, 2), jnp.int32),
     }
     for make in (fo.soap, fo.muon):

@@ -56,6 +56,28 @@ def test_micro_batches_add_up_to_the_batch(name: str, weights: str) -> None:
     )
 
 
+def test_of_several_losses_labels_drawn_are_averaged_by_positions() -> None:
+    """Each loss has weights of its own, and no sum of them is the batch's."""
+
+    def two(p: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits = jnp.tanh(x @ p["first"]) @ p["second"]
+        return fo.losses.softmax_cross_entropy(logits, y) + fo.losses.gaussian(logits, jnp.zeros_like(logits))
+
+    params, x, y = jax.tree.map(jnp.asarray, (PARAMS, X, Y))
+    grad_fn = fo.value_and_grad(two, fisher="mc")
+    parts = [grad_fn(params, x[p], y[p], fisher_key=jax.random.key(0))[2] for p in (slice(0, 2), slice(2, 12))]
+    total = fo.accumulate_statistics(*parts)["first"]
+    assert float(total.divisor) == float(total.weight) == 12
+    wanted = sum(part["first"].weight * part["first"].right for part in parts) / 12
+    np.testing.assert_allclose(total.right, wanted, rtol=1e-5)
+
+
+def test_the_divisor_is_no_coarser_than_the_count() -> None:
+    """A sum of weights in bfloat16 would stand still at 256."""
+    grad_fn = fo.value_and_grad(lambda W, x: fo.losses.gaussian(x @ W, x), normalizer=jnp.ones([], jnp.bfloat16))
+    assert grad_fn(jnp.ones((3, 3)), jnp.ones((4, 3)))[2].divisor.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("name", OF_BATCH)
 @pytest.mark.usefixtures("x64")
 def test_devices_of_different_weights_add_up_to_the_batch(name: str) -> None:

@@ -218,9 +218,12 @@ def _mean_of_inputs(total: list[list[Sums]], passes: int) -> list[list[Sums]]:
 
 
 def _divided_by(total: ArrayLike | None, statistics: PyTree) -> PyTree:
-    if total is None or not isinstance(statistics, LayerFactors) or statistics.divisor is None:
+    """Statistics of drawn labels; of several losses, whose weights nobody adds up, by their positions."""
+    if not isinstance(statistics, LayerFactors) or statistics.divisor is None:
         return statistics
-    return dataclasses.replace(statistics, divisor=jnp.where(statistics.weight > 0, total, 0))
+    weight = statistics.weight
+    divisor = weight if total is None else jnp.where(weight > 0, total, 0).astype(weight.dtype)
+    return dataclasses.replace(statistics, divisor=divisor)
 
 
 def _with_path(statistics: PyTree, leaf: LeafPlan, leaves: list[LeafPlan]) -> PyTree:

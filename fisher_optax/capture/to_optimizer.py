@@ -158,7 +158,7 @@ def unused_statistics(method: str, leaves: list[LeafAxes], statistics: PyTree) -
     """What to say of leaves that have statistics, and go to the fallback by their names."""
     captured = {} if statistics is None else statistics_by_path(statistics)
     real = [x for x in leaves if x.kind == "other" and jnp.issubdtype(x.dtype, jnp.floating)]
-    left = [x for x in real if x.axes is None and x.path in captured and not x.is_given]
+    left = [x for x in real if x.axes is None and x.path in captured and not (x.is_given or x.is_ambiguous)]
     if not left:
         return None
     return (

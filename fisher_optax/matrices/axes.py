@@ -108,8 +108,9 @@ class LeafAxes(NamedTuple):
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether it may be a matrix, in more ways than one."""
-        return self.kind == "other" and self.reason.startswith(AMBIGUOUS)
+        """Whether it may be a matrix, in more ways than one: two of its axes are longer than 1."""
+        long = sum(d > 1 for d in self.shape) > 1
+        return long and self.kind == "other" and self.reason.startswith(AMBIGUOUS)
 
 
 def how_many(some: list[LeafAxes], leaves: list[LeafAxes]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -118,7 +118,7 @@ class Preconditioner:
         params: PyTree = None,
         *,
         accept: Bool[Array, ""] | None = None,
-        statistics: Sequence[LayerFactors] | None = None,
+        statistics: PyTree = None,  # a list of `LayerFactors` where factors are of these
         **extra: PyTree,
     ) -> tuple[PyTree, PreconditionState]:
         del params
@@ -126,9 +126,11 @@ class Preconditioner:
         if not leaves:
             return updates, state
         stacks = to_stacks(leaves, axes, self.storage.block_size)
-        sides = {}
-        if statistics is not None and self.factors.of_statistics:
+        sides: dict[str, LayerFactors] = {}
+        if self.factors.of_statistics and statistics is not None:
             sides = sides_to_stacks(statistics, leaves, axes, self.storage.block_size)
+        elif statistics is not None:
+            extra["statistics"] = statistics  # whatever they are to what runs inside
         step = Step(self.factors, self.application, self.storage, self.skip_first, self.max_stack, extra, accept)
         of_all = functools.partial(self._renewed, step, state.count)
         operands = (stacks, state.matrices, sides, self._actions(stacks, state.count, accept))

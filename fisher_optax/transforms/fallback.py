@@ -4,6 +4,8 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import sys
+import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ from .skip_nonfinite import Freezable, freezable
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
 BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
 Unused = Callable[[str, list[LeafAxes], PyTree], str | None]
+LIBRARIES = {"fisher_optax", "optax", "jax", "jaxtyping", "beartype", "contextlib"}
 MATRIX, FALLBACK = "matrix", "fallback"
 _marking: contextvars.ContextVar[bool] = contextvars.ContextVar("marking", default=False)
 
@@ -134,7 +137,7 @@ def _routed(
     def warn(message: str | None) -> None:
         if message is not None and message not in warned:
             warned.add(message)
-            warnings.warn(message, AxesWarning, stacklevel=2)
+            warnings.warn(message, AxesWarning, stacklevel=_level_outside(sys._getframe()))
 
     def init(params: PyTree) -> PyTree:
         leaves, layers, tx = routes(params)
@@ -164,6 +167,14 @@ def _routed(
         return tx.update(updates, state, params, **extra)
 
     return Freezable(init, update)
+
+
+def _level_outside(frame: types.FrameType) -> int:
+    """How far up from ``frame`` the first one is that is of no library here: a warning's place is the user's line."""
+    level = 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _unread(method: str, leaves: list[LeafAxes]) -> str | None:

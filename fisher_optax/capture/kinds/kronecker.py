@@ -242,7 +242,8 @@ class KroneckerFactors(StatisticsKind):
         if not self.of_gradients():
             return LayerFactors(*sides, weight)
         # A loss without anything that counts is divided by 1.
-        return LayerFactors(*sides, weight, divisor=jnp.where(weight > 0, jnp.mean(jnp.asarray(N)), 0))
+        divisor = jnp.where(weight > 0, jnp.mean(jnp.asarray(N, weight.dtype)), 0)
+        return LayerFactors(*sides, weight, divisor=divisor)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Run any Optax transformation in the eigenbasis of the factors: ``U = Q_L f(Q_Lᵀ G Q_R) Q_Rᵀ``.
 
 The inner state stays in the basis. When the basis turns, moments must turn with it, or they speak of directions that
-are gone: fields named in ``linear``
-are rotated like a gradient, fields named in ``quadratic`` are carried like its square. A direction that gradients never
-had gets no step: what an inner transformation makes of rounding (`rounding` says what that is) is left out.
+are gone: fields named in ``linear`` are rotated like a gradient, fields named in ``quadratic`` are carried like its
+square. A direction that gradients never had gets no step: what an inner transformation makes of rounding is left out
+(`counts`).
 """
 
 from collections.abc import Iterator
