@@ -19,6 +19,8 @@ from .products import Products, Symmetric, inverse_root, row_sizes, unit_frobeni
 # How far rounding may carry an eigenvalue of R before a Gram iteration restarts: less than the polynomials' own ripple.
 # Measured, float32 to bfloat16, rank one, half rank and singular values to 1e-6: bounded at .13, divergent at .27.
 DRIFT = 0.1
+# Short sides of matrices whose products take no time to speak of: "direct" compiles in two thirds of the time of "gram".
+SMALL = 32
 
 
 def orthogonalize(
@@ -49,7 +51,8 @@ def orthogonalize(
       X: matrices in the last two axes; tall ones are multiplied from the right instead of being transposed. Where they
         are complex, ᵀ is the conjugate transpose everywhere, and the result is (semi-)unitary.
       polynomial: a triple (a, b, c) for each step; default `polar_express()`.
-      method: "direct", "gram", or "auto": the one with fewer flops, which is "gram" where ``m > 1.5 n``.
+      method: "direct", "gram", or "auto": the one with fewer flops, which is "gram" where ``m > 1.5 n``; but "direct",
+        which is the shorter program and the more accurate one, where ``n < 32`` and flops take no time.
       restarts: steps before which "gram" forms X and R anew. R loses the square of a singular value to rounding below
         its unit roundoff u, and the error grows by a² a step; ``None`` restarts before it reaches .1 (`restart_steps`):
         never for five Polar Express steps in float32, once for eight, once for five in float16 or TF32.
@@ -88,7 +91,7 @@ def orthogonalize(
         if wanted is None:
             wanted = restart_steps(polynomial, _unit_roundoff(dtype, precision, platform.roundoff))
         fewer = gram_flops(rows, long, len(polynomial), wanted) < direct_flops(rows, long, len(polynomial))
-        gram = method == "gram" or (method == "auto" and fewer)
+        gram = method == "gram" or (method == "auto" and fewer and short >= SMALL)
         return _Plan(rows, tuple(wanted) if gram else None)
 
     def run(plan: _Plan, X: Array) -> Array:

@@ -199,6 +199,7 @@ def over_stack(
     *,
     max_stack: int,
     grouped: bool = False,
+    batched: bool = False,
 ) -> tuple[PyTree, PyTree]:
     """``step_one`` of every matrix of the stack: trees of arrays, each with the stack along its leading axis.
 
@@ -211,6 +212,7 @@ def over_stack(
       read: what does not change.
       max_stack: how many go in one batch, at most.
       grouped: whether a CPU may take several at once, too.
+      batched: whether ``step_one`` takes several along a leading axis, of every array.
     """
     everything = (overwritten, copied, read)
     largest = max(jax.tree.leaves(everything), key=lambda x: x.size)
@@ -223,7 +225,7 @@ def over_stack(
         if at_once == 1:
             return _in_place(step_one, *stacks)
         groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), stacks)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(jax.vmap(step_one), *groups))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(step_one if batched else jax.vmap(step_one), *groups))
 
     def at_once(platform: Platform) -> int:
         if platform.numbers_at_once is None:

@@ -93,7 +93,7 @@ def muon(
         (the same, as an error), a tree of `fo.MatrixAxes`, or a function of params. Complex leaves that it names get
         the unitary polar factor; the rules leave them to the fallback.
       momentum_dtype: storage of the momentum, default float32 at least.
-      method: "direct", "gram", or "auto": whichever takes fewer flops for the shape.
+      method: "direct", "gram", or "auto", as in `fo.linalg.orthogonalize`.
       dtype: what the iteration runs in, default float32 at least.
       max_stack: at most so many matrices of one shape are iterated as one batch.
       mesh_axis: share the iterations out over this axis of the mesh in scope.
@@ -135,7 +135,7 @@ def _orthogonalized(
     """The polar factor of every matrix, of their axes."""
     whole("max_stack", max_stack, 1)
     tx = polar(polynomial, scale, method=method, dtype=dtype)
-    return lambda matrices: per_matrix(tx, matrices, max_stack=max_stack, mesh_axis=mesh_axis)
+    return lambda matrices: per_matrix(tx, matrices, max_stack=max_stack, mesh_axis=mesh_axis, batched=True)
 
 
 def _on_matrices(

@@ -32,6 +32,7 @@ def per_matrix(
     block_size: int | None = None,
     max_stack: int = 256,
     mesh_axis: str | None = None,
+    batched: bool = False,
 ) -> Freezable:
     """``tx`` of every matrix of a tree whose leaves are all matrices, with these axes.
 
@@ -43,6 +44,8 @@ def per_matrix(
       block_size: cut longer sides into blocks of at most this.
       max_stack: at most so many matrices of one shape go in one batch.
       mesh_axis: share the matrices and their state out over this axis of the mesh in scope.
+      batched: whether ``tx`` takes matrices along leading axes, and needs no `jax.vmap`, which traces the choices by
+        platform within it a second time.
     """
 
     step = optax.with_extra_args_support(tx)
@@ -72,7 +75,7 @@ def per_matrix(
             return U, select(accept, new, inner)
 
         def of_stack(G: Array, inner: PyTree) -> tuple[Array, PyTree]:
-            return over_stack(step_one, G, inner, (), max_stack=max_stack, grouped=True)
+            return over_stack(step_one, G, inner, (), max_stack=max_stack, grouped=True, batched=batched)
 
         directions, matrices, last = {}, {}, None
         for key, Gs in by_shape(leaves, axes, block_size).items():
@@ -105,7 +108,7 @@ def polar(
     method: str = "auto",
     dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    """``U = scale(m, n) · polar(G)`` of one matrix, by a Newton-Schulz iteration; `fo.applications.orthogonal` has the
+    """``U = scale(m, n) · polar(G)`` of matrices, by a Newton-Schulz iteration; `fo.applications.orthogonal` has the
     arguments, and what they raise.
     """
     coefficients = linalg.polar_express() if polynomial is None else linalg.as_polynomial(polynomial)
@@ -113,8 +116,8 @@ def polar(
     if method not in ("auto", "direct", "gram"):
         raise ValueError(f"method must be 'auto', 'direct' or 'gram'; got {method!r}.")
 
-    def factor(G: Inexact[Array, "m n"]) -> Array:
-        return shape_scale(scale, *G.shape) * linalg.orthogonalize(G, coefficients, method=method, dtype=dtype)
+    def factor(G: Inexact[Array, "*batch m n"]) -> Array:
+        return shape_scale(scale, *G.shape[-2:]) * linalg.orthogonalize(G, coefficients, method=method, dtype=dtype)
 
     def step(updates: PyTree, params: PyTree) -> PyTree:
         del params

@@ -23,7 +23,7 @@ def orthogonal(
       polynomial: coefficients (a, b, c) of each step, default `fo.polar_express()`.
       scale: "match_rms_adamw" ``0.2 sqrt(max(m, n))``, "shape" ``sqrt(max(1, n/m))``, "unit_rms" ``sqrt(n/m)``, or a
         number.
-      method: "direct", "gram", or "auto": whichever takes fewer flops for the shape.
+      method: "direct", "gram", or "auto", as in `fo.linalg.orthogonalize`.
       dtype: what the products of the iteration are rounded to, default float32 at least.
 
     Raises:
