@@ -1,5 +1,6 @@
 """How statistics of layers reach an optimizer: the extra argument ``statistics`` of `update`, matched by path."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -168,5 +169,25 @@ def unused_statistics(method: str, leaves: list[LeafAxes], statistics: PyTree) -
 
 
 def layer_axes(layers: list[Layer]) -> list[MatrixAxes]:
-    """The axes of the joined matrices."""
-    return [MatrixAxes(1, 2, 0) if layer.axes.batch else MatrixAxes(0, 1) for layer in layers]
+    """The axes of the joined matrices.
+
+    Raises ``ValueError`` for parts that are not one after another along a side.
+    """
+    return [_joined_axes(layer) for layer in layers]
+
+
+def _joined_axes(layer: Layer) -> MatrixAxes:
+    first = 1 if layer.axes.batch else 0
+    parts = {}
+    for side, group in enumerate((layer.axes.inputs, layer.axes.outputs)):
+        sizes: Any = [(a, own) for a, own in layer.axes.parts if a in group]
+        if len(sizes) > 1 or any(a != group[0] for a, _ in sizes):
+            raise ValueError(
+                f"axes of {layer.path!r}: {layer.axes} divides another axis of a side than its first, or two; with "
+                "statistics of layers, parts have to follow one another along the side."
+            )
+        if sizes:
+            inner = math.prod(layer.leaf_shape[a] for a in group[1:])
+            parts[first + side] = [inner * size for size in sizes[0][1]]
+            parts[first + side][-1] += side == 0 and layer.bias is not None  # its row goes with the last
+    return MatrixAxes(first, first + 1, tuple(range(first)), parts=parts)

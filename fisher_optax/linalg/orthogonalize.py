@@ -19,7 +19,7 @@ from .products import Products, Symmetric, inverse_root, row_sizes, unit_frobeni
 # How far rounding may carry an eigenvalue of R before a Gram iteration restarts: less than the polynomials' own ripple.
 # Measured, float32 to bfloat16, rank one, half rank and singular values to 1e-6: bounded at .13, divergent at .27.
 DRIFT = 0.1
-# Short sides of matrices whose products take no time to speak of: "direct" compiles in two thirds of the time of "gram".
+# Matrices with a shorter side have products that take no time; "direct" compiles in two thirds of the time of "gram".
 SMALL = 32
 
 

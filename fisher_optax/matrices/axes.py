@@ -1,9 +1,10 @@
 """Which axes of a leaf are a matrix's inputs, outputs and batch: what everything else reads."""
 
 import dataclasses
+import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,24 +24,35 @@ class MatrixAxes:
 
     Together the three name every axis of the leaf once; negative axes count from the end. The axes of one group are
     merged in the order given. An integer or a list becomes a tuple. Not a pytree: it is a leaf of a tree. ``bias`` is
-    the path of the leaf that is added to the matrix's outputs, for methods that treat both as one matrix (K-FAC); None:
-    the one of that shape beside it, if any.
+    the path of the leaf that is added to the outputs, for methods that treat both as one matrix (K-FAC); None: the one
+    of that shape beside it, if any. ``parts`` divides axes of inputs or outputs, into so many equal parts or parts of
+    these sizes, with a matrix for each: queries, keys and values in one kernel, or the heads of each.
 
-    Defaults are a Flax Dense kernel. Raises ``TypeError`` for axes that are not integers, ``ValueError`` for an axis
-    named twice and for no inputs or outputs.
+    Defaults are a Flax Dense kernel. Raises ``TypeError`` for axes or sizes that are not integers, ``ValueError`` for
+    an axis named twice and for no inputs or outputs.
 
     >>> MatrixAxes(inputs=(0, 1, 2), outputs=3)                  # a 2-D convolution: window x window x in | out
     MatrixAxes(inputs=(0, 1, 2), outputs=(3,), batch=())
     >>> MatrixAxes(inputs=-2, outputs=-1, batch=0).resolve("experts/kernel", (8, 64, 256))
     MatrixAxes(inputs=(1,), outputs=(2,), batch=(0,))
+    >>> MatrixAxes(0, 1, parts={1: (2048, 512, 512)})            # 32 heads of queries, 8 of keys and of values
+    MatrixAxes(inputs=(0,), outputs=(1,), batch=(), parts={1: (2048, 512, 512)})
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     batch: tuple[int, ...]
-    bias: str | None = dataclasses.field(default=None, repr=False)
+    bias: str | None = None
+    parts: tuple[tuple[int, int | tuple[int, ...]], ...] = ()  # axis and number, or axis and sizes once it is resolved
 
-    def __init__(self, inputs: Any = (0,), outputs: Any = (1,), batch: Any = (), bias: str | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Any = (0,),
+        outputs: Any = (1,),
+        batch: Any = (),
+        bias: str | None = None,
+        parts: Any = (),
+    ) -> None:
         for field, value in (("inputs", inputs), ("outputs", outputs), ("batch", batch)):
             try:
                 axes = tuple(map(operator.index, value if hasattr(value, "__iter__") else (value,)))
@@ -48,10 +60,20 @@ class MatrixAxes:
                 raise TypeError(f"MatrixAxes({field}={value!r}): wanted an integer or integers, as (0, 1).") from None
             object.__setattr__(self, field, axes)
         object.__setattr__(self, "bias", bias)
+        object.__setattr__(self, "parts", _as_parts(parts))
         if not self.inputs or not self.outputs:
             raise ValueError(f"{self} has no inputs or no outputs; a matrix needs at least one axis of each.")
         if len({*self.inputs, *self.outputs, *self.batch}) < len(self.inputs + self.outputs + self.batch):
             raise ValueError(f"{self} names an axis twice; each axis is input, output or batch.")
+
+    def __repr__(self) -> str:
+        parts = f", parts={dict(self.parts)}" if self.parts else ""
+        return f"MatrixAxes(inputs={self.inputs}, outputs={self.outputs}, batch={self.batch}{parts})"
+
+    @property
+    def whole(self) -> "MatrixAxes":
+        """The same axes, not divided."""
+        return dataclasses.replace(self, parts=())
 
     def resolve(self, path: str, shape: tuple[int, ...]) -> "MatrixAxes":
         """The same axes counted from the front, for the leaf of that shape.
@@ -65,11 +87,14 @@ class MatrixAxes:
                 f"axes of {path!r}: {self} does not fit shape {tuple(shape)}. Inputs, outputs and batch together must "
                 f"name each of its {ndim} axes exactly once; negative axes count from the end."
             )
-        return MatrixAxes(*groups, bias=self.bias)
+        name, divided = f"axes of {path!r}: {self}", {a + ndim if a < 0 else a: parts for a, parts in self.parts}
+        if unfit := divided.keys() - {*groups[0], *groups[1]}:
+            raise ValueError(f"{name} divides axis {min(unfit)}, which is neither among inputs nor outputs.")
+        parts = {a: _sizes(name, a, shape[a], divided[a]) for a in sorted(divided)}
+        return MatrixAxes(*groups, bias=self.bias, parts=parts)
 
     def same_matrix(self, other: "MatrixAxes", shape: tuple[int, ...]) -> bool:
-        """Whether both, counted from the front, make one matrix of a leaf of that shape, an axis of length 1 being
-        nowhere in it.
+        """Whether both, divided or not, make one matrix of a leaf of that shape, axes of length 1 being nowhere in it.
 
         >>> MatrixAxes(0, 1).same_matrix(MatrixAxes(1, 0), (4, 4))
         False
@@ -79,6 +104,63 @@ class MatrixAxes:
             for axes in (self, other)
         )
         return own == others
+
+
+def _as_parts(given: Any) -> tuple[tuple[int, int | tuple[int, ...]], ...]:
+    try:
+        return tuple(
+            (operator.index(a), tuple(map(operator.index, s)) if hasattr(s, "__iter__") else operator.index(s))
+            for a, s in (given.items() if isinstance(given, Mapping) else given)
+        )
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"MatrixAxes(parts={given!r}): wanted numbers or sizes of parts by axis, as {{1: 3}}."
+        ) from None
+
+
+def _sizes(name: str, axis: int, length: int, parts: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the parts of an axis, which add up to its length."""
+    sizes = (length // max(parts, 1),) * parts if isinstance(parts, int) else parts
+    if sum(sizes) != length or min(sizes, default=0) < 1:
+        raise ValueError(f"{name} divides axis {axis}, whose length is {length}: parts={parts} do not make that up.")
+    return sizes
+
+
+class Part(NamedTuple):
+    """Equal parts of a divided leaf, as a leaf of their own: a cut, in which the parts are one more axis of batch."""
+
+    span: tuple[slice, ...]  # of the leaf
+    shape: tuple[int, ...]
+    axes: MatrixAxes
+
+
+def parts_of(shape: tuple[int, ...], axes: MatrixAxes) -> list[Part]:
+    """What a leaf of that shape is divided into: one part where its (resolved) axes are whole.
+
+    >>> [part.shape for part in parts_of((8, 64), MatrixAxes(parts=((1, (32, 16, 16)),)))]
+    [(8, 1, 32), (8, 2, 16)]
+    """
+    divided = [a for a in axes.inputs + axes.outputs if a in dict(axes.parts)]
+    place = [a + sum(b <= a for b in divided) for a in range(len(shape))]  # of what is left of each axis
+    inputs, outputs, batch = (tuple(place[a] for a in group) for group in (axes.inputs, axes.outputs, axes.batch))
+    own = MatrixAxes(inputs, outputs, batch + tuple(place[a] - 1 for a in divided), bias=axes.bias)
+    return [
+        Part(
+            tuple(slice(start, start + count * size) for start, count, size in cut),
+            sum(((count, size) if a in divided else (size,) for a, (_, count, size) in enumerate(cut)), ()),
+            own,
+        )
+        for cut in itertools.product(*runs_of(shape, axes))
+    ]
+
+
+def runs_of(shape: tuple[int, ...], axes: MatrixAxes) -> list[list[tuple[int, int, int]]]:
+    """Of each axis, equal parts that follow one another: where they start, how many they are, and of which size."""
+    parts: dict[int, Any] = dict(axes.parts)
+    sizes = [parts.get(a, (length,)) for a, length in enumerate(shape)]
+    equal = [[(size, len(list(same))) for size, same in itertools.groupby(of_axis)] for of_axis in sizes]
+    starts = [itertools.accumulate((size * count for size, count in runs), initial=0) for runs in equal]
+    return [[(x, n, d) for x, (d, n) in zip(s, runs, strict=False)] for s, runs in zip(starts, equal, strict=True)]
 
 
 # How the reason of a leaf begins that has two readings, and of one that a user names.

@@ -6,6 +6,7 @@ nothing is ever padded and a leaf has at most four block shapes. All matrices of
 one stack.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Inexact, Int, PyTree, Shaped
 
 from .._xla import Platform, by_platform
-from .axes import MatrixAxes
+from .axes import MatrixAxes, parts_of, runs_of
 
 
 class Cut(NamedTuple):
@@ -48,8 +49,27 @@ def canonical_shape(shape: tuple[int, ...], axes: MatrixAxes) -> tuple[int, ...]
     return (batch, m, n) if axes.batch else (m, n)
 
 
+def divide(x: Array, axes: MatrixAxes) -> list[Array]:
+    """The parts of a leaf, as `parts_of` describes them."""
+    return [x[part.span].reshape(part.shape) for part in parts_of(x.shape, axes)] if axes.parts else [x]
+
+
+def unite(parts: Sequence[Array], shape: tuple[int, ...], axes: MatrixAxes) -> Array:
+    """The leaf again: the inverse of `divide`."""
+    spans = [part.span for part in parts_of(shape, axes)]
+    merged = [x.reshape([s.stop - s.start for s in span]) for x, span in zip(parts, spans, strict=True)]
+    for a, runs in reversed(list(enumerate(runs_of(shape, axes)))):
+        k = len(runs)
+        merged = [jnp.concatenate(merged[i : i + k], a) if k > 1 else merged[i] for i in range(0, len(merged), k)]
+    return merged[0]
+
+
 def matrix_shapes(shape: tuple[int, ...], axes: MatrixAxes, block_size: int | None = None) -> list[tuple[int, ...]]:
     """The shapes of what `to_matrices` makes of a leaf of ``shape``."""
+    return [own for part in parts_of(shape, axes) for own in _matrix_shapes(part.shape, part.axes, block_size)]
+
+
+def _matrix_shapes(shape: tuple[int, ...], axes: MatrixAxes, block_size: int | None) -> list[tuple[int, ...]]:
     *batch, m, n = canonical_shape(shape, axes)
     grid = [(r, c) for r in cuts(m, block_size) for c in cuts(n, block_size)]
     return [
@@ -59,16 +79,25 @@ def matrix_shapes(shape: tuple[int, ...], axes: MatrixAxes, block_size: int | No
 
 
 def to_matrices(x: Shaped[Array, "..."], axes: MatrixAxes, block_size: int | None = None) -> tuple[Array, ...]:
-    """The matrices of a leaf, each ``(m, n)`` or ``(N, m, n)``."""
+    """The matrices of a leaf, each ``(m, n)`` or ``(N, m, n)``; of each of its parts, where it is divided."""
+    if axes.parts:
+        parts = zip(divide(x, axes), parts_of(x.shape, axes), strict=True)
+        return sum((to_matrices(own, part.axes, block_size) for own, part in parts), ())
     x = jnp.transpose(x, axes.batch + axes.inputs + axes.outputs).reshape(canonical_shape(x.shape, axes))
     m, n = x.shape[-2:]
-    return tuple(_block(x[..., r.span, c.span], r, c) for r in cuts(m, block_size) for c in cuts(n, block_size))
+    return tuple(block_of(x[..., r.span, c.span], r, c) for r in cuts(m, block_size) for c in cuts(n, block_size))
 
 
 def from_matrices(
     pieces: tuple[Array, ...], shape: tuple[int, ...], axes: MatrixAxes, block_size: int | None = None
 ) -> Array:
     """The leaf again: the inverse of `to_matrices`."""
+    if axes.parts:
+        left, parts = iter(pieces), []
+        for part in parts_of(shape, axes):
+            count = len(_matrix_shapes(part.shape, part.axes, block_size))
+            parts.append(from_matrices(tuple(itertools.islice(left, count)), part.shape, part.axes, block_size))
+        return unite(parts, shape, axes)
     *batch, m, n = canonical_shape(shape, axes)
     rows, columns = cuts(m, block_size), cuts(n, block_size)
     grid = iter(pieces)
@@ -79,7 +108,7 @@ def from_matrices(
     return jnp.transpose(x.reshape([shape[a] for a in order]), [order.index(a) for a in range(len(shape))])
 
 
-def _block(x: Shaped[Array, "*batch r c"], rows: Cut, columns: Cut) -> Array:
+def block_of(x: Shaped[Array, "*batch r c"], rows: Cut, columns: Cut) -> Array:
     if rows.count == columns.count == 1:
         return x
     x = x.reshape(*x.shape[:-2], rows.count, rows.size, columns.count, columns.size)
@@ -114,48 +143,6 @@ def to_stacks(
 ) -> dict[str, Inexact[Array, "N m n"]]:
     """All matrices of the leaves, stacked by shape, in float32 at least."""
     return {key: jnp.concatenate(parts) for key, parts in by_shape(leaves, axes, block_size).items()}
-
-
-def sides_to_stacks(
-    statistics: Sequence[PyTree], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
-) -> dict[str, PyTree]:
-    """Statistics of the leaves (with ``left``, ``right``, ``squares``), one entry a matrix, stacked as by `to_stacks`.
-
-    A matrix that is a block gets the blocks on the diagonals that belong to its rows and columns.
-    """
-    members: dict[str, list[PyTree]] = {}
-    for x, a, s in zip(leaves, axes, statistics, strict=True):
-        *batch, m, n = canonical_shape(x.shape, a)
-        N = math.prod(batch)
-        left, right = (
-            jax.tree.map(lambda A: A.reshape(N, *A.shape[-2:]), side)  # noqa: B023
-            for side in (s.left, s.right)
-        )
-        squares = None if s.squares is None else s.squares.reshape(N, m, n)
-        for r in cuts(m, block_size):
-            for c in cuts(n, block_size):
-                grid = (N, r.count, c.count)
-                piece = (
-                    _diagonal_blocks(left, r, grid, 1),
-                    _diagonal_blocks(right, c, grid, 2),
-                    None if squares is None else _block(squares[:, r.span, c.span], r, c),
-                )
-                key = stack_key((r.size, c.size), jnp.promote_types(x.dtype, jnp.float32))
-                weight = jnp.broadcast_to(s.weight, (math.prod(grid),))
-                members.setdefault(key, []).append(type(s)(*piece, weight))
-    return {key: jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces) for key, pieces in members.items()}
-
-
-def _diagonal_blocks(A: PyTree, cut: Cut, grid: tuple[int, int, int], along: int) -> PyTree:
-    """The blocks of a cut on the diagonal of each ``A: (N, d, d)``, for every matrix of a grid of blocks; a side of low
-    rank is whole.
-    """
-    if A is None or (grid[1:] == (1, 1) and jax.tree.leaves(A)[0].shape[-1] == cut.size):
-        return A
-    blocks = [A[:, i : i + cut.size, i : i + cut.size] for i in range(cut.start, cut.span.stop, cut.size)]
-    shape = (grid[0], grid[1] if along == 1 else 1, grid[2] if along == 2 else 1, cut.size, cut.size)
-    every = jnp.broadcast_to(jnp.stack(blocks, 1).reshape(shape), (*grid, cut.size, cut.size))
-    return every.reshape(-1, cut.size, cut.size)
 
 
 def from_stacks(
@@ -225,7 +212,9 @@ def over_stack(
         if at_once == 1:
             return _in_place(step_one, *stacks)
         groups = jax.tree.map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), stacks)
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), _in_place(step_one if batched else jax.vmap(step_one), *groups))
+        return jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), _in_place(step_one if batched else jax.vmap(step_one), *groups)
+        )
 
     def at_once(platform: Platform) -> int:
         if platform.numbers_at_once is None:

@@ -1,8 +1,9 @@
 """Where stacks of matrices live: the sharding that parameters imply, and sharing them out over a mesh."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,8 +12,18 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from .._xla import sharding_of
-from .axes import LeafAxes, MatrixAxes, Typed
-from .blocks import canonical_shape, from_matrices, matrix_shapes, stack_key, to_matrices
+from .axes import LeafAxes, MatrixAxes, Typed, parts_of
+from .blocks import (
+    Cut,
+    block_of,
+    canonical_shape,
+    cuts,
+    divide,
+    from_matrices,
+    matrix_shapes,
+    stack_key,
+    to_matrices,
+)
 
 
 class Layout(NamedTuple):
@@ -160,6 +171,7 @@ class Layer(NamedTuple):
     kernel: int
     bias: int | None
     axes: MatrixAxes  # with the bias's path
+    leaf_shape: tuple[int, ...]  # of the kernel
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -188,13 +200,8 @@ def layers_of(leaves: list[LeafAxes], kinds: tuple[str, ...], with_bias: bool = 
         used |= {bias} if bias else set()
         assert leaf.axes is not None
         axes = dataclasses.replace(leaf.axes, bias=bias)
-        layers.append(Layer(leaf.path, i, None if bias is None else places[bias], axes))
+        layers.append(Layer(leaf.path, i, None if bias is None else places[bias], axes, leaf.shape))
     return layers
-
-
-def matrix_axes(shape: tuple[int, ...]) -> MatrixAxes:
-    """The axes of a joined matrix of that shape."""
-    return MatrixAxes(-2, -1, 0 if len(shape) == 3 else ()).resolve("layer", shape)
 
 
 def shapes(layers: list[Layer], leaves: Sequence[Typed]) -> list[jax.ShapeDtypeStruct]:
@@ -217,7 +224,7 @@ def join(layers: list[Layer], leaves: Sequence[Array]) -> list[Array]:
 
 
 def _joined(layer: Layer, leaves: Sequence[Array]) -> Array:
-    (W,) = to_matrices(leaves[layer.kernel], layer.axes)
+    (W,) = to_matrices(leaves[layer.kernel], layer.axes.whole)
     if layer.bias is None:
         return W
     b = leaves[layer.bias]
@@ -230,8 +237,72 @@ def split(layers: list[Layer], matrices: Sequence[Array], like: Sequence[Array])
     for layer, X in zip(layers, matrices, strict=True):
         kernel = like[layer.kernel]
         rows = canonical_shape(kernel.shape, layer.axes)[-2]
-        leaves[layer.kernel] = from_matrices((X[..., :rows, :],), kernel.shape, layer.axes).astype(kernel.dtype)
+        leaves[layer.kernel] = from_matrices((X[..., :rows, :],), kernel.shape, layer.axes.whole).astype(kernel.dtype)
         if layer.bias is not None:
             b = like[layer.bias]
             leaves[layer.bias] = X[..., rows, :].reshape(b.shape).astype(b.dtype)
     return leaves
+
+
+# Statistics of layers, stacked as their matrices are.
+
+
+def sides_to_stacks(
+    statistics: Sequence[PyTree], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
+) -> dict[str, PyTree]:
+    """Statistics of the leaves (with ``left``, ``right``, ``squares``), one entry a matrix, stacked as by `to_stacks`.
+
+    A matrix that is a block gets the blocks on the diagonals that belong to its rows and columns.
+    """
+    members: dict[str, list[PyTree]] = {}
+    for x, a, whole in zip(leaves, axes, statistics, strict=True):
+        for part, s in zip(parts_of(x.shape, a), _of_parts(whole, x.shape, a), strict=True):
+            *batch, m, n = canonical_shape(part.shape, part.axes)
+            N = math.prod(batch)
+            for r, c in itertools.product(cuts(m, block_size), cuts(n, block_size)):
+                grid = (N, r.count, c.count)
+                piece = (
+                    _diagonal_blocks(s.left, r, grid, 1),
+                    _diagonal_blocks(s.right, c, grid, 2),
+                    None if s.squares is None else block_of(s.squares[:, r.span, c.span], r, c),
+                )
+                key = stack_key((r.size, c.size), jnp.promote_types(x.dtype, jnp.float32))
+                weight = jnp.broadcast_to(s.weight, (math.prod(grid),))
+                members.setdefault(key, []).append(type(s)(*piece, weight))
+    return {key: jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces) for key, pieces in members.items()}
+
+
+def _of_parts(s: PyTree, shape: tuple[int, ...], axes: MatrixAxes) -> Iterator[PyTree]:
+    """Of each part of a matrix ``(m, n)`` or ``(N, m, n)``, its statistics, with one leading axis."""
+    *batch, m, n = canonical_shape(shape, axes)
+    N, matrix = math.prod(batch), MatrixAxes(1, 2, 0, parts={a - len(shape) + 3: sizes for a, sizes in axes.parts})
+    left, right = (jax.tree.map(lambda A: A.reshape(N, *A.shape[-2:]), side) for side in (s.left, s.right))
+    squares = [None] if s.squares is None else divide(s.squares.reshape(N, m, n), matrix)
+    for part, square in itertools.zip_longest(parts_of((N, m, n), matrix), squares):
+        own, (i, j) = canonical_shape(part.shape, part.axes), (part.span[1].start, part.span[2].start)
+        rows, columns = ((span.stop - span.start) // d for span, d in zip(part.span[1:], own[1:], strict=True))
+        grid = (N, rows, columns)
+        yield type(s)(
+            _diagonal_blocks(left, Cut(i, rows, own[1]), grid, 1),
+            _diagonal_blocks(right, Cut(j, columns, own[2]), grid, 2),
+            None if square is None else to_matrices(square, part.axes)[0].reshape(own),
+            s.weight,
+        )
+
+
+def _diagonal_blocks(A: PyTree, cut: Cut, grid: tuple[int, int, int], along: int) -> PyTree:
+    """The blocks of a cut on the diagonal of each ``A: (N, d, d)``, for every matrix of a grid of blocks; a side of low
+    rank is whole.
+    """
+    whole = A is None or jax.tree.leaves(A)[0].shape[-1] == cut.size
+    if A is None or (grid[1:] == (1, 1) and whole):
+        return A
+
+    def every(blocks: Array) -> Array:
+        shape = (grid[0], grid[1] if along == 1 else 1, grid[2] if along == 2 else 1, *blocks.shape[-2:])
+        return jnp.broadcast_to(blocks.reshape(shape), (*grid, *shape[3:])).reshape(-1, *shape[3:])
+
+    if whole:
+        return jax.tree.map(every, A)
+    starts = range(cut.start, cut.span.stop, cut.size)
+    return every(jnp.stack([A[:, i : i + cut.size, i : i + cut.size] for i in starts], 1))

@@ -102,6 +102,8 @@ def direction_of(
     def build(layers: list[Layer]) -> Freezable:
         axes = layer_axes(layers)
         heads = [i for i, layer in enumerate(layers) if of_heads and is_head(layer.path)]
+        for layer in layers if squares else [layers[i] for i in heads]:
+            _require_whole(name, layer)
         inner = method.on_matrices([a for i, a in enumerate(axes) if i not in heads])
         if of_heads and heads:
             inner = apart(heads, of_heads.transformation, inner)
@@ -174,6 +176,18 @@ def check_numbers(
 # Which sides of a layer's statistics a preconditioner must have whole.
 
 
+def _require_whole(method: str, layer: Layer) -> None:
+    """A ValueError for a layer that is divided."""
+    if layer.axes.parts:
+        why = (
+            "its squares are in bases of whole layers" if method == "ekfac" else "a softmax's Fisher is of whole heads"
+        )
+        raise ValueError(
+            f"fo.{method}: axes of {layer.path!r} are {layer.axes}, but {why}: leave parts= out, or take fo.kfac "
+            "without head=."
+        )
+
+
 def whole_sides(method: str, storage: Store, layer: Layer, shape: tuple[int, ...]) -> None:
     """A ValueError unless both sides of a matrix of that shape have a basis."""
     *_, m, n = shape
@@ -188,7 +202,7 @@ def same_shapes(
     method: str, storage: Store, squares: bool, layer: Layer, statistics: LayerFactors, shape: tuple[int, ...]
 ) -> None:
     """A ValueError unless the statistics are of a matrix of that shape, each side kept as the optimizer keeps it."""
-    *_, m, n = shape
+    *batch, m, n = shape
     if squares and statistics.squares is None:
         raise ValueError(
             f"fo.{method}: statistics of {layer.path!r} have no squares: use fo.KroneckerFactors(squares=True) and "
@@ -203,6 +217,12 @@ def same_shapes(
         ("left", "right"), (statistics.left, statistics.right), (m, n), storage.wanted(m, n), strict=True
     ):
         size = getattr(side, "shape", ())
+        divided = dict(layer_axes([layer])[0].parts).keys()
+        if not whole and len(batch) + (name == "right") in divided:
+            raise ValueError(
+                f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}; a side of "
+                "low rank has no parts: raise max_precond_dim, or leave parts= of its axes out."
+            )
         have = "nothing" if side is None else f"{side.rows.shape} rows" if isinstance(side, LowRank) else f"{size}"
         fits = isinstance(side, LowRank) if not whole else size[-2:] == (d, d)
         if not fits:

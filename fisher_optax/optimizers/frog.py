@@ -206,6 +206,11 @@ def _on_samples(direction: Freezable, method: str, layers: list[Layer]) -> Freez
     def check(layer: Layer, samples: Samples, shape: tuple[int, ...]) -> None:
         check_samples(layer.path, samples, shape, bias=layer.bias is not None)
 
+    if divided := [layer for layer in layers if layer.axes.parts]:
+        raise ValueError(
+            f"fo.{method}: axes of {divided[0].path!r} are {divided[0].axes}; samples are of whole layers, so leave "
+            "parts= out."
+        )
     return on_layers(direction, layers, method=method, wants=Samples, check=check)
 
 

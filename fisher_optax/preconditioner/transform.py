@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._xla import dynamic_indices
 from ..matrices.axes import LeafAxes, MatrixAxes
-from ..matrices.blocks import from_stacks, matrix_shapes, sides_to_stacks, to_stacks
-from ..matrices.layout import leaf_layouts, place, share_out, spread
+from ..matrices.blocks import from_stacks, matrix_shapes, to_stacks
+from ..matrices.layout import leaf_layouts, place, share_out, sides_to_stacks, spread
 from ..statistics import LayerFactors
 from ..transforms.fallback import with_fallback
 from ..transforms.skip_nonfinite import Freezable, counted, skip_first_call

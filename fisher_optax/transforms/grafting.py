@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from .._arguments import injectable, value_at
 from .._xla import select
-from ..matrices.axes import MatrixAxes
+from ..matrices.axes import MatrixAxes, parts_of
+from ..matrices.blocks import divide, unite
 from ..matrices.rules import resolve_axes
 from ..statistics import LayerFactors
 from .fallback import in_float32, require_transformation
@@ -111,6 +112,9 @@ def graft_on(
 
 def _resized(d: Array, m: Array, axes: MatrixAxes | None) -> Array:
     """``d |m| / |d|`` over each matrix."""
+    if axes is not None and axes.parts:
+        parts = zip(divide(d, axes), divide(m, axes), parts_of(d.shape, axes), strict=True)
+        return unite([_resized(own_d, own_m, part.axes) for own_d, own_m, part in parts], d.shape, axes)
     over = tuple(range(d.ndim)) if axes is None else axes.inputs + axes.outputs
 
     def norm(x: Array) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """NorMuon: every output neuron gets an update of like size."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,32 +56,32 @@ def scale_by_normuon(
 def _per_neuron(leaf_axes: list[MatrixAxes], b2: ArrayLike, eps: ArrayLike) -> optax.GradientTransformation:
     """`scale_by_normuon` on leaves of given axes."""
 
-    def matrix(x: Array, a: MatrixAxes) -> Array:
-        return to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a)[0]
-
     def init(params: PyTree) -> NorMuonState:
         leaves, treedef = jax.tree.flatten(params)
-        shapes = [matrix_shapes(x.shape, a)[0] for x, a in zip(leaves, leaf_axes, strict=True)]
-        nu = [
-            jnp.zeros((*s[:-2], 1, s[-1]), jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype)
-            for s, x in zip(shapes, leaves, strict=True)
-        ]
-        return NorMuonState(treedef.unflatten(nu))
+        return NorMuonState(treedef.unflatten([_moments(x, a) for x, a in zip(leaves, leaf_axes, strict=True)]))
+
+    def neuron(O: Array, v: Array) -> tuple[Array, Array]:
+        new: Any = (b2 * v + (1 - b2) * jnp.mean((O * O.conj()).real, -2, keepdims=True)).astype(v.dtype)
+        scaled: Any = O / (jnp.sqrt(new) + eps)
+        size, new_size = (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) for y in (O, scaled))
+        return jnp.where(new_size > 0, scaled * size / jnp.where(new_size > 0, new_size, 1), 0), new
 
     def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, NorMuonState]:
         del params
         leaves, treedef = jax.tree.flatten(updates)
         out, nu = [], []
-        for x, v, a in zip(leaves, treedef.flatten_up_to(state.nu), leaf_axes, strict=True):
-            O = matrix(x, a)
-            nu.append((b2 * v + (1 - b2) * jnp.mean((O * O.conj()).real, -2, keepdims=True)).astype(v.dtype))
-            scaled = O / (jnp.sqrt(nu[-1]) + eps)
-            size, new_size = (jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) for y in (O, scaled))
-            out.append(
-                from_matrices(
-                    (jnp.where(new_size > 0, scaled * size / jnp.where(new_size > 0, new_size, 1), 0),), x.shape, a
-                )
-            )
+        for x, vs, a in zip(leaves, treedef.flatten_up_to(state.nu), leaf_axes, strict=True):
+            matrices = to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), a)
+            results = [neuron(O, v) for O, v in zip(matrices, vs if a.parts else (vs,), strict=True)]
+            out.append(from_matrices(tuple(O for O, _ in results), x.shape, a))
+            nu.append(tuple(v for _, v in results) if a.parts else results[0][1])
         return treedef.unflatten(out), NorMuonState(treedef.unflatten(nu))
 
     return optax.GradientTransformation(init, update)
+
+
+def _moments(x: Array, axes: MatrixAxes) -> PyTree:
+    """Zeros for each output neuron; several arrays where a leaf is divided."""
+    dtype = jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype
+    zeros = tuple(jnp.zeros((*s[:-2], 1, s[-1]), dtype) for s in matrix_shapes(x.shape, axes))
+    return zeros if axes.parts else zeros[0]

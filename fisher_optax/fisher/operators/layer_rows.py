@@ -251,7 +251,7 @@ def layers_in(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> 
     paths = ["/".join(path_names(path)) for path, _ in flat]
     axes = structure.flatten_up_to(infer_axes(loss_fn, params, *batch))
     return tuple(
-        Layer(path, i, None if a.bias is None else paths.index(a.bias), a)
-        for i, (path, a) in enumerate(zip(paths, axes, strict=True))
+        Layer(path, i, None if a.bias is None else paths.index(a.bias), a, jnp.shape(leaf))
+        for i, ((_, leaf), path, a) in enumerate(zip(flat, paths, axes, strict=True))
         if a is not None
     )
