@@ -96,7 +96,7 @@ class LeafAxes(NamedTuple):
     path: str  # "Block_0/attention/query/kernel"
     shape: tuple[int, ...]
     dtype: Any
-    axes: MatrixAxes | None  # None: no matrix. Always given for kinds "matrix" and "head"
+    axes: MatrixAxes | None  # None: no matrix. For kinds "matrix" and "head" there always are some
     kind: str  # "matrix" | "embedding" | "head" | "other"
     reason: str  # for the report: "Dense kernel", "ambiguous 3-D kernel: pass axes=", "vector", ...
     bias: str | None = None  # the leaf that is added to a matrix's outputs
