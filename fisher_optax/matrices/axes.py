@@ -24,7 +24,7 @@ class MatrixAxes:
     Together the three name every axis of the leaf once; negative axes count from the end. The axes of one group are
     merged in the order given. An integer or a list becomes a tuple. Not a pytree: it is a leaf of a tree. ``bias`` is
     the path of the leaf that is added to the matrix's outputs, for methods that treat both as one matrix (K-FAC); None:
-    the one of that shape beside it, if any.
+    the one of that shape beside it, if any. ``head`` marks an output layer: Muon and FROG leave it to their fallback.
 
     Defaults are a Flax Dense kernel. Raises ``TypeError`` for axes that are not integers, ``ValueError`` for an axis
     named twice and for no inputs or outputs.
@@ -39,8 +39,11 @@ class MatrixAxes:
     outputs: tuple[int, ...]
     batch: tuple[int, ...]
     bias: str | None = dataclasses.field(default=None, repr=False)
+    head: bool = dataclasses.field(default=False, repr=False)
 
-    def __init__(self, inputs: Any = (0,), outputs: Any = (1,), batch: Any = (), bias: str | None = None) -> None:
+    def __init__(
+        self, inputs: Any = (0,), outputs: Any = (1,), batch: Any = (), bias: str | None = None, head: bool = False
+    ) -> None:
         for field, value in (("inputs", inputs), ("outputs", outputs), ("batch", batch)):
             try:
                 axes = tuple(map(operator.index, value if hasattr(value, "__iter__") else (value,)))
@@ -48,6 +51,7 @@ class MatrixAxes:
                 raise TypeError(f"MatrixAxes({field}={value!r}): wanted an integer or integers, as (0, 1).") from None
             object.__setattr__(self, field, axes)
         object.__setattr__(self, "bias", bias)
+        object.__setattr__(self, "head", head)
         if not self.inputs or not self.outputs:
             raise ValueError(f"{self} has no inputs or no outputs; a matrix needs at least one axis of each.")
         if len({*self.inputs, *self.outputs, *self.batch}) < len(self.inputs + self.outputs + self.batch):
@@ -65,7 +69,7 @@ class MatrixAxes:
                 f"axes of {path!r}: {self} does not fit shape {tuple(shape)}. Inputs, outputs and batch together must "
                 f"name each of its {ndim} axes exactly once; negative axes count from the end."
             )
-        return MatrixAxes(*groups, bias=self.bias)
+        return MatrixAxes(*groups, bias=self.bias, head=self.head)
 
     def same_matrix(self, other: "MatrixAxes", shape: tuple[int, ...]) -> bool:
         """Whether both, counted from the front, make one matrix of a leaf of that shape, an axis of length 1 being

@@ -126,6 +126,6 @@ def names_table(name: str) -> bool:
 
 
 def lora_side(leaf: Leaf) -> str:
-    """"A" or "B" for a factor of a low-rank adapter, by its own name or a module's just around it; or ""."""
+    """ "A" or "B" for a factor of a low-rank adapter, by its own name or a module's just around it; or ""."""
     ends = [words(name)[-2:] for name in reversed(leaf.names[-3:])]
     return next((end[1].upper() for end in ends if end in (("lora", "a"), ("lora", "b"))), "")

@@ -21,9 +21,9 @@ def resolve_axes(params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.fl
         (``nn.Partitioned``, ``nnx.Param``) add nothing to a path; ``None`` and ``optax.MaskedNode`` are no leaves.
       axes: ``None``, the rules by path and shape; or a tree with ``MatrixAxes`` or ``None`` (fallback) for every leaf,
         matched by path, so that it may hold more than a masked ``params``; or a function from params to such a tree.
-        A ``MatrixAxes`` given here makes the leaf a matrix, embeddings and heads included. ``"strict"``: the rules,
-        and a ValueError where a leaf is ambiguous. ``"out_in"``: the rules for a tree whose matrices all have their
-        outputs first, as in PyTorch and Equinox, whatever their names.
+        A ``MatrixAxes`` given here makes the leaf a matrix, embeddings included, or a head where it says so.
+        ``"strict"``: the rules, and a ValueError where a leaf is ambiguous. ``"out_in"``: the rules for a tree whose
+        matrices all have their outputs first, as in PyTorch and Equinox, whatever their names.
       dtypes: what ``axes`` may make a matrix of, ``jnp.floating`` or ``jnp.inexact``. The rules leave complex leaves
         to the fallback.
 
@@ -114,8 +114,10 @@ def _read_given(tree: PyTree, leaves: list[Leaf], dtypes: DTypeLike) -> list[Lea
                 f"axes= makes a matrix of {leaf.path!r}, which is {leaf.dtype}; wanted is floating point, {wanted}. "
                 "Give it None, the fallback."
             )
-        return no_matrix(leaf, dtypes) or leaf.as_(
-            "matrix" if axes else "other", axes, GIVEN if axes else f"{GIVEN}: fallback"
-        )
+        if settled := no_matrix(leaf, dtypes):
+            return settled
+        if axes is None:
+            return leaf.as_("other", None, f"{GIVEN}: fallback")
+        return leaf.as_("head", axes, f"{GIVEN}: head") if axes.head else leaf.as_("matrix", axes, GIVEN)
 
     return [read(leaf, entries[leaf.keys]) for leaf in leaves]
