@@ -157,10 +157,10 @@ KINDS = {
     "embedding": "wte wpe tok_emb pos_embedding Embed_0/embedding node_net/embedding embedder/input_table wte/weight "
     "embed_tokens/weight model.embed_tokens.weight word_embeddings/weight token_embedder/embedding embed/embeddings",
     "head": "head/kernel lm_head/kernel decoder/logits/kernel logits logits_dense/kernel output_projection/kernel "
-    "unembed/kernel lm_head/weight model.lm_head.weight",
+    "unembed/kernel lm_head/weight model.lm_head.weight output/kernel output.weight",
     "matrix": "w weight lora_a member/kernel subhead/kernel head/Dense_0/kernel patch_embed/kernel "
     "text_embedder/up/kernel time_embed/Dense_0/kernel time_embed/weight PerceiverEmbedding_0/mlp/kernel "
-    "node_embedding_net/w embed/kernel "
+    "node_embedding_net/w embed/kernel attention/output/kernel output/dense/kernel "
     "normalizing_flow/weight normalizing_flow/layer_0/weight prenorm_attention/w_q logits_scale_net/kernel gate/kernel",
     "other": "attention/bias norm/gamma ln_1/w scale router/kernel",
 }

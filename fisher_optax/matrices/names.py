@@ -79,7 +79,7 @@ class Leaf(NamedTuple):
 
     @property
     def is_head(self) -> bool:
-        return not HEADS.isdisjoint(self.names[-2:])
+        return names_head(self.names)
 
     @property
     def is_normalisation(self) -> bool:
@@ -123,6 +123,11 @@ def names_table(name: str) -> bool:
     """
     found = set(words(name))
     return bool(found & _TABLES) and found <= _TABLES | _OF_TABLES
+
+
+def names_head(names: tuple[str, ...]) -> bool:
+    """Whether a leaf's path is that of a head: by its own name or its module's, which may be a whole model's output."""
+    return not HEADS.isdisjoint(names[-2:]) or names[:-1] == ("output",)
 
 
 def lora_side(leaf: Leaf) -> str:
