@@ -83,11 +83,11 @@ def test_a_bias_of_experts_goes_with_them_and_statistics_see_one_matrix() -> Non
     rng = np.random.default_rng(0)
     shapes = {"wi": (E, D, H), "b": (E, H), "wo": (E, H, D)}
     params = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
-    x = jnp.asarray(rng.normal(size=(5, D)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(30, D)), jnp.float32)
 
     def loss(p: Any, x: jax.Array) -> jax.Array:
         h = jnp.tanh(jnp.einsum("bd,edh->beh", x, p["wi"]) + p["b"])
-        return fo.losses.gaussian(jnp.einsum("beh,ehd->bed", h, p["wo"]), jnp.zeros((5, E, D)))
+        return fo.losses.gaussian(jnp.einsum("beh,ehd->bed", h, p["wo"]), jnp.zeros((30, E, D)))
 
     axes = fo.infer_axes(loss, params, x)
     assert axes == {"wi": fo.MatrixAxes(1, 2, 0, bias="b"), "wo": OUT, "b": None}

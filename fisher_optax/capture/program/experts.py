@@ -17,9 +17,59 @@ Tags = tuple[frozenset[Tag], ...]  # of each axis of a variable
 NOTHING: frozenset[Tag] = frozenset()
 # What acts on each entry alone.
 ENTRYWISE = frozenset(
-    "add add_any sub mul div rem pow max min integer_pow square exp exp2 expm1 log log1p tanh logistic erf erfc sin cos "
-    "sqrt rsqrt cbrt neg abs sign floor ceil round clamp select_n and or not eq ne lt le gt ge is_finite stop_gradient "
-    "convert_element_type reduce_precision copy copy_p pvary pcast sharding_constraint reshard name".split()
+    {
+        *(
+            "add",
+            "add_any",
+            "sub",
+            "mul",
+            "div",
+            "rem",
+            "pow",
+            "max",
+            "min",
+            "integer_pow",
+            "square",
+            "select_n",
+            "clamp",
+        ),
+        *(
+            "exp",
+            "exp2",
+            "expm1",
+            "log",
+            "log1p",
+            "tanh",
+            "logistic",
+            "erf",
+            "erfc",
+            "sin",
+            "cos",
+            "sqrt",
+            "rsqrt",
+            "cbrt",
+        ),
+        *(
+            "neg",
+            "abs",
+            "sign",
+            "floor",
+            "ceil",
+            "round",
+            "and",
+            "or",
+            "not",
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "is_finite",
+        ),
+        *("stop_gradient", "convert_element_type", "reduce_precision", "copy", "copy_p", "pvary", "pcast", "name"),
+        *("sharding_constraint", "reshard"),
+    }
 )
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"}
 
