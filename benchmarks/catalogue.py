@@ -48,6 +48,7 @@ class Entry(NamedTuple):
 
 
 CATALOGUE = {
+    "layouts": Entry("layouts", 1),
     "scaling": Entry("scaling", 20),
     "step_time": Entry("step_time", 40),
     "train_step": Entry("train_step", 5),

@@ -92,8 +92,8 @@ class Step(nn.Module):
         return self.make()(x), None
 
 
-def scanned(make: Callable[[], nn.Module], length: int) -> nn.Module:
-    return nn.scan(nn.remat(Step), variable_axes={"params": 0}, split_rngs={"params": True}, length=length)(make)
+def scanned(make: Callable[[], nn.Module], length: int, axis: int = 0) -> nn.Module:
+    return nn.scan(nn.remat(Step), variable_axes={"params": axis}, split_rngs={"params": True}, length=length)(make)
 
 
 class Twice(nn.Module):

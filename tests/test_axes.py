@@ -154,18 +154,41 @@ def test_boxed_parameters_keep_their_names(box: Callable[..., Any]) -> None:
 
 
 KINDS = {
-    "embedding": "wte wpe tok_emb pos_embedding Embed_0/embedding patch_embed/kernel embedder/input_table",
-    "head": "head/kernel lm_head/kernel decoder/logits/kernel logits",
-    "matrix": "w weight lora_a member/kernel subhead/kernel head/Dense_0/kernel",
-    "other": "attention/bias norm/gamma ln_1/w scale",
+    "embedding": "wte wpe tok_emb pos_embedding Embed_0/embedding node_net/embedding embedder/input_table wte/weight "
+    "embed_tokens/weight model.embed_tokens.weight word_embeddings/weight token_embedder/embedding embed/embeddings",
+    "head": "head/kernel lm_head/kernel decoder/logits/kernel logits logits_dense/kernel output_projection/kernel "
+    "unembed/kernel lm_head/weight model.lm_head.weight output/kernel output.weight",
+    "matrix": "w weight lora_a member/kernel subhead/kernel head/Dense_0/kernel patch_embed/kernel "
+    "text_embedder/up/kernel time_embed/Dense_0/kernel time_embed/weight PerceiverEmbedding_0/mlp/kernel "
+    "node_embedding_net/w embed/kernel attention/output/kernel output/dense/kernel "
+    "normalizing_flow/weight normalizing_flow/layer_0/weight prenorm_attention/w_q logits_scale_net/kernel gate/kernel",
+    "other": "attention/bias norm/gamma ln_1/w scale router/kernel",
 }
 
 
 @pytest.mark.parametrize(("path", "kind"), [(path, kind) for kind, paths in KINDS.items() for path in paths.split()])
 def test_kinds_by_name(path: str, kind: str) -> None:
+    """A whole name says what a leaf is, and a part of one nothing."""
     (read,) = resolve_axes(tree({path: (5, 7)}))
     assert read.kind == kind
-    assert read.axes == (None if kind == "other" else MatrixAxes())
+    outputs_first = kind != "embedding" and path.endswith("weight")
+    axes = MatrixAxes(1, 0) if outputs_first else MatrixAxes()
+    assert read.axes == (None if kind == "other" and "router" not in path else axes)
+
+
+def test_a_layer_called_as_a_table_is_known_by_its_bias() -> None:
+    read = by_path(tree({"embedding/weight": (7, 5), "embedding/bias": (7,), "embed/kernel": (5, 7)}))
+    assert [x.kind for x in read.values()] == ["matrix", "other", "matrix"]
+
+
+def test_a_matrix_in_a_normalisation_is_ambiguous() -> None:
+    """By its module's name it is a vector of two axes, by its shape a matrix: a stack around it or a bias tells."""
+    (read,) = resolve_axes(tree({"spectral_norm/weight": (5, 7)}))
+    assert (read.axes, read.is_ambiguous) == (None, True)
+    elementwise = by_path(tree({"norm/weight": (6, 12), "norm/bias": (6, 12)}))
+    assert {x.reason for x in elementwise.values()} == {"bias or normalisation"}
+    stack = by_path(tree({"layers/norm/weight": (2, 6), "layers/mix/weight": (2, 7, 6)}))
+    assert stack["layers/norm/weight"].reason == "stacked vector"
 
 
 def test_an_embedding_of_three_axes_is_an_embedding_without_axes() -> None:
@@ -229,12 +252,3 @@ def test_label_params_is_made_for_partition() -> None:
     updates, _ = tx.update(params, tx.init(params), params)
     for x, update in zip(resolve_axes(params), jax.tree.leaves(updates), strict=True):
         np.testing.assert_array_equal(update, scales[x.kind])
-
-
-def test_a_square_weight_has_its_outputs_first() -> None:
-    """As PyTorch and Equinox store it, where neither shape nor bias tells; others are as ever."""
-    params = {"a": {"weight": jnp.ones((4, 4)), "bias": jnp.ones(4)}, "b": {"weight": jnp.ones((4, 3))}}
-    params["c"] = {"kernel": jnp.ones((4, 4))}
-    axes = {leaf.path: leaf.axes for leaf in resolve_axes(params) if leaf.axes}
-    in_first = MatrixAxes((0,), (1,))
-    assert axes == {"a/weight": MatrixAxes((1,), (0,)), "b/weight": in_first, "c/kernel": in_first}

@@ -34,7 +34,7 @@ STORED = {
     "layers/mix/kernel": (1, 0, 2),
     "layers/norm/scale": (1, 0),
 }
-# How the rules read what is stored so, and what the program does with it.
+# How the rules read what is stored so, or a user where they leave it open, and what the program does with it.
 READ = {
     "plain/kernel": (fo.MatrixAxes(0, 1), fo.MatrixAxes(1, 0)),
     "biased/kernel": (fo.MatrixAxes(0, 1), fo.MatrixAxes(1, 0)),
@@ -135,11 +135,13 @@ def test_statistics_of_other_axes_are_refused_and_both_are_named(method: str, pa
     """Before anything is computed, so under jit too; all shapes agree."""
     name = path.split("/")[0]
     make, kind = METHODS[method]
-    q, tx = stored({name: params()[name]}), make()
+    q = stored({name: params()[name]})
+    axes = {"layers": {"mix": {"kernel": READ[path][0]}, "norm": {"scale": None}}} if name == "layers" else None
+    tx = make(axes=axes)
 
     def step() -> Any:
         state = tx.init(q)
-        bases = {"bases": fo.eigenbases(state, q)} if method == "ekfac" else {}
+        bases = {"bases": fo.eigenbases(state, q, axes)} if method == "ekfac" else {}
         _, grads, stats = fo.value_and_grad(stored_loss, kind)(q, *data(), **bases)
         return tx.update(grads, state, q, statistics=stats)
 

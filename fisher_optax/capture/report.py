@@ -1,5 +1,6 @@
 """What capture makes of each parameter: a table for people, and axes for optimizers."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,9 @@ from ..matrices.axes import MatrixAxes
 from .gradients import value_and_grad
 from .kinds.kronecker import KroneckerFactors
 from .kinds.protocol import StatisticsKind
+from .program.experts import expert_axes
+from .program.flow import last_products
+from .program.leaves import LeafPlan
 from .traced import checked_kind, trace
 
 
@@ -101,12 +105,14 @@ def infer_axes(
 
     A leaf gets `fo.MatrixAxes`, with the path of its bias, where `fo.value_and_grad` captures it, and None (fallback)
     elsewhere: what is no matrix, what is looked up as an embedding, what is used in a way that is not understood. Names
-    play no part, so a head is a matrix like any other; put None in its place where a method is not meant for it.
+    play no part. An output layer, whose input other layers have made and whose result only the loss takes, is marked
+    as a ``head``, a tied embedding included: `fo.muon` and `fo.frog` leave it to their fallback.
 
     Args:
       loss_fn, params, *args, **kwargs: as for `fo.value_and_grad`; arrays may be `jax.ShapeDtypeStruct`.
       statistics: the kind the optimizer will be given: a leaf that has none of that kind (a loop's weights have no
-        samples) is left to the fallback. None: `fo.KroneckerFactors`, with matrices of any length.
+        samples) is left to the fallback. None: an optimizer that is given none; what `fo.KroneckerFactors` would have
+        matrices of, of any length, and of experts that share their input, which have one joint statistic, each.
 
     Raises:
       TypeError: for statistics of no kind.
@@ -119,6 +125,24 @@ def infer_axes(
     """
     kind = checked_kind(KroneckerFactors(max_dim=2**31) if statistics is None else statistics)
     traced = trace(loss_fn, kind, params, args, kwargs)
-    embedding = {"embedding"}
-    axes = [None if leaf.use in embedding or not leaf.sites else leaf.axes for leaf in traced.leaves]
-    return jax.tree.unflatten(traced.treedef, axes)
+    program = traced.program.jaxpr, traced.plan
+    last = last_products(*program, len(traced.leaves))
+    experts = expert_axes(*program, traced.leaves) if statistics is None else [()] * len(traced.leaves)
+
+    def axes_of(leaf: LeafPlan, of_experts: tuple[int, ...]) -> MatrixAxes | None:
+        if leaf.use == "embedding" or not leaf.sites or leaf.axes is None:
+            return None
+        axes = _by_expert(leaf.axes, of_experts)
+        head = not axes.batch and last.issuperset(site.number for site in leaf.sites)
+        return dataclasses.replace(axes, head=head)
+
+    return jax.tree.unflatten(traced.treedef, map(axes_of, traced.leaves, experts))
+
+
+def _by_expert(axes: MatrixAxes, experts: tuple[int, ...]) -> MatrixAxes:
+    """The same with a matrix for each expert. A bias stays where no stack would come to stand behind its outputs."""
+    if not experts:
+        return axes
+    outputs = tuple(a for a in axes.outputs if a not in experts)
+    bias = None if axes.batch else axes.bias
+    return MatrixAxes(axes.inputs, outputs, sorted((*axes.batch, *experts)), bias)

@@ -22,7 +22,7 @@ KINDS = {LayerFactors: "KroneckerFactors", Samples: "LayerSamples"}
 REMEDY = (
     "make the optimizer follow the program: give it (and fo.eigenbases, for fo.ekfac) axes=fo.infer_axes(loss_fn, "
     "params, batch, statistics=fo.{kind}(...)), and start its state anew; what has no such statistics is then left to "
-    "the fallback, and a head is a matrix, unless None is put there; fo.report with the same arguments says why"
+    "the fallback, and so is, by fo.frog, an output layer; fo.report with the same arguments says why"
 )
 
 MISSING = object()  # where `update` is called without ``statistics=``

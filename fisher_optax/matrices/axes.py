@@ -25,8 +25,9 @@ class MatrixAxes:
     Together the three name every axis of the leaf once; negative axes count from the end. The axes of one group are
     merged in the order given. An integer or a list becomes a tuple. Not a pytree: it is a leaf of a tree. ``bias`` is
     the path of the leaf that is added to the outputs, for methods that treat both as one matrix (K-FAC); None: the one
-    of that shape beside it, if any. ``parts`` divides axes of inputs or outputs, into so many equal parts or parts of
-    these sizes, with a matrix for each: queries, keys and values in one kernel, or the heads of each.
+    of that shape beside it, if any. ``head`` marks an output layer: Muon and FROG leave it to their fallback. ``parts``
+    divides axes of inputs or outputs, into so many equal parts or parts of these sizes, with a matrix for each:
+    queries, keys and values in one kernel, or the heads of each.
 
     Defaults are a Flax Dense kernel. Raises ``TypeError`` for axes or sizes that are not integers, ``ValueError`` for
     an axis named twice and for no inputs or outputs.
@@ -43,6 +44,7 @@ class MatrixAxes:
     outputs: tuple[int, ...]
     batch: tuple[int, ...]
     bias: str | None = None
+    head: bool = False
     parts: tuple[tuple[int, int | tuple[int, ...]], ...] = ()  # axis and number, or axis and sizes once it is resolved
 
     def __init__(
@@ -51,6 +53,7 @@ class MatrixAxes:
         outputs: Any = (1,),
         batch: Any = (),
         bias: str | None = None,
+        head: bool = False,
         parts: Any = (),
     ) -> None:
         for field, value in (("inputs", inputs), ("outputs", outputs), ("batch", batch)):
@@ -60,6 +63,7 @@ class MatrixAxes:
                 raise TypeError(f"MatrixAxes({field}={value!r}): wanted an integer or integers, as (0, 1).") from None
             object.__setattr__(self, field, axes)
         object.__setattr__(self, "bias", bias)
+        object.__setattr__(self, "head", head)
         object.__setattr__(self, "parts", _as_parts(parts))
         if not self.inputs or not self.outputs:
             raise ValueError(f"{self} has no inputs or no outputs; a matrix needs at least one axis of each.")
@@ -91,7 +95,7 @@ class MatrixAxes:
         if unfit := divided.keys() - {*groups[0], *groups[1]}:
             raise ValueError(f"{name} divides axis {min(unfit)}, which is neither among inputs nor outputs.")
         parts = {a: _sizes(name, a, shape[a], divided[a]) for a in sorted(divided)}
-        return MatrixAxes(*groups, bias=self.bias, parts=parts)
+        return MatrixAxes(*groups, bias=self.bias, head=self.head, parts=parts)
 
     def same_matrix(self, other: "MatrixAxes", shape: tuple[int, ...]) -> bool:
         """Whether both, divided or not, make one matrix of a leaf of that shape, axes of length 1 being nowhere in it.
@@ -178,7 +182,7 @@ class LeafAxes(NamedTuple):
     path: str  # "Block_0/attention/query/kernel"
     shape: tuple[int, ...]
     dtype: Any
-    axes: MatrixAxes | None  # None: no matrix. Always given for kinds "matrix" and "head"
+    axes: MatrixAxes | None  # None: no matrix. For kinds "matrix" and "head" there always are some
     kind: str  # "matrix" | "embedding" | "head" | "other"
     reason: str  # for the report: "Dense kernel", "ambiguous 3-D kernel: pass axes=", "vector", ...
     bias: str | None = None  # the leaf that is added to a matrix's outputs

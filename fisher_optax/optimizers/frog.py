@@ -112,7 +112,8 @@ def frog(
       fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with
         this rate, decay and mask.
       axes: None (rules by path and shape, see `fo.report`; an `fo.AxesWarning` names what they leave open), "strict"
-        (the same, as an error), a tree of `fo.MatrixAxes`, or a function of params.
+        (the same, as an error), "out_in" (the rules for a tree that stores outputs first), a tree of `fo.MatrixAxes`,
+        e.g. from `fo.infer_axes`, or a function of params.
       momentum_dtype: storage of M, default float32 at least.
 
     Raises:

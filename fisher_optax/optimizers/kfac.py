@@ -105,8 +105,9 @@ def kfac(
       fallback: a complete optimizer for what is no matrix (biases go with their kernels) and for embeddings, default
         ``optax.adamw`` with this rate, decay and mask.
       axes: None (rules by path and shape, see `fo.report`; an `fo.AxesWarning` names what they leave open, and layers
-        that have statistics which they leave to the fallback), "strict" (an error where they leave something open), a
-        tree of `fo.MatrixAxes`, e.g. from `fo.infer_axes`, or a function of params.
+        that have statistics which they leave to the fallback), "strict" (an error where they leave something open),
+        "out_in" (the rules for a tree that stores outputs first), a tree of `fo.MatrixAxes`, e.g. from
+        `fo.infer_axes`, or a function of params.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind; in `update`, without

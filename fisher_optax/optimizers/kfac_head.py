@@ -27,7 +27,7 @@ from ..fisher.head.empirical import EmpiricalHead
 from ..fisher.head.softmax import SoftmaxHead
 from ..matrices.axes import LeafAxes
 from ..matrices.layout import Layer
-from ..matrices.rules import HEADS
+from ..matrices.names import names_head, split_names
 from ..statistics import LayerFactors, Logits
 from ..transforms.skip_nonfinite import Freezable
 
@@ -91,7 +91,7 @@ def describing(
 
 def is_head(path: str) -> bool:
     """Whether a kernel's name, or its module's, is one of a head's."""
-    return not HEADS.isdisjoint(path.split("/")[-2:])
+    return names_head(split_names((path,)))
 
 
 def scale_by_head(fisher: str, decay: optax.ScalarOrSchedule, damping: optax.ScalarOrSchedule, rows: int) -> Freezable:

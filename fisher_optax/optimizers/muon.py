@@ -90,8 +90,9 @@ def muon(
       fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with
         this rate, decay and mask.
       axes: None (rules by path and shape, see `fo.report`; an `fo.AxesWarning` names what they leave open), "strict"
-        (the same, as an error), a tree of `fo.MatrixAxes`, or a function of params. Complex leaves that it names get
-        the unitary polar factor; the rules leave them to the fallback.
+        (the same, as an error), "out_in" (the rules for a tree that stores outputs first), a tree of `fo.MatrixAxes`,
+        e.g. from `fo.infer_axes`, or a function of params. Complex leaves that it names get the unitary polar factor;
+        the rules leave them to the fallback.
       momentum_dtype: storage of the momentum, default float32 at least.
       method: "direct", "gram", or "auto", as in `fo.linalg.orthogonalize`.
       dtype: what the iteration runs in, default float32 at least.

@@ -125,7 +125,8 @@ def soap(
       fallback: a complete optimizer for what is no matrix and for embeddings, default ``optax.adamw`` with the same
         arguments.
       axes: None (rules by path and shape, see `fo.report`; an `fo.AxesWarning` names what they leave open), "strict"
-        (the same, as an error), a tree of `fo.MatrixAxes`, or a function of params.
+        (the same, as an error), "out_in" (the rules for a tree that stores outputs first), a tree of `fo.MatrixAxes`,
+        e.g. from `fo.infer_axes`, or a function of params.
 
     Raises:
       ValueError, TypeError: at construction, for an argument out of range or of the wrong kind.

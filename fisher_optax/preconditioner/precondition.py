@@ -61,8 +61,8 @@ def precondition(
       max_stack: at most so many matrices of one shape go in one batch.
       fallback: a direction for the leaves that are no matrices, default ``optax.scale_by_adam()``.
       axes: which axes of each leaf are inputs, outputs and batch. None: rules by Flax path and shape, see `fo.report`;
-        "strict": an error where they leave something open; else a tree of `fo.MatrixAxes` (None at a leaf: fallback),
-        or a function of params that makes one.
+        "strict": an error where they leave something open; "out_in": the rules for a tree that stores outputs first;
+        else a tree of `fo.MatrixAxes` (None at a leaf: fallback), or a function of params that makes one.
       kinds: what the method takes of "matrix", "head" and "embedding" (see `fo.label_params`).
 
     Raises:

@@ -38,8 +38,8 @@ def graft(direction: object, magnitude: object, axes: PyTree = None) -> optax.Gr
       direction: any transformation without a learning rate.
       magnitude: another one, or "adam" (`optax.scale_by_adam`), "rmsprop" (`optax.scale_by_rms`) or "sgd" (the
         gradient itself).
-      axes: None (rules by path and shape, see `fo.report`), "strict" (an error where they leave something open), a tree
-        of `fo.MatrixAxes`, or a function of params.
+      axes: None (rules by path and shape, see `fo.report`), "strict" (an error where they leave something open),
+        "out_in" (the rules for a tree that stores outputs first), a tree of `fo.MatrixAxes`, or a function of params.
 
     Raises:
       ValueError, TypeError: for an unknown word, or what is no transformation.

@@ -122,7 +122,13 @@ def _owner(b: int, uses: Uses, plans: list[LeafPlan]) -> LeafPlan | None:
     if any(site.parts > 1 for site in owner.sites):  # a real bias is added to the real part alone
         return None
     fits = uses.shapes[b] == tuple(owner.shape[a] for a in owner.axes.batch + owner.axes.outputs)
-    alike = all(_without_axes(site.steps) == _without_axes(steps) for site, steps in added.values())
+    # In front of the outputs, in the kernel's order: its shape does not tell where two of these axes are equally long.
+    front = {axis: i for i, axis in enumerate(sorted(owner.axes.batch))}
+    alike = all(
+        _without_axes(site.steps) == _without_axes(steps)
+        and [front[of_site[1]] for of_site in site.steps] == [of_bias[1] for of_bias in steps]
+        for site, steps in added.values()
+    )
     return owner if fits and alike else None
 
 

@@ -1,0 +1,136 @@
+"""What the whole name of a leaf or of its module says: no part of a name decides anything.
+
+A name is read as words (``LayerNorm_0`` is "layer norm", ``lora_A`` is "lora a"), and numbers are none. A name that
+frameworks write with dots or slashes (``model.layers.0.mlp.up_proj.weight``) is a path.
+"""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+from .axes import LeafAxes, MatrixAxes
+
+BIAS_BESIDE = {"kernel": "bias", "weight": "bias", "w": "b", "in_proj_weight": "in_proj_bias"}
+ATTENTION_INPUTS = frozenset({"query", "key", "value", "q_proj", "k_proj", "v_proj"})
+ATTENTION_OUTPUTS = frozenset({"out", "o_proj", "out_proj"})
+HEADS = frozenset(
+    {
+        *("head", "lm_head", "cls_head", "classification_head", "output_head", "classifier", "embed_out"),
+        *("logits", "logits_dense", "output_projection", "to_logits", "unembed", "unembedding", "qa_outputs"),
+    }
+)
+ROUTERS = frozenset({"router", "gate"})  # a gate is one where experts stand beside it
+EXPERTS = frozenset({"experts", "expert"})
+STACKS = frozenset({"layers", "blocks"})
+LIFTED = re.compile(r"(Scan|Vmap)[A-Z]")  # how the names of `nn.scan` and `nn.vmap` begin
+# PyTorch and Equinox store these with their outputs first.
+OUTPUTS_FIRST = re.compile(r"weight|in_proj_weight|weight_[ih]h(_l\d+)?")
+VECTORS = frozenset({"bias", "scale", "gamma", "beta"})
+# Of the einsums of Gemma: the axes of one layer that are inputs, the others being outputs.
+EINSUMS = {
+    "q_einsum": (3, (1,)),
+    "kv_einsum": (4, (2,)),
+    "qkv_einsum": (4, (2,)),
+    "attn_vec_einsum": (3, (0, 1)),
+}
+_NORMS = frozenset({"norm", "norms", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm", "ln", "bn"})
+_CONVOLUTIONS = frozenset({"conv", "convolution"})
+_TABLES = frozenset({"emb", "embed", "embedding", "embeddings", "table", "wte", "wpe"})
+_OF_TABLES = frozenset(
+    {
+        *("tok", "token", "tokens", "word", "words", "vocab", "vocabulary", "type", "segment", "input", "inputs", "in"),
+        *("pos", "position", "positions", "positional", "relative", "rel", "attention", "bias", "learned"),
+    }
+)
+
+
+class Leaf(NamedTuple):
+    """A leaf of a tree, before it is read."""
+
+    keys: tuple[str, ...]  # its path
+    names: tuple[str, ...]  # the same, where a key that is a path by itself is several
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def path(self) -> str:
+        return "/".join(self.keys)
+
+    @property
+    def name(self) -> str:
+        return self.names[-1]
+
+    @property
+    def module(self) -> str:
+        return self.names[-2] if len(self.names) > 1 else ""
+
+    @property
+    def ancestors(self) -> list[tuple[str, ...]]:
+        return [self.names[:i] for i in range(len(self.names))]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is looked up, by its own name; a ``weight`` has that of its module."""
+        return names_table(self.name) or (self.name == "weight" and names_table(self.module))
+
+    @property
+    def is_convolution(self) -> bool:
+        return not _CONVOLUTIONS.isdisjoint(words(self.module))
+
+    @property
+    def is_head(self) -> bool:
+        return names_head(self.names)
+
+    @property
+    def is_normalisation(self) -> bool:
+        """Whether it belongs to a module of that name: its first or its last word."""
+        found = words(self.module)
+        return bool(found) and not _NORMS.isdisjoint((found[0], found[-1]))
+
+    def as_(self, kind: str, axes: MatrixAxes | None, reason: str) -> LeafAxes:
+        return LeafAxes(self.path, self.shape, self.dtype, axes, kind, reason)
+
+
+def split_names(keys: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a path whose keys may be paths themselves, as in a safetensors file or in Haiku.
+
+    >>> split_names(("model.layers.0.mlp.up_proj.weight",))
+    ('model', 'layers', '0', 'mlp', 'up_proj', 'weight')
+    """
+    return tuple(name for key in keys for name in re.split(r"[./]", key) if name not in ("", "~")) or ("",)
+
+
+def bias_name(leaf: Leaf) -> tuple[str, ...]:
+    """Where the bias of a kernel would be."""
+    return (*leaf.names[:-1], BIAS_BESIDE.get(leaf.name, f"{leaf.name}_bias"))
+
+
+@functools.cache
+def words(name: str) -> tuple[str, ...]:
+    """The words of a name in small letters, without numbers.
+
+    >>> words("RMSNorm_0"), words("conv2d_in")
+    (('rms', 'norm'), ('conv', 'd', 'in'))
+    """
+    return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))
+
+
+def names_table(name: str) -> bool:
+    """Whether a name, as a whole, is that of a look-up table.
+
+    >>> [name for name in ("wte", "embed_tokens", "pos_embedding", "patch_embed", "text_embedder") if names_table(name)]
+    ['wte', 'embed_tokens', 'pos_embedding']
+    """
+    found = set(words(name))
+    return bool(found & _TABLES) and found <= _TABLES | _OF_TABLES
+
+
+def names_head(names: tuple[str, ...]) -> bool:
+    """Whether a leaf's path is that of a head: by its own name or its module's, which may be a whole model's output."""
+    return not HEADS.isdisjoint(names[-2:]) or names[:-1] == ("output",)
+
+
+def lora_side(leaf: Leaf) -> str:
+    """ "A" or "B" for a factor of a low-rank adapter, by its own name or a module's just around it; or ""."""
+    ends = [words(name)[-2:] for name in reversed(leaf.names[-3:])]
+    return next((end[1].upper() for end in ends if end in (("lora", "a"), ("lora", "b"))), "")
