@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
@@ -13,6 +14,7 @@ from ..matrix.checking import kernel
 from ..matrix.masks import ReadSparsity
 from ..matrix.pruned import output_error
 from .calibration import Mask, gradient_summary, input_gram
+from .coverage import UNREACHED, places
 from .layers import Layer
 from .methods import Method
 from .reports import PrunedLayer
@@ -48,6 +50,23 @@ def _read(name: str, leaves: list[ArrayLike | None] | None, layer: Layer) -> Arr
     return layer.read(jnp.asarray(leaves[layer.leaf]))
 
 
+def unreached(method: Method, H: Array) -> np.ndarray:
+    """Which of a layer's matrices no input reached, so that a method that asks for data knows nothing of them."""
+    if method.needs == "weights":
+        return np.zeros(len(H), bool)
+    return np.asarray(jnp.all(jnp.diagonal(H, axis1=-2, axis2=-1) == 0, -1))
+
+
+def _note(layer: Layer, leaf: Array, is_unreached: np.ndarray) -> str:
+    """What a report adds to a layer's figures."""
+    notes = [layer.note] if layer.note else []
+    if is_unreached.any():
+        stack = tuple(leaf.shape[a] for a in layer.axes.batch)
+        where = "it" if is_unreached.all() else places(layer.members[is_unreached], stack)
+        notes.insert(0, f"{UNREACHED} {where}")
+    return "; ".join(notes)
+
+
 def prune_layer(
     method: Method,
     data: Calibration,
@@ -60,12 +79,14 @@ def prune_layer(
     began = time.perf_counter()
     W = kernel(f"{method.name} on {layer.name!r}", layer.read(leaf))
     H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
+    is_unreached = unreached(method, H)
     if stays is not None:
         new, mask, damping = jnp.where(stays, W, 0), stays, None
     else:
         known = knowledge(method, data, params, layer, H)
         ends = [{}] * len(W) if data.upper is None else [{"upper": x} for x in _read("upper", data.upper, layer)]
-        each, masks, dampings = zip(*_pieces(method, layer, W, known, ends, sparsity), strict=True)
+        pieces = _pieces(method, layer, W, known, ends, is_unreached, sparsity)
+        each, masks, dampings = zip(*pieces, strict=True)
         new, mask = jnp.stack(each), jnp.stack(masks)
         damping = max((x for x in dampings if x is not None), default=None)
     error, whole = (float(jnp.sum(output_error(W, x, H))) for x in (new, jnp.zeros_like(W)))
@@ -80,6 +101,7 @@ def prune_layer(
         dead,
         damping,
         time.perf_counter() - began,
+        _note(layer, leaf, is_unreached),
     )
     return new, mask, row
 
@@ -90,10 +112,14 @@ def _pieces(
     W: Array,
     known: Sequence[tuple[PyTree, ...]],
     ends: Sequence[dict[str, Array]],
+    is_unreached: np.ndarray,
     sparsity: ReadSparsity,
 ) -> Iterator[tuple[Array, Array, float | None]]:
-    """New weights, mask and damping of each matrix."""
-    for w, X, upper in zip(W, known, ends, strict=True):
+    """New weights, mask and damping of each matrix; one that no input reached stays as it is."""
+    for w, X, upper, stays in zip(W, known, ends, is_unreached, strict=True):
+        if stays:
+            yield w, jnp.ones(w.shape, bool), None
+            continue
         new, mask, *rest = method.prune(w, *X, sparsity, **upper)
         damping = float(rest[0]) if rest else None
         if jnp.shape(new) != w.shape or jnp.shape(mask) != w.shape or not bool(jnp.isfinite(new).all()):

@@ -1,0 +1,218 @@
+"""Which leaf is a table or a head, and which axis its inputs, are read off the program; what stays dense is named."""
+
+import functools
+import warnings
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import fisher_optax as fo
+from fisher_optax.capture.roles import read_roles
+from fisher_optax.matrices.flat import read_by_names
+from fisher_optax.matrices.rules import resolve_axes
+from tests.comparisons import assert_same_bits
+
+prune = functools.partial(fo.compression.prune, progress=False)
+V, D = 12, 8
+TOKENS = jax.random.randint(jax.random.key(0), (6, 5), 0, V)
+X = jax.random.normal(jax.random.key(1), (20, D))
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def language_model(end: Any) -> Any:
+    """Of a table, places, a hidden matrix stored outputs first, and some head."""
+
+    def apply(p: Any, tokens: Any) -> Any:
+        x = p["table"][tokens] + p["places"][jnp.arange(tokens.shape[-1])]
+        return end(p, jnp.tanh(x @ p["hidden"].T))
+
+    return apply
+
+
+BODY = {"table": normal(2, V, D), "places": normal(3, V, D), "hidden": normal(4, D, D)}
+ENDS = {
+    "tied": ({}, lambda p, h: h @ p["table"].T, {}),
+    "outputs first": ({"out": normal(5, V, D)}, lambda p, h: h @ p["out"].T, {"out": 0}),
+    "inputs first, with a bias": (
+        {"out": normal(5, D, V), "plus": normal(6, V)},
+        lambda p, h: h @ p["out"] + p["plus"],
+        {"out": 1},
+    ),
+    "scaled and capped": (
+        {"out": normal(5, D, V), "scale": jnp.ones(())},
+        lambda p, h: 3 * jnp.tanh(p["scale"] * (h @ p["out"]) / 3),
+        {"out": 1},
+    ),
+    "as log-probabilities under remat": (
+        {"out": normal(5, D, V)},
+        lambda p, h: jax.checkpoint(lambda w, h: jax.nn.log_softmax(h @ w))(p["out"], h),
+        {"out": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_tables_and_heads_are_what_the_program_makes_of_them(name: str) -> None:
+    more, end, heads = ENDS[name]
+    params = BODY | more
+    roles = {role.path: role for role in read_roles(language_model(end), params, TOKENS)}
+    assert {path for path, role in roles.items() if role.kind == "embedding"} == {"table", "places"}
+    assert {path: role.tokens for path, role in roles.items() if role.kind == "head"} == heads
+    assert (roles["table"].by_data, roles["places"].by_data) == (True, False)
+    assert (roles["table"].tokens, roles["hidden"].kind) == (0, "matrix")
+    pruned, masks, report = prune(language_model(end), params, [TOKENS], "wanda", "2:4")
+    assert [layer.name for layer in report.layers] == ["hidden"]
+    assert (np.asarray(masks["hidden"]).reshape(D, -1, 4).sum(-1) == 2).all()
+    assert_same_bits({k: pruned[k] for k in params if k != "hidden"}, {k: params[k] for k in params if k != "hidden"})
+    assert {leaf.name: leaf.reason for leaf in report.left} == {
+        **dict.fromkeys(("table", "places"), "embedding"),
+        **dict.fromkeys(heads, "head"),
+    }
+
+
+def test_a_last_matrix_of_a_model_without_tokens_is_a_layer() -> None:
+    """Nor is one a head whose result goes on to another product, or is added to the model's stream."""
+    params = {"first": normal(2, D, D), "last": normal(3, D, V)}
+    report = prune(lambda p, x: jnp.tanh(x @ p["first"]) @ p["last"], params, [X], "wanda").report
+    assert [layer.name for layer in report.layers] == ["first", "last"]
+    stream = {"table": normal(4, V, D), "up": normal(5, D, V), "down": normal(6, V, D)}
+
+    def encoder(p: Any, tokens: Any) -> Any:
+        x = p["table"][tokens]
+        return x + jax.nn.relu(x @ p["up"]) @ p["down"]
+
+    kinds = {role.path: role.kind for role in read_roles(encoder, stream, TOKENS)}
+    assert kinds == {"table": "embedding", "up": "matrix", "down": "matrix"}
+
+
+def test_names_with_dots_say_what_nested_ones_say() -> None:
+    nested = {
+        "lm_head": {"weight": normal(0, 4, 3)},
+        "h": {"0": {"c_fc": {"weight": normal(1, 4, 6), "bias": X[0, :6]}}},
+    }
+    dotted = {"lm_head.weight": nested["lm_head"]["weight"]}
+    dotted |= {f"h.0.c_fc.{name}": x for name, x in layer.items()}
+    wanted = {leaf.path.replace("/", "."): leaf for leaf in resolve_axes(nested)}
+    found = read_by_names(dotted)
+    assert [leaf.path for leaf in found] == sorted(dotted)
+    for leaf in found:
+        other = wanted[leaf.path]
+        assert leaf[1:-1] == other[1:-1]
+        assert leaf.bias == (other.bias and other.bias.replace("/", "."))
+    both = {"a.b": X, "a": {"b": X}}
+    assert [leaf.path for leaf in read_by_names(both)] == [leaf.path for leaf in resolve_axes(both)]
+
+
+class Grouped(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.relu(nn.Conv(8, (3,), feature_group_count=8, name="depthwise")(x))
+        x = nn.relu(nn.WeightNorm(nn.Dense(8, name="normed"), name="norm")(x))
+        return nn.Dense(3, name="head")(nn.relu(nn.LayerNorm(name="ln")(nn.Dense(8, name="plain")(x))))
+
+
+def test_what_stays_dense_is_named_and_counted() -> None:
+    params = Grouped().init(jax.random.key(2), X[None])
+    with pytest.warns(
+        UserWarning, match=r"prune: 50% of the weights of all matrices stay dense.*'params/depthwise/"
+    ) as w:
+        report = prune(Grouped().apply, params, [X[None]], "magnitude").report
+    assert "'params/normed/kernel', not multiplied as it is" in str(w[0].message)
+    assert {leaf.name: (leaf.size, leaf.is_meant) for leaf in report.left} == {
+        "params/depthwise/kernel": (24, False),
+        "params/normed/kernel": (64, False),
+        "params/head/kernel": (24, True),
+    }
+    assert (report.sparsity, report.sparsity_of_all) == (0.5, 32 / 176)
+    assert "18.18% of their weights are gone" in str(report)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = prune(Grouped().apply, params, [X[None]], "magnitude", layers="*/head").report
+    assert "left out by layers=" in str(named)
+    with pytest.raises(ValueError, match="'params/depthwise/kernel' is used in a convolution in groups"):
+        prune(Grouped().apply, params, [X[None]], layers="*/depthwise")
+
+
+EXPERTS = {"up": normal(2, 4, D, 6), "down": normal(3, 4, 6, D)}
+
+
+def experts(p: Any, x: Any) -> Any:
+    """Two of four experts get all tokens."""
+    gates = jax.nn.one_hot(jnp.arange(len(x)) % 2 + 1, 4)
+    h = jax.nn.relu(jnp.einsum("ebd,edf->ebf", jnp.einsum("be,bd->ebd", gates, x), p["up"]))
+    return jnp.stack([h[e] @ p["down"][e] for e in range(4)])
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_experts_that_no_token_reached_are_left_and_named(method: str) -> None:
+    with pytest.warns(UserWarning, match=r"'up': left dense, since no input reached \[0\], \[3\]; .*'down\[0\]'.*it"):
+        pruned, masks, report = prune(experts, EXPERTS, [X], method)
+    for name in EXPERTS:
+        assert_same_bits(pruned[name][jnp.array([0, 3])], EXPERTS[name][jnp.array([0, 3])])
+        assert np.asarray(masks[name]).mean((1, 2)).tolist() == [1, 0.5, 0.5, 1]
+    assert report.sparsity == 0.25
+    whole = prune(experts, EXPERTS, [X], "magnitude")
+    assert whole.report.sparsity == 0.5
+
+
+def test_by_rank_too_an_expert_without_tokens_stays() -> None:
+    with pytest.warns(UserWarning, match="left dense"):
+        masks = prune(experts, EXPERTS, [X], "wanda", 0.25, scope="global", sequential=False).masks
+    stay = np.asarray(masks["up"]).mean((1, 2))
+    assert stay[0] == stay[3] == 1
+    assert sum(int((~M).sum()) for M in masks.values()) == 96
+
+
+def test_places_of_a_stack_without_use_and_uses_without_known_inputs_are_named() -> None:
+    params = {"stack": normal(2, 3, D, D), "both": normal(3, D, D)}
+
+    def apply(p: Any, x: Any) -> Any:
+        return jnp.tanh(x @ p["stack"][0]) @ p["stack"][2] @ p["both"] + jnp.sum(jnp.square(p["both"]))
+
+    with pytest.warns(UserWarning, match="prune: ") as found:
+        report = prune(apply, params, [X], "wanda").report
+    assert ["'stack[1]', not used by the program" in str(found[0].message), len(found)] == [True, 2]
+    assert "'both': also used by square" in str(found[1].message)
+    assert [layer.note for layer in report.layers] == ["", "", "also used by square"]
+    assert report.sparsity_of_all == 96 / 256
+    with pytest.warns(UserWarning, match="'both': also used"):
+        prune(apply, params, [X], "wanda", layers=["stack", "both"])
+
+
+class Counting(nnx.Module):
+    def __init__(self, rngs: Any):
+        self.embed, self.drop = nnx.Embed(V, D, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+        self.up, self.norm = nnx.Linear(D, D, rngs=rngs), nnx.BatchNorm(D, rngs=rngs)
+
+    def __call__(self, tokens: Any) -> Any:
+        return self.embed.attend(self.norm(self.drop(jax.nn.relu(self.up(self.embed(tokens))))))
+
+
+def test_counters_and_random_states_pass_through() -> None:
+    """A whole state is pruned as its parameters are."""
+    model = Counting(nnx.Rngs(0))
+    model.eval()
+    graph, state = nnx.split(model)
+    _, params, rest = nnx.split(model, nnx.Param, ...)
+    apply = lambda state, tokens: nnx.merge(graph, state)(tokens)  # noqa: E731
+    of_params = lambda p, tokens: nnx.merge(graph, p, rest)(tokens)  # noqa: E731
+    whole, masks, report = prune(apply, state, [TOKENS], "sparsegpt", "2:4")
+    assert jax.tree.structure(whole) == jax.tree.structure(state)
+    assert [layer.name for layer in report.layers] == ["up/kernel"]
+    alone = prune(of_params, params, [TOKENS], "sparsegpt", "2:4")
+    assert_same_bits(whole["up"], alone.params["up"])
+    key, count = (lambda s: s["drop"]["rngs"]["key"][...]), (lambda s: s["drop"]["rngs"]["count"][...])
+    assert (key(whole), count(whole)) == (key(state), count(state))
+    assert len(jax.tree.leaves(masks)) == 1
+    assert fo.compression.owl(apply, state, [TOKENS], 0.5, progress=False) == {"up/kernel": 0.5}
+    F = jax.tree.map(lambda x: jnp.square(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+    by_fisher = prune(apply, state, [TOKENS], "fisher", 0.5, fisher=F).masks
+    assert int((~by_fisher["up"]["kernel"][...]).sum()) == 32
