@@ -31,6 +31,15 @@ def read_by_names(params: PyTree) -> list[LeafAxes]:
     return [read[path]._replace(path=name, bias=own.get(read[path].bias or "")) for path, name in own.items()]
 
 
+def is_told(leaf: LeafAxes) -> bool:
+    """Whether a matrix's inputs are known by more than the order of its axes: by a user, a name or a bias.
+
+    >>> [is_told(leaf) for leaf in read_by_names({"kernel": jax.numpy.ones((3, 5)), "table": jax.numpy.ones((3, 5))})]
+    [True, False]
+    """
+    return leaf.bias is not None or "by its name" in leaf.reason or "2-D leaf" not in leaf.reason
+
+
 def _collide(paths: Sequence[tuple[str, ...]]) -> bool:
     """Whether two of them are one, or one goes through another."""
     modules = {path[:i] for path in paths for i in range(len(path))}
