@@ -16,62 +16,27 @@ from fisher_optax.capture.roles import read_roles
 from fisher_optax.matrices.flat import read_by_names
 from fisher_optax.matrices.rules import resolve_axes
 from tests.comparisons import assert_same_bits
+from tests.compression_models import BODY, ENDS, TEXTS, V, language_model, normal
 
 prune = functools.partial(fo.compression.prune, progress=False)
-V, D = 12, 8
-TOKENS = jax.random.randint(jax.random.key(0), (6, 5), 0, V)
+D = 8
 X = jax.random.normal(jax.random.key(1), (20, D))
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def language_model(end: Any) -> Any:
-    """Of a table, places, a hidden matrix stored outputs first, and some head."""
-
-    def apply(p: Any, tokens: Any) -> Any:
-        x = p["table"][tokens] + p["places"][jnp.arange(tokens.shape[-1])]
-        return end(p, jnp.tanh(x @ p["hidden"].T))
-
-    return apply
-
-
-BODY = {"table": normal(2, V, D), "places": normal(3, V, D), "hidden": normal(4, D, D)}
-ENDS = {
-    "tied": ({}, lambda p, h: h @ p["table"].T, {}),
-    "outputs first": ({"out": normal(5, V, D)}, lambda p, h: h @ p["out"].T, {"out": 0}),
-    "inputs first, with a bias": (
-        {"out": normal(5, D, V), "plus": normal(6, V)},
-        lambda p, h: h @ p["out"] + p["plus"],
-        {"out": 1},
-    ),
-    "scaled and capped": (
-        {"out": normal(5, D, V), "scale": jnp.ones(())},
-        lambda p, h: 3 * jnp.tanh(p["scale"] * (h @ p["out"]) / 3),
-        {"out": 1},
-    ),
-    "as log-probabilities under remat": (
-        {"out": normal(5, D, V)},
-        lambda p, h: jax.checkpoint(lambda w, h: jax.nn.log_softmax(h @ w))(p["out"], h),
-        {"out": 1},
-    ),
-}
 
 
 @pytest.mark.parametrize("name", ENDS)
 def test_tables_and_heads_are_what_the_program_makes_of_them(name: str) -> None:
     more, end, heads = ENDS[name]
     params = BODY | more
-    roles = {role.path: role for role in read_roles(language_model(end), params, TOKENS)}
+    roles = {role.path: role for role in read_roles(language_model(end), params, TEXTS)}
     assert {path for path, role in roles.items() if role.kind == "embedding"} == {"table", "places"}
     assert {path: role.tokens for path, role in roles.items() if role.kind == "head"} == heads
     assert (roles["table"].by_data, roles["places"].by_data) == (True, False)
-    assert (roles["table"].tokens, roles["hidden"].kind) == (0, "matrix")
-    pruned, masks, report = prune(language_model(end), params, [TOKENS], "wanda", "2:4")
-    assert [layer.name for layer in report.layers] == ["hidden"]
-    assert (np.asarray(masks["hidden"]).reshape(D, -1, 4).sum(-1) == 2).all()
-    assert_same_bits({k: pruned[k] for k in params if k != "hidden"}, {k: params[k] for k in params if k != "hidden"})
+    assert (roles["table"].tokens, roles["hidden"].kind, roles["up"].kind) == (0, "matrix", "matrix")
+    pruned, masks, report = prune(language_model(end), params, [TEXTS], "wanda", "2:4")
+    layers = ["hidden", "up", "down"]
+    assert [layer.name for layer in report.layers] == layers
+    assert all((np.asarray(masks[k]).reshape(len(masks[k]), -1, 4).sum(-1) == 2).all() for k in layers)
+    assert_same_bits(*({k: tree[k] for k in params if k not in layers} for tree in (pruned, params)))
     assert {leaf.name: leaf.reason for leaf in report.left} == {
         **dict.fromkeys(("table", "places"), "embedding"),
         **dict.fromkeys(heads, "head"),
@@ -89,15 +54,13 @@ def test_a_last_matrix_of_a_model_without_tokens_is_a_layer() -> None:
         x = p["table"][tokens]
         return x + jax.nn.relu(x @ p["up"]) @ p["down"]
 
-    kinds = {role.path: role.kind for role in read_roles(encoder, stream, TOKENS)}
+    kinds = {role.path: role.kind for role in read_roles(encoder, stream, TEXTS)}
     assert kinds == {"table": "embedding", "up": "matrix", "down": "matrix"}
 
 
 def test_names_with_dots_say_what_nested_ones_say() -> None:
-    nested = {
-        "lm_head": {"weight": normal(0, 4, 3)},
-        "h": {"0": {"c_fc": {"weight": normal(1, 4, 6), "bias": X[0, :6]}}},
-    }
+    layer = {"weight": normal(1, 4, 6), "bias": X[0, :6]}
+    nested: Any = {"lm_head": {"weight": normal(0, 4, 3)}, "h": {"0": {"c_fc": layer}}}
     dotted = {"lm_head.weight": nested["lm_head"]["weight"]}
     dotted |= {f"h.0.c_fc.{name}": x for name, x in layer.items()}
     wanted = {leaf.path.replace("/", "."): leaf for leaf in resolve_axes(nested)}
@@ -204,15 +167,15 @@ def test_counters_and_random_states_pass_through() -> None:
     _, params, rest = nnx.split(model, nnx.Param, ...)
     apply = lambda state, tokens: nnx.merge(graph, state)(tokens)  # noqa: E731
     of_params = lambda p, tokens: nnx.merge(graph, p, rest)(tokens)  # noqa: E731
-    whole, masks, report = prune(apply, state, [TOKENS], "sparsegpt", "2:4")
+    whole, masks, report = prune(apply, state, [TEXTS], "sparsegpt", "2:4")
     assert jax.tree.structure(whole) == jax.tree.structure(state)
     assert [layer.name for layer in report.layers] == ["up/kernel"]
-    alone = prune(of_params, params, [TOKENS], "sparsegpt", "2:4")
+    alone = prune(of_params, params, [TEXTS], "sparsegpt", "2:4")
     assert_same_bits(whole["up"], alone.params["up"])
     key, count = (lambda s: s["drop"]["rngs"]["key"][...]), (lambda s: s["drop"]["rngs"]["count"][...])
     assert (key(whole), count(whole)) == (key(state), count(state))
     assert len(jax.tree.leaves(masks)) == 1
-    assert fo.compression.owl(apply, state, [TOKENS], 0.5, progress=False) == {"up/kernel": 0.5}
+    assert fo.compression.owl(apply, state, [TEXTS], 0.5, progress=False) == {"up/kernel": 0.5}
     F = jax.tree.map(lambda x: jnp.square(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
-    by_fisher = prune(apply, state, [TOKENS], "fisher", 0.5, fisher=F).masks
+    by_fisher = prune(apply, state, [TEXTS], "fisher", 0.5, fisher=F).masks
     assert int((~by_fisher["up"]["kernel"][...]).sum()) == 32

@@ -38,6 +38,7 @@ class Role(NamedTuple):
     named: LeafAxes  # what the rules say of it
     tokens: int | None = None  # the axis along which a table, or a head, has one entry a token
     by_data: bool = False  # a table whose rows depend on the data, unlike one of positions
+    is_returned: bool = False  # whether the program returns its product, and no other
     bias: str | None = None  # what is added to the outputs of its product, and to nothing else
 
     @property
@@ -92,6 +93,7 @@ def _role(
         by_data = any(lookups.get(site.number, True) for site in looked_up)
         return role._replace(kind="embedding", tokens=tokens, by_data=by_data)
     last = [site for site in sites if site.number in returned]
+    role = role._replace(is_returned=bool(last))
     if last and (last[0].n in rows or named.kind == "head"):
         outputs = sources(last[0].outputs)
         return role._replace(kind="head", tokens=outputs[0] if len(outputs) == 1 else None)

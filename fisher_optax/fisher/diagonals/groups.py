@@ -69,9 +69,9 @@ def program_axes(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) 
     unknown = [role.named for role in roles if role.axes is None and role.kind == "other"]
     if doubtful := [leaf for leaf in unknown if leaf.is_ambiguous or not is_told(leaf)]:
         warnings.warn(
-            f"diagonal: the program does not multiply by {len(doubtful)} leaves as they are, and which axes are units "
-            f"for groups='rows' is not known: {listed(doubtful)}. Matrices go by the order of their axes, inputs first, and "
-            "others by single entries. Pass axes= with a fo.MatrixAxes for each, or None for single entries.",
+            f"diagonal: the program does not multiply by {len(doubtful)} leaves as they are, and which axes are "
+            f"units for groups='rows' is unknown: {listed(doubtful)}. Matrices go by the order of their axes, inputs "
+            "first, and others by single entries. Pass axes= with a fo.MatrixAxes for each, or None for entries.",
             stacklevel=3,
         )
     return jax.tree.structure(params).unflatten([role.units for role in roles])
