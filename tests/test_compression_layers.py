@@ -23,17 +23,17 @@ owl = functools.partial(fo.compression.owl, progress=False)
 
 def test_layers_come_in_the_order_of_use_a_scanned_stack_step_by_step() -> None:
     """Embeddings and heads are left out unless asked for."""
-    names = [layer.name for layer in find_layers(*scanned(), TOKENS)[0]]
+    names = [layer.name for layer in find_layers(*scanned(), TOKENS)]
     steps = [f"params/blocks/{name}/kernel[{i}]" for i in range(3) for name in ("up", "down")]
     assert names == [*steps, "params/conv/kernel"]
-    assert [layer.name for layer in find_layers(*scanned(), TOKENS, "params/head")[0]] == ["params/head/kernel"]
-    up = find_layers(*scanned(), TOKENS, lambda path: "up" in path)[0]
+    assert [layer.name for layer in find_layers(*scanned(), TOKENS, "params/head")] == ["params/head/kernel"]
+    up = find_layers(*scanned(), TOKENS, lambda path: "up" in path)
     assert [layer.members.tolist() for layer in up] == [[0], [1], [2]]
 
 
 def test_experts_of_one_product_are_one_layer() -> None:
     apply_fn = lambda p, x: jnp.einsum("ebi,eio->ebo", jnp.stack([x] * 3), p["w"])  # noqa: E731
-    ((layer,), _) = find_layers(apply_fn, {"w": jnp.ones((3, 4, 2))}, X)
+    (layer,) = find_layers(apply_fn, {"w": jnp.ones((3, 4, 2))}, X)
     assert (layer.name, layer.members.tolist(), layer.shape) == ("w", [0, 1, 2], (4, 2))
     _, masks, report = prune(apply_fn, {"w": jax.random.normal(jax.random.key(0), (3, 4, 2))}, [X], "wanda", 0.5)
     assert report.layers[0].removed == 12
@@ -44,12 +44,12 @@ def test_input_grams_are_those_of_the_layers_inputs() -> None:
     """Of batches of different sizes, without the input of the bias; of a convolution, its windows."""
     apply_fn, params = mlp()
     h = np.maximum(dense(params["first"], X), 0)
-    for layer, x in zip(find_layers(apply_fn, params, X)[0], (X, h), strict=True):
+    for layer, x in zip(find_layers(apply_fn, params, X), (X, h), strict=True):
         np.testing.assert_allclose(calibration.input_gram(apply_fn, params, BATCHES, layer)[0], moment(x), rtol=2e-5)
     conv = nn.Conv(2, (3, 2), strides=2)
     x = jax.random.normal(jax.random.key(4), (3, 5, 4, 2))
     params = conv.init(jax.random.key(5), x)
-    ((layer,), _) = find_layers(conv.apply, params, x)
+    (layer,) = find_layers(conv.apply, params, x)
     seen = windows(x, (3, 2), (2, 2), [(1, 1), (0, 0)], (1, 1), (1, 1)).reshape(-1, 12)
     np.testing.assert_allclose(calibration.input_gram(conv.apply, params, [x], layer)[0], moment(seen), atol=1e-5)
 
@@ -78,7 +78,7 @@ def test_batches_are_streamed_one_pass_and_one_gram_a_layer() -> None:
     d = 256
     chain = jax.tree_util.Partial(lambda p, x: functools.reduce(jnp.matmul, p, x))
     params, x = [jnp.ones((d, d))] * 4, jnp.ones((2, d))
-    layer = find_layers(chain, params, x)[0][3]
+    layer = find_layers(chain, params, x)[3]
     lowered = calibration._input_sum.lower(chain, layer.leaf, d, None, params, x, jnp.asarray(layer.members))
     memory = lowered.compile().memory_analysis()
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 2.5 * 4 * d * d

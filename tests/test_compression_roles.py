@@ -115,23 +115,16 @@ def experts(p: Any, x: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_experts_that_no_token_reached_are_left_and_named(method: str) -> None:
-    with pytest.warns(UserWarning, match=r"'up': left dense, since no input reached \[0\], \[3\]; .*'down\[0\]'.*it"):
+def test_experts_that_no_token_reached_are_named_and_go_by_size(method: str) -> None:
+    with pytest.warns(UserWarning, match=r"'up': no input has reached \[0\], \[3\]; 'down\[0\]': no .* it"):
         pruned, masks, report = prune(experts, EXPERTS, [X], method)
+    by_size = prune(experts, EXPERTS, [X], "magnitude", scope="output").masks
     for name in EXPERTS:
-        assert_same_bits(pruned[name][jnp.array([0, 3])], EXPERTS[name][jnp.array([0, 3])])
-        assert np.asarray(masks[name]).mean((1, 2)).tolist() == [1, 0.5, 0.5, 1]
-    assert report.sparsity == 0.25
-    whole = prune(experts, EXPERTS, [X], "magnitude")
-    assert whole.report.sparsity == 0.5
-
-
-def test_by_rank_too_an_expert_without_tokens_stays() -> None:
-    with pytest.warns(UserWarning, match="left dense"):
-        masks = prune(experts, EXPERTS, [X], "wanda", 0.25, scope="global", sequential=False).masks
-    stay = np.asarray(masks["up"]).mean((1, 2))
-    assert stay[0] == stay[3] == 1
-    assert sum(int((~M).sum()) for M in masks.values()) == 96
+        for e in (0, 3):
+            assert_same_bits(masks[name][e], by_size[name][e])
+            assert_same_bits(pruned[name][e], jnp.where(masks[name][e], EXPERTS[name][e], 0))
+    assert "no input has reached [0], [3]" in str(report)
+    assert report.sparsity == 0.5
 
 
 def test_places_of_a_stack_without_use_and_uses_without_known_inputs_are_named() -> None:
@@ -143,7 +136,7 @@ def test_places_of_a_stack_without_use_and_uses_without_known_inputs_are_named()
     with pytest.warns(UserWarning, match="prune: ") as found:
         report = prune(apply, params, [X], "wanda").report
     assert ["'stack[1]', not used by the program" in str(found[0].message), len(found)] == [True, 2]
-    assert "'both': also used by square" in str(found[1].message)
+    assert "weights of 1 layers do: 'both': also used by square" in str(found[1].message)
     assert [layer.note for layer in report.layers] == ["", "", "also used by square"]
     assert report.sparsity_of_all == 96 / 256
     with pytest.warns(UserWarning, match="'both': also used"):

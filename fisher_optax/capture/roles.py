@@ -36,6 +36,7 @@ class Role(NamedTuple):
     kind: str  # "embedding", "head", "matrix" or "other"
     axes: MatrixAxes | None  # of the matrix that the program multiplies by; None: it does not, or names alone know
     named: LeafAxes  # what the rules say of it
+    plan: LeafPlan  # what else the program does with it
     tokens: int | None = None  # the axis along which a table, or a head, has one entry a token
     by_data: bool = False  # a table whose rows depend on the data, unlike one of positions
     is_returned: bool = False  # whether the program returns its product, and no other
@@ -86,7 +87,7 @@ def _role(
     traced: Traced,
 ) -> Role:
     bias = None if leaf.bias is None else traced.leaves[leaf.bias].path
-    role = Role(leaf.path, leaf.shape, "matrix" if leaf.sites else "other", leaf.axes, named, bias=bias)
+    role = Role(leaf.path, leaf.shape, "matrix" if leaf.sites else "other", leaf.axes, named, leaf, bias=bias)
     looked_up = [site for site in sites if site.how == "embedding"]
     if looked_up:
         tokens = sources(looked_up[0].inputs)[0]

@@ -24,8 +24,8 @@ def of_program(apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, V
     floats, whole = without_rest(params)
     roles = read_roles(on_whole(apply_fn, params, whole), floats, batch)
     tables = [(x, x.shape[x.tokens]) for x in roles if x.by_data and x.tokens is not None]
-    outputs = lambda axes, shape: math.prod(shape[a] for a in axes.outputs)  # noqa: E731
-    heads = [(x, outputs(x.axes, x.shape)) for x in roles if x.is_returned and x.axes and x.kind != "embedding"]
+    length = lambda axes, shape: math.prod(shape[a] for a in axes.outputs)  # noqa: E731
+    heads = [(x, length(x.axes, x.shape)) for x in roles if x.is_returned and x.axes and x.kind != "embedding"]
     rows, columns = ({n for _, n in some} for some in (tables, heads))
     if V is None:
         if len(sizes := rows & columns or rows or columns) != 1:
@@ -40,10 +40,10 @@ def of_program(apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, V
             f"to one length, or, where one of them is of something else, leave it out. {ASK}"
         )
     for head, _ in heads:
-        assert head.axes is not None
-        if len(head.axes.outputs) > 1 or head.axes.batch:
+        outputs = [] if head.axes is None else [*head.axes.outputs, *head.axes.batch]
+        if len(outputs) > 1:
             raise ValueError(f"remove_tokens: {head.path!r} {head.shape} has its tokens along several axes. {ASK}")
-        axes[head.path] = head.axes.outputs[0]
+        axes[head.path] = outputs[0]
         axes |= {head.bias: 0} if head.bias is not None else {}
     biases = {x.bias for x in roles}
     for x in roles:

@@ -37,7 +37,7 @@ def is_told(leaf: LeafAxes) -> bool:
     >>> [is_told(leaf) for leaf in read_by_names({"kernel": jax.numpy.ones((3, 5)), "table": jax.numpy.ones((3, 5))})]
     [True, False]
     """
-    return leaf.bias is not None or "by its name" in leaf.reason or "2-D leaf" not in leaf.reason
+    return leaf.bias is not None or "outputs first" in leaf.reason or "2-D leaf" not in leaf.reason
 
 
 def _collide(paths: Sequence[tuple[str, ...]]) -> bool:

@@ -17,8 +17,7 @@ from ...capture.roles import Role, read_roles
 from ...capture.traced import Traced, trace
 from ...matrices.axes import MatrixAxes
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
-from .coverage import left_dense, no_layer, places
-from .reports import LeftDense
+from .uses import no_layer, places
 
 Layers = Sequence[str] | str | Callable[[str], bool] | None
 
@@ -64,10 +63,8 @@ def outputs_of(apply_fn: Callable[..., PyTree]) -> Callable[..., Array]:
     return total
 
 
-def find_layers(
-    apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Layers = None
-) -> tuple[list[Layer], list[LeftDense]]:
-    """The layers to prune, in the order in which the model uses them, and all other matrices with the reason.
+def find_layers(apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Layers = None) -> list[Layer]:
+    """The layers to prune, in the order in which the model uses them.
 
     Args:
       apply_fn, params, batch: as for `prune`.
@@ -84,9 +81,7 @@ def find_layers(
     chosen = _chosen(layers, paths, roles, traced)
     if not chosen:
         raise ValueError(f"no layer to prune: found {_listed(paths)}, and layers={layers!r} leaves none of them.")
-    found = [_layer(m.leaf, m.members) for m in met if m.leaf.path in chosen]
-    used = {leaf.number: [layer.members for layer in found if layer.leaf == leaf.number] for leaf in traced.leaves}
-    return found, left_dense(traced.leaves, roles, used)
+    return [_layer(m.leaf, m.members) for m in met if m.leaf.path in chosen]
 
 
 def _layer(leaf: LeafPlan, members: np.ndarray) -> Layer:

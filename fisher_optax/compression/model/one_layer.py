@@ -14,10 +14,10 @@ from ..matrix.checking import kernel
 from ..matrix.masks import ReadSparsity
 from ..matrix.pruned import output_error
 from .calibration import Mask, gradient_summary, input_gram
-from .coverage import UNREACHED, places
 from .layers import Layer
 from .methods import Method
 from .reports import PrunedLayer
+from .uses import places
 
 
 class Calibration(NamedTuple):
@@ -36,7 +36,11 @@ def knowledge(method: Method, data: Calibration, params: PyTree, layer: Layer, H
     if method.needs == "weights":
         return [()] * len(layer.members)
     if method.needs == "inputs":
-        return [(moment,) for moment in H]
+        # Where nothing is known of the inputs they count as independent and of one size.
+        return [
+            (jnp.eye(len(moment), dtype=moment.dtype) if dead else moment,)
+            for moment, dead in zip(H, unreached(H), strict=True)
+        ]
     if method.needs == "fisher":
         return [(F,) for F in _read("fisher", data.fisher, layer)]
     assert callable(method.needs)
@@ -50,20 +54,18 @@ def _read(name: str, leaves: list[ArrayLike | None] | None, layer: Layer) -> Arr
     return layer.read(jnp.asarray(leaves[layer.leaf]))
 
 
-def unreached(method: Method, H: Array) -> np.ndarray:
-    """Which of a layer's matrices no input reached, so that a method that asks for data knows nothing of them."""
-    if method.needs == "weights":
-        return np.zeros(len(H), bool)
+def unreached(H: Array) -> np.ndarray:
+    """Which of a layer's matrices have had no input but 0."""
     return np.asarray(jnp.all(jnp.diagonal(H, axis1=-2, axis2=-1) == 0, -1))
 
 
-def _note(layer: Layer, leaf: Array, is_unreached: np.ndarray) -> str:
+def _note(layer: Layer, leaf: Array, H: Array) -> str:
     """What a report adds to a layer's figures."""
-    notes = [layer.note] if layer.note else []
-    if is_unreached.any():
+    notes, dead = [layer.note] if layer.note else [], unreached(H)
+    if dead.any():
         stack = tuple(leaf.shape[a] for a in layer.axes.batch)
-        where = "it" if is_unreached.all() else places(layer.members[is_unreached], stack)
-        notes.insert(0, f"{UNREACHED} {where}")
+        where = "it" if dead.all() else places(layer.members[dead], stack)
+        notes.insert(0, f"no input has reached {where}")
     return "; ".join(notes)
 
 
@@ -79,13 +81,12 @@ def prune_layer(
     began = time.perf_counter()
     W = kernel(f"{method.name} on {layer.name!r}", layer.read(leaf))
     H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
-    is_unreached = unreached(method, H)
     if stays is not None:
         new, mask, damping = jnp.where(stays, W, 0), stays, None
     else:
         known = knowledge(method, data, params, layer, H)
         ends = [{}] * len(W) if data.upper is None else [{"upper": x} for x in _read("upper", data.upper, layer)]
-        pieces = _pieces(method, layer, W, known, ends, is_unreached, sparsity)
+        pieces = _pieces(method, layer, W, known, ends, sparsity)
         each, masks, dampings = zip(*pieces, strict=True)
         new, mask = jnp.stack(each), jnp.stack(masks)
         damping = max((x for x in dampings if x is not None), default=None)
@@ -101,7 +102,7 @@ def prune_layer(
         dead,
         damping,
         time.perf_counter() - began,
-        _note(layer, leaf, is_unreached),
+        _note(layer, leaf, H),
     )
     return new, mask, row
 
@@ -112,14 +113,10 @@ def _pieces(
     W: Array,
     known: Sequence[tuple[PyTree, ...]],
     ends: Sequence[dict[str, Array]],
-    is_unreached: np.ndarray,
     sparsity: ReadSparsity,
 ) -> Iterator[tuple[Array, Array, float | None]]:
-    """New weights, mask and damping of each matrix; one that no input reached stays as it is."""
-    for w, X, upper, stays in zip(W, known, ends, is_unreached, strict=True):
-        if stays:
-            yield w, jnp.ones(w.shape, bool), None
-            continue
+    """New weights, mask and damping of each matrix."""
+    for w, X, upper in zip(W, known, ends, strict=True):
         new, mask, *rest = method.prune(w, *X, sparsity, **upper)
         damping = float(rest[0]) if rest else None
         if jnp.shape(new) != w.shape or jnp.shape(mask) != w.shape or not bool(jnp.isfinite(new).all()):

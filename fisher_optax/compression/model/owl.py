@@ -86,7 +86,7 @@ def owl(
         raise ValueError("batches is empty: pass calibration data, one batch at least.")
     floats, whole = without_rest(params)
     apply_fn, params = on_whole(apply_fn, params, whole), floats
-    found, leaves = find_layers(apply_fn, params, first, layers)[0], jax.tree.leaves(params)
+    found, leaves = find_layers(apply_fn, params, first, layers), jax.tree.leaves(params)
     outliers, sizes = {}, {}
     for layer in tqdm(found, "outliers", disable=not progress, unit="layer"):
         W = layer.read(jnp.asarray(leaves[layer.leaf]))

@@ -16,10 +16,10 @@ from ...fisher import DiagonalFisher
 from ...matrices.floats import is_floating, on_whole, without_rest
 from ..matrix.masks import Pattern, ReadSparsity, Sparsity, as_sparsity, check_pattern, global_masks
 from .calibration import Mask, input_gram, rereadable
-from .coverage import warn_of
+from .coverage import left_dense, warn_of_left, warn_of_unknown
 from .layers import Layer, Layers, find_layers
 from .methods import Method, find_method
-from .one_layer import Calibration, knowledge, prune_layer, unreached
+from .one_layer import Calibration, knowledge, prune_layer
 from .reports import PruningReport
 
 
@@ -57,13 +57,14 @@ def prune(
 
     Args:
       apply_fn: ``apply_fn(params, batch)`` -> the model's outputs, any tree.
-      params: a Flax dictionary or any tree of arrays.
+      params: a Flax dictionary or any tree of arrays; integers and random states pass through as they are.
       batches: calibration data, read once a layer: a list, or what can be read again. One shape, or each is compiled.
       method: "magnitude", "wanda", "sparsegpt", "obs", "fisher" (with ``fisher=``), "obert" (with ``loss_fn=``), or
         what was registered by `register`.
       sparsity: a share of each layer's weights in [0, 1); "N:M", to keep N of every M inputs; or one of these for each
         layer by name, as `owl` returns.
-      layers: which; None: all kernels but heads and embeddings. Patterns of paths, as ``["block_*/up"]``, or a function
+      layers: which; None: all kernels but embeddings, which the program looks up (tied to a head or not), and heads, by
+        name or by giving a number for each row of an embedding. Patterns of paths, as ``["block_*/up"]``, or a function
         of a path.
       sequential: take a layer's inputs from the model as pruned so far, rather than from the model as given.
       progress: show a progress bar.
@@ -77,14 +78,17 @@ def prune(
       **options: of the method, as ``damping=``.
 
     Returns:
-      `PrunedModel`: parameters, masks (for `keep_masks`), and a `PruningReport`.
+      `PrunedModel`: parameters, masks (for `keep_masks`), and a `PruningReport`, which lists also what is left
+      dense, and why.
 
     Raises:
       ValueError, TypeError: for unknown methods, layers and options; an M that does not divide a layer's inputs; data
         or weights that are not finite; batches that can be read only once. Before anything is computed where possible.
 
     Warns:
-      UserWarning: where a damping had to be raised.
+      UserWarning: where a damping had to be raised; for matrices that stay dense since the program shows no layer
+        there, unless ``layers`` says what is meant; for weights that no input has reached, which then go by size, and
+        for uses of a layer whose inputs are not known.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, fisher_optax as fo
@@ -110,7 +114,7 @@ def prune(
     floats, whole = without_rest(params)
     apply_fn = on_whole(apply_fn, params, whole)
     loss_fn = None if loss_fn is None else on_whole(loss_fn, params, whole)
-    chosen, (found, left) = find_method(method, options), find_layers(apply_fn, floats, first, layers)
+    chosen, found = find_method(method, options), find_layers(apply_fn, floats, first, layers)
     shares = sparsities(sparsity, found)
     leaves, structure = jax.tree.flatten(floats)
     data = Calibration(apply_fn, loss_fn, batches, mask, *trees)
@@ -128,7 +132,11 @@ def prune(
         before = jnp.ones(jnp.shape(leaves[layer.leaf]), bool) if before is None else before
         masks[layer.leaf] = layer.written(before, mask_here)
         rows.append(row)
-    warn_of("prune", rows, left, layers is not None)
+    left = left_dense(apply_fn, floats, first, found)
+    if layers is None:
+        warn_of_left(rows, left)
+    if chosen.needs != "weights":
+        warn_of_unknown(rows)
     report = PruningReport(method, tuple(rows), tuple(left))
     return PrunedModel(whole(structure.unflatten(values)), structure.unflatten(masks), report)
 
@@ -205,7 +213,5 @@ def _ranked(
             H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
         known = knowledge(method, data, params, layer, H)
         W = layer.read(jnp.asarray(leaves[layer.leaf]))
-        scores = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])
-        stays = unreached(method, H) & (method.needs == "inputs")
-        found[layer.name] = jnp.where(stays[:, None, None], jnp.inf, scores)
+        found[layer.name] = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])
     return global_masks(found, next(iter(shares.values())))
