@@ -43,6 +43,50 @@ def test_tables_and_heads_are_what_the_program_makes_of_them(name: str) -> None:
     }
 
 
+def hidden(p: Any, x: Any) -> Any:
+    return jnp.tanh(x @ p["hidden"]) @ p["out"]
+
+
+half = lambda x: x.astype(jnp.bfloat16)  # noqa: E731
+LOOKUPS = {
+    "take": lambda p, t: hidden(p, jnp.take(p["table"], t, axis=0)),
+    "get": lambda p, t: hidden(p, p["table"].at[t].get(mode="fill", fill_value=0)),
+    "cast": lambda p, t: hidden(p, half(p["table"])[t].astype(jnp.float32)),
+    "one hot": lambda p, t: hidden(p, jax.nn.one_hot(t, V) @ p["table"]),
+    "equal to iota": lambda p, t: hidden(p, half(t[..., None] == jnp.arange(V)) @ p["table"]),
+    "under jit": lambda p, t: jax.jit(lambda p, t: hidden(p, p["table"][t]))(p, t),
+    "by example": lambda p, t: jax.vmap(lambda t: hidden(p, p["table"][t]))(t),
+    "by token": lambda p, t: jax.vmap(jax.vmap(lambda t: hidden(p, p["table"][t])))(t),
+    "with a mask": lambda p, t: jnp.where(t[..., None] > 2, hidden(p, p["table"][t]), -1e9),
+    "with another output": lambda p, t: (hidden(p, p["table"][t]), p["table"][t] @ p["hidden"]),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_a_table_is_what_is_looked_up_in_whatever_way(name: str) -> None:
+    params = {"table": normal(2, V, D), "hidden": normal(3, D, D), "out": normal(4, D, V)}
+    roles = {role.path: role for role in read_roles(LOOKUPS[name], params, TEXTS)}
+    assert {path: role.kind for path, role in roles.items()} == {
+        "table": "embedding",
+        "hidden": "matrix",
+        "out": "head",
+    }
+    assert (roles["table"].tokens, roles["table"].by_data, roles["out"].tokens) == (0, True, 1)
+    assert roles["table"].units == fo.MatrixAxes(1, 0)
+
+
+def test_a_comparison_of_floats_is_no_lookup_and_stacked_tables_stay_apart() -> None:
+    def compare(p: Any, x: Any) -> Any:
+        return (x == 0).astype(jnp.float32) @ p["hidden"]
+
+    (role,) = read_roles(compare, {"hidden": normal(3, D, D)}, X)
+    assert role.kind == "matrix"
+
+    scan = lambda p, t: jax.lax.scan(lambda h, table: (h + table[t], None), jnp.zeros((6, 5, D)), p["tables"])[0]  # noqa: E731
+    (role,) = read_roles(scan, {"tables": normal(2, 3, V, D)}, TEXTS)
+    assert (role.kind, role.units) == ("embedding", fo.MatrixAxes(2, 1, 0))
+
+
 def test_a_last_matrix_of_a_model_without_tokens_is_a_layer() -> None:
     """Nor is one a head whose result goes on to another product, or is added to the model's stream."""
     params = {"first": normal(2, D, D), "last": normal(3, D, V)}

@@ -7,11 +7,11 @@ other, the program returns with as many outputs as a table has rows: a bias, a s
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal, Var
+from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, PyTree
 
 from ..matrices.axes import LeafAxes, MatrixAxes
@@ -21,11 +21,16 @@ from .program import jaxprs
 from .program.leaves import LeafPlan
 from .program.sites import Site, sources
 from .program.walk import Plan
-from .traced import Traced, trace
+from .traced import trace
 
-DATA, MIXED = -1, -2  # among the numbers of products that a value depends on
+# Among the numbers of products that a value depends on; below LEAF are the parameters themselves.
+DATA, MIXED, ONE_HOT, LEAF = -1, -2, -3, -4
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+VIEWS = frozenset({"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim"})
 LOOPS = frozenset({"scan", "while", "cond", "shard_map"})
+
+
+Sources: TypeAlias = frozenset[int]
 
 
 class Role(NamedTuple):
@@ -46,12 +51,26 @@ class Role(NamedTuple):
     def units(self) -> MatrixAxes | None:
         """Its axes with tokens as outputs, by the program or else by the rules."""
         axes = self.axes or self.named.axes
-        if self.tokens is not None:
-            rest = tuple(a for a in range(len(self.shape)) if a != self.tokens)
-            return MatrixAxes(rest, self.tokens)
-        if axes is not None and self.kind == "embedding":
-            return MatrixAxes(axes.outputs, axes.inputs, axes.batch)
-        return axes
+        if axes is None or self.kind != "embedding" or axes.outputs == (self.tokens,):
+            return axes
+        return MatrixAxes(axes.outputs, axes.inputs, axes.batch)
+
+
+class _Lookups(NamedTuple):
+    """What is looked up by row, and whether data says which one."""
+
+    sites: dict[int, bool]  # by number of the product
+    leaves: dict[int, bool]  # by parameter, of single rows, which are no sites
+
+    def is_one(self, site: Site) -> bool:
+        """Whether rows are taken, by an index or by a product with ones and zeros."""
+        return site.how == "embedding" or site.number in self.sites
+
+    def by_data(self, leaf: int, sites: Sequence[Site]) -> bool | None:
+        """None for what is not looked up; True where a loop hides the index."""
+        found = [self.sites.get(site.number, True) for site in sites if self.is_one(site)]
+        found += [self.leaves[leaf]] if leaf in self.leaves else []
+        return any(found) if found else None
 
 
 def read_roles(f: Callable[..., PyTree], params: PyTree, *args: PyTree) -> list[Role]:
@@ -61,45 +80,42 @@ def read_roles(f: Callable[..., PyTree], params: PyTree, *args: PyTree) -> list[
         return [x for x in jax.tree.leaves(f(params, *args)) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
     traced = trace(outputs, InputGram(), params, args, {})
-    count, lookups = len(traced.leaves), {}
-    operands = [frozenset[int]()] * count + [frozenset({DATA})] * (len(traced.operands) - count)
+    count, lookups = len(traced.leaves), _Lookups({}, {})
+    operands = [frozenset({LEAF - i}) for i in range(count)]
+    operands += [frozenset({DATA})] * (len(traced.operands) - count)
     results = _flow(traced.program, traced.plan, operands, lookups)
     returned = {n for found in results if len(own := found - {DATA}) == 1 for n in own if n >= 0}
-    sites: dict[int, list[Site]] = {}
+    sites: list[list[Site]] = [[] for _ in range(count)]
     for site in _sites(traced.plan):
-        sites.setdefault(site.leaf, []).append(site)
-    tables = {i: s for i, found in sites.items() for s in found if s.how == "embedding"}
-    rows = {site.m for site in tables.values() if lookups.get(site.number, True)}
-    named = read_by_names(params)
-    return [
-        _role(leaf, named[leaf.number], sites.get(leaf.number, []), lookups, returned, rows, traced)
-        for leaf in traced.leaves
-    ]
+        sites[site.leaf].append(site)
+    by_data = [lookups.by_data(i, some) for i, some in enumerate(sites)]
+    tokens = [_looked_up_axis(some, lookups) for some in sites]
+    rows = {leaf.shape[a] for leaf, a, is_data in zip(traced.leaves, tokens, by_data, strict=True) if is_data}
+    roles = []
+    for leaf, named in zip(traced.leaves, read_by_names(params), strict=True):
+        i, bias = leaf.number, None if leaf.bias is None else traced.leaves[leaf.bias].path
+        role = Role(leaf.path, leaf.shape, "matrix" if leaf.sites else "other", leaf.axes, named, leaf, bias=bias)
+        if (is_data := by_data[i]) is not None:
+            roles.append(role._replace(kind="embedding", tokens=tokens[i], by_data=is_data))
+        else:
+            roles.append(_without_lookup(role, [site for site in sites[i] if site.number in returned], rows))
+    return roles
 
 
-def _role(
-    leaf: LeafPlan,
-    named: LeafAxes,
-    sites: Sequence[Site],
-    lookups: dict[int, bool],
-    returned: set[int],
-    rows: set[int],
-    traced: Traced,
-) -> Role:
-    bias = None if leaf.bias is None else traced.leaves[leaf.bias].path
-    role = Role(leaf.path, leaf.shape, "matrix" if leaf.sites else "other", leaf.axes, named, leaf, bias=bias)
-    looked_up = [site for site in sites if site.how == "embedding"]
-    if looked_up:
-        tokens = sources(looked_up[0].inputs)[0]
-        by_data = any(lookups.get(site.number, True) for site in looked_up)
-        return role._replace(kind="embedding", tokens=tokens, by_data=by_data)
-    last = [site for site in sites if site.number in returned]
+def _looked_up_axis(sites: Sequence[Site], lookups: _Lookups) -> int:
+    """The axis of a table that its rows are along, where it is one."""
+    return next((sources(site.inputs)[0] for site in sites if lookups.is_one(site)), 0)
+
+
+def _without_lookup(role: Role, last: Sequence[Site], rows: set[int]) -> Role:
+    """What a parameter is that is looked up nowhere; ``last`` are its products that the program returns."""
+    named = role.named.kind
     role = role._replace(is_returned=bool(last))
-    if last and (last[0].n in rows or named.kind == "head"):
+    if last and (last[0].n in rows or named == "head"):
         outputs = sources(last[0].outputs)
         return role._replace(kind="head", tokens=outputs[0] if len(outputs) == 1 else None)
-    is_named = named.kind == "head" or (named.kind == "embedding" and leaf.use != "convolution")
-    return role._replace(kind=named.kind) if is_named else role
+    is_named = named == "head" or (named == "embedding" and role.plan.use != "convolution")
+    return role._replace(kind=named) if is_named else role
 
 
 def _sites(plan: Plan) -> Iterator[Site]:
@@ -109,29 +125,44 @@ def _sites(plan: Plan) -> Iterator[Site]:
             yield from _sites(inner)
 
 
-def _flow(
-    program: jaxprs.Program, plan: Plan, operands: Sequence[frozenset[int]], lookups: dict[int, bool]
-) -> list[frozenset[int]]:
+def _flow(program: jaxprs.Program, plan: Plan, operands: Sequence[Sources], lookups: _Lookups) -> list[Sources]:
     """On which products each result depends with no other product in between: their numbers, `DATA` for the arguments,
-    `MIXED` for what is not followed. ``lookups`` gets the numbers of tables' sites: whether data says which row.
+    `MIXED` for what is not followed, `ONE_HOT` for whether two integers are equal, and numbers from `LEAF` on down for
+    parameters as they are. ``lookups`` gets what is looked up.
     """
-    env: dict[Var, frozenset[int]] = dict(zip(program.jaxpr.invars, operands, strict=True))
+    env: dict[Var, Sources] = dict(zip(program.jaxpr.invars, operands, strict=True))
 
-    def of(v: jaxprs.Operand) -> frozenset[int]:
+    def of(v: jaxprs.Operand) -> Sources:
         return frozenset() if isinstance(v, Literal) else env.get(v, frozenset())
 
     for i, eqn in enumerate(program.jaxpr.eqns):
         name, views = eqn.primitive.name, [of(v) for v in eqn.invars]
-        every = frozenset().union(*views)
+        every = frozenset(n for n in frozenset().union(*views) if n > ONE_HOT or (n == ONE_HOT and name in VIEWS))
         results = [every] * len(eqn.outvars)
         if i in plan.sites:
             site = plan.sites[i]
-            if site.how == "embedding":
-                lookups[site.number] = bool(views[1])
+            index = views[1] if site.how == "embedding" else views[site.x]
+            if site.how == "embedding" or ONE_HOT in index:
+                lookups.sites[site.number] = bool(index - {ONE_HOT})
             results = [frozenset({site.number})]
-        elif i in plan.inner and name not in LOOPS:
-            results = _flow(jaxprs.body(eqn), plan.inner[i][0], views, lookups)
-        elif (name in PRODUCTS or name in LOOPS) and every:
+        elif name in jaxprs.CALLS | jaxprs.REMAT:
+            results = _flow(jaxprs.body(eqn), plan.inner.get(i, [Plan()])[0], views, lookups)
+        elif name == "convert_element_type":
+            results = views
+        elif name == "eq" and jnp.issubdtype(jaxprs.aval(eqn.invars[0]).dtype, jnp.integer):
+            results = [every | {ONE_HOT}]
+        elif name in ("gather", "dynamic_slice"):
+            _note_row(eqn, views, lookups)
+        elif name in PRODUCTS | LOOPS and every:
             results = [every | {MIXED}] * len(eqn.outvars)
         env.update(zip(eqn.outvars, results, strict=True))
     return [of(v) for v in program.jaxpr.outvars]
+
+
+def _note_row(eqn: JaxprEqn, views: Sequence[Sources], lookups: _Lookups) -> None:
+    """A row of a matrix that is taken by itself."""
+    shape = jaxprs.shape(eqn.invars[0])
+    if len(shape) == 2 and tuple(eqn.params["slice_sizes"]) == (1, shape[1]) and shape[0] > 1:
+        for n in views[0]:
+            if n <= LEAF:
+                lookups.leaves[LEAF - n] = lookups.leaves.get(LEAF - n, False) or any(views[1:])
