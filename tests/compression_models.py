@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 WIDTH = 6
@@ -74,3 +75,44 @@ def moment(x: Any) -> np.ndarray:
 
 def dense(layer: Any, x: Any) -> np.ndarray:
     return np.asarray(x, np.float64) @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"], np.float64)
+
+
+V, D = 12, 8
+TEXTS = jax.random.randint(jax.random.key(0), (6, 5), 0, V)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def language_model(end: Any) -> Any:
+    """Of a table, as many places, hidden matrices stored outputs first, one of that length too, and some head."""
+
+    def apply(p: Any, tokens: Any) -> Any:
+        x = p["table"][tokens] + p["places"][jnp.arange(tokens.shape[-1])]
+        return end(p, jnp.tanh(jnp.tanh(x @ p["hidden"].T) @ p["up"].T) @ p["down"].T)
+
+    return apply
+
+
+BODY = {"table": normal(2, V, D), "places": normal(3, V, D)}
+BODY |= {"hidden": normal(4, D, D), "up": normal(7, V, D), "down": normal(8, D, V)}
+ENDS = {
+    "tied": ({}, lambda p, h: h @ p["table"].T, {}),
+    "outputs first": ({"out": normal(5, V, D)}, lambda p, h: h @ p["out"].T, {"out": 0}),
+    "inputs first, with a bias": (
+        {"out": normal(5, D, V), "plus": normal(6, V)},
+        lambda p, h: h @ p["out"] + p["plus"],
+        {"out": 1},
+    ),
+    "scaled and capped": (
+        {"out": normal(5, D, V), "scale": jnp.ones(())},
+        lambda p, h: 3 * jnp.tanh(p["scale"] * (h @ p["out"]) / 3),
+        {"out": 1},
+    ),
+    "as log-probabilities under remat": (
+        {"out": normal(5, D, V)},
+        lambda p, h: jax.checkpoint(lambda w, h: jax.nn.log_softmax(h @ w))(p["out"], h),
+        {"out": 1},
+    ),
+}

@@ -12,6 +12,7 @@ import pytest
 import fisher_optax as fo
 from fisher_optax.compression import removal_bias, removal_loss_change, remove_tokens, tokens_to_remove
 from models.gpt import GPT
+from tests.compression_models import BODY, ENDS, TEXTS, language_model
 
 V, GONE = 11, [0, 4, 10, 4]
 KEPT = [1, 2, 3, 5, 6, 7, 8, 9]
@@ -124,6 +125,12 @@ EMBED, HEAD = dict(embed__embedding=(7, 3)), dict(head__kernel=(3, 7), head__bia
         (dict(embed__embedding=(7, 7)), {}, r"'embed/embedding' has two axes of 7, \(7, 7\).*leaves="),
         (EMBED | HEAD | dict(mlp__kernel=(3, 7)), {}, r"'mlp/kernel' \(3, 7\) has an axis of 7 too.*leaves="),
         (dict(mlp__kernel=(3, 7)), {}, r"no head and no embedding.*vocabulary="),
+        (EMBED | dict(head__kernel=(3, 8)), {}, r"which length.*'embed/embedding' \(7, 3\), 'head/kernel' \(3, 8\)"),
+        (EMBED | dict(head__kernel=(3, 8)), {"vocabulary": 7}, r"7 tokens do not fit 'head/kernel'.*padded"),
+        (EMBED | dict(head__kernel=(3, 8)), {"vocabulary": 8}, r"8 tokens do not fit 'embed/embedding'"),
+        (EMBED | dict(head__kernel=(7, 2)), {"vocabulary": 7}, r"7 tokens do not fit 'head/kernel'"),
+        (EMBED | dict(lm_head__w1=(7, 3)), {}, r"which length.*'lm_head/w1' \(7, 3\).*vocabulary=.*apply_fn="),
+        (dict(lm_head__w1=(7, 3)), {}, r"which length.*'lm_head/w1' \(7, 3\).*apply_fn= and batch="),
         (EMBED, {"vocabulary": 9}, r"no embedding or head has an axis of 9.*leaves="),
         (EMBED, {"leaves": {"embed": 0}}, r"no leaf 'embed'; there are 'embed/embedding'"),
         (EMBED, {"leaves": {"embed/embedding": 2}}, r"is \(7, 3\) and has no axis 2"),
@@ -137,6 +144,52 @@ EMBED, HEAD = dict(embed__embedding=(7, 3)), dict(head__kernel=(3, 7), head__bia
 def test_what_is_not_clear_is_an_error(shapes: dict[str, Any], how: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         remove_tokens(shaped(**shapes), **{"ids": [1], **how})
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_program_shows_the_vocabulary_whatever_names_and_layouts_are(name: str) -> None:
+    """Though places and hidden units are as many; what is no parameter passes through."""
+    more, end, heads = ENDS[name]
+    apply_fn, params = language_model(end), BODY | more | {"steps": jnp.arange(12), "key": jax.random.key(0)}
+    trimmed = remove_tokens(params, [3, 7], apply_fn=apply_fn, batch=TEXTS)
+    np.testing.assert_array_equal(trimmed.kept, kept := np.setdiff1d(np.arange(12), [3, 7]))
+    sliced = {"table": 0, **heads, **dict.fromkeys({"plus"} & set(more), 0)}
+    for path, x in params.items():
+        wanted = jnp.take(x, kept, sliced[path]) if path in sliced else x
+        assert jnp.array_equal(trimmed.params[path], wanted), path
+    tokens = jnp.asarray(kept)[None, :5]
+    logits, new = apply_fn(params, tokens)[..., kept], apply_fn(trimmed.params, trimmed.encode(tokens))
+    np.testing.assert_allclose(jax.nn.log_softmax(new), jax.nn.log_softmax(logits), atol=1e-5)
+
+
+def program(table: int, head: int, tables: int = 1, **more: tuple[int, ...]) -> dict[str, Any]:
+    """A model that is shown to `remove_tokens`, of so many rows and outputs."""
+    params = {"out": (3, head), **{f"table_{i}": (table, 3) for i in range(tables)}, **more}
+
+    def apply(p: Any, tokens: Any) -> Any:
+        return sum((p[f"table_{i}"][tokens] for i in range(tables)), jnp.zeros((2, 3))) @ p["out"]
+
+    arrays = {name: jnp.ones(shape) for name, shape in params.items()}
+    return dict(params=arrays, apply_fn=apply, batch=jax.ShapeDtypeStruct((2,), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    (
+        (program(9, 12), r"9 tokens do not fit .*in 9 rows of 'table_0'; 12 outputs of 'out' are returned.*leaves="),
+        (program(9, 12) | {"vocabulary": 12}, r"12 tokens do not fit all of the program"),
+        (program(9, 9, tables=2), r"'table_0' and 'table_1' are tables of 9"),
+        (program(9, 9, unused=(9, 2)), r"'unused' \(9, 2\) has an axis of 9 too, .*not understood"),
+        (program(9, 9) | {"apply_fn": lambda p, t: jnp.sum(p["out"]) * t}, r"which length.*nothing is looked up"),
+    ),
+)
+def test_a_program_that_does_not_show_one_vocabulary_is_an_error(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        remove_tokens(ids=[1], **how)
+
+
+def test_a_head_alone_is_shown_by_the_program() -> None:
+    assert remove_tokens(ids=[1], **program(9, 7, tables=0)).params["out"].shape == (3, 6)
 
 
 def test_other_errors_name_what_is_wrong() -> None:

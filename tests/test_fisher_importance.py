@@ -145,3 +145,74 @@ def test_the_penalty_is_the_quadratic_of_the_fisher() -> None:
         fo.fisher.ewc_penalty(fisher, {"w": jnp.ones(3)})
     with pytest.raises(ValueError, match="ewc_penalty needs a Fisher by parameter"):
         fo.fisher.ewc_penalty(fisher, {"v": jnp.ones(2), "w": jnp.ones(2)})
+
+
+class Stored:
+    """One model, its kernels stored inputs first or outputs first, nested or flat, with a tied head or its own."""
+
+    def __init__(self, *, turned: bool, tied: bool):
+        rng = np.random.default_rng(5)
+        normal = lambda *shape: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+        turn = jnp.transpose if turned else jnp.asarray
+        self.turned, self.tied = turned, tied
+        self.params: Any = {"wte": normal(9, 6), "square": turn(normal(6, 6)), "h.0.fc": turn(normal(6, 4))}
+        self.params |= {"out": {"proj": turn(normal(4, 6))}, "norm": normal(6)}
+        self.params |= {} if tied else {"readout": turn(normal(6, 9))}
+
+    def loss(self, p: Any, example: Any) -> Any:
+        turn = jnp.transpose if self.turned else jnp.asarray
+        x = jnp.tanh(p["wte"][example[0]] @ turn(p["square"])) * p["norm"]
+        x = jnp.tanh(x @ turn(p["h.0.fc"])) @ turn(p["out"]["proj"])
+        return fo.losses.softmax_cross_entropy(x @ (p["wte"].T if self.tied else turn(p["readout"])), example[1])
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_are_units_however_a_kernel_is_stored(tied: bool) -> None:
+    """As the program uses it: by token of a table and of a head, by output of a square matrix too."""
+    rng = np.random.default_rng(6)
+    batch = tuple(jnp.asarray(rng.integers(0, 9, (5, 7))) for _ in range(2))
+    for turned in (False, True):
+        model = Stored(turned=turned, tied=tied)
+        squared, rows = (fo.fisher.diagonal(model.loss, model.params, [batch], groups=g).mean for g in (None, "rows"))
+        other = 1 if turned else 0
+        wanted = {
+            "wte": squared["wte"].sum(1),
+            "square": squared["square"].sum(other),
+            "h.0.fc": squared["h.0.fc"].sum(other),
+            "out": {"proj": squared["out"]["proj"].sum(other)},
+            "norm": squared["norm"],
+        }
+        wanted |= {} if tied else {"readout": squared["readout"].sum(other)}
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), rows, wanted)
+        assert rows["wte"].shape == (9,)
+
+
+def test_what_the_program_does_not_show_goes_by_the_rules_or_is_named() -> None:
+    """A kernel by its name; a leaf without one, with a warning; what rules know nothing of, by entry."""
+    params = {
+        "kernel": jnp.ones((3, 4)),
+        "plain": jnp.ones((3, 4)),
+        "deep": jnp.ones((2, 3, 4)),
+        "steps": jnp.arange(3),
+    }
+
+    def loss(p: Any, example: Any) -> Any:
+        return jnp.sum(jnp.square(p["kernel"] * p["plain"] * p["deep"][0] * p["deep"][1] * example * p["steps"][0]))
+
+    x = [jnp.ones((2, 3, 4))]
+    with pytest.warns(
+        UserWarning, match=r"by 2 leaves as they are.*'deep' of.*'plain' of shape \(3, 4\).*axes="
+    ) as found:
+        rows = fo.fisher.diagonal(loss, params, x, groups="rows").mean
+    assert len(found) == 1
+    assert {name: np.shape(x) for name, x in rows.items()} == {
+        "kernel": (4,),
+        "plain": (4,),
+        "deep": (2, 3, 4),
+        "steps": (),
+    }
+    assert rows["steps"] is None
+    axes = {"kernel": None, "plain": fo.MatrixAxes(1, 0), "deep": fo.MatrixAxes(1, 2, 0), "steps": None}
+    rows = fo.fisher.diagonal(loss, params, x, groups="rows", axes=lambda _: axes).mean
+    assert (rows["plain"].shape, rows["deep"].shape) == ((3,), (2, 4))

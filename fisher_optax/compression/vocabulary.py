@@ -5,7 +5,7 @@ which no token of R occurs, neither read nor to be predicted, each position's lo
 exactly. A removed row is cut off or its logit put to -∞; a row of zeros would have logit 0, more than many others.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from ..capture.losses import example_weights, total
 from ..fisher import DiagonalFisher
-from ..matrices.axes import LeafAxes, path_names
-from ..matrices.rules import resolve_axes
+from ..matrices.axes import path_names
 from .matrix.checking import require_finite
+from .token_axes import of_names, of_program, of_user
 
 Ids: TypeAlias = ArrayLike | Sequence[object]  # an array, or numbers in sequences
 
@@ -49,19 +49,29 @@ class Trimmed(NamedTuple):
 
 
 def remove_tokens(
-    params: PyTree, ids: Ids, *, vocabulary: int | None = None, leaves: Mapping[str, int] | None = None
+    params: PyTree,
+    ids: Ids,
+    *,
+    vocabulary: int | None = None,
+    leaves: Mapping[str, int] | None = None,
+    apply_fn: Callable[..., PyTree] | None = None,
+    batch: PyTree = None,
 ) -> Trimmed:
     """The model without some tokens: every leaf with a vocabulary axis, sliced once.
 
-    Those are found by the rules of `fo.infer_axes`: an embedding, a head (``head``, ``lm_head``, ``logits``) and the
-    head's bias, with an axis of the vocabulary's length. Any other leaf with such an axis, a second embedding, or
-    two axes of that length in one leaf could mean another thing, and is an error that asks for ``leaves``.
+    With ``apply_fn`` these are what its program looks the batch up in, and what it returns the product of (with its
+    bias), tied or not, whatever their names and layouts. Without it they are found by the rules of `fo.label_params`:
+    an embedding, a head (``head``, ``lm_head``, ``logits``) and the head's bias, with an axis of the vocabulary's
+    length. There, any other leaf with such an axis, a second embedding, two axes of that length in one leaf, or a head
+    whose layout only its shape tells could mean another thing, and is an error that asks for the program or ``leaves``.
+    So is an embedding of another length than the head, as where one of them is padded.
 
     Args:
       params: of the model, untouched. New ids count the kept tokens in their old order.
       ids: of the tokens that go, as concrete integers; one named twice goes once, and none is fine.
-      vocabulary: its length V. None: the head's number of outputs; without a head, the length of the only embedding.
+      vocabulary: its length V. None: the one that embedding and head have in common, or that of the only one of them.
       leaves: path -> vocabulary axis of all that are to be sliced, as ``{"wte": 0, "out/kernel": -1}``.
+      apply_fn, batch: as for `prune`, ``apply_fn(params, batch)`` -> logits; arrays, or `jax.ShapeDtypeStruct`.
 
     Returns:
       A `Trimmed`. The model has to be built anew with the smaller vocabulary, ``len(trimmed.kept)``.
@@ -78,9 +88,15 @@ def remove_tokens(
       >>> print(trimmed.params["head"]["bias"], trimmed.id_map, trimmed.encode([4, 0]))
       [0. 2. 4.] [ 0 -1  1 -1  2] [2 0]
     """
-    found = resolve_axes(params)
-    axes = _found(found, vocabulary) if leaves is None else _given(found, leaves)
-    lengths = {path: shape[axes[path]] for path, shape, *_ in found if path in axes}
+    if leaves is not None:
+        axes = of_user(params, leaves)
+    elif apply_fn is not None:
+        axes = of_program(apply_fn, params, batch, vocabulary)
+    else:
+        axes = of_names(params, vocabulary)
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    shapes = {"/".join(path_names(path)): jnp.shape(x) for path, x in flat}
+    lengths = {path: shapes[path][axis] for path, axis in axes.items()}
     V = next(iter(lengths.values())) if vocabulary is None else vocabulary
     if wrong := {path: n for path, n in lengths.items() if n != V}:
         raise ValueError(f"remove_tokens: {wrong} along the axes of leaves=; wanted {V} tokens everywhere.")
@@ -94,56 +110,6 @@ def remove_tokens(
         return x if axis is None else jnp.take(jnp.asarray(x), retained, axis)
 
     return Trimmed(jax.tree_util.tree_map_with_path(slice_, params), jnp.asarray(id_map), jnp.asarray(retained))
-
-
-ASK = "Name the leaves to slice: leaves={path: vocabulary axis}."
-
-
-def _found(found: list[LeafAxes], V: int | None) -> dict[str, int]:
-    """Path -> axis of V tokens, by the rules; an error where another reading is left."""
-    # Per tokens an embedding has rows, a head columns.
-    embeddings = [x for x in found if x.kind == "embedding"]
-    heads = [x for x in found if x.kind == "head" and x.axes and len(x.axes.outputs) == 1]
-    if V is None:
-        sizes = {x.shape[x.axes.outputs[0]] for x in heads if x.axes}
-        sizes = sizes or {x.shape[x.axes.inputs[0]] if x.axes else -1 for x in embeddings}
-        if len(sizes) != 1 or -1 in sizes:
-            names = ", ".join(f"{x.path!r} {x.shape}" for x in heads or embeddings) or "no head and no embedding"
-            raise ValueError(f"remove_tokens: which length is the vocabulary's? There is {names}. Pass vocabulary=.")
-        (V,) = sizes
-    if len(several := [x.path for x in embeddings if V in x.shape]) > 1:
-        raise ValueError(
-            f"remove_tokens: {' and '.join(map(repr, several))} both have an axis of {V}, and may be embeddings of "
-            f"tokens, of positions or other things. {ASK}"
-        )
-    biases = {x.bias for x in heads if V in x.shape}
-    sliced = {x.path: x.shape for x in found if V in x.shape and (x in embeddings or x in heads or x.path in biases)}
-    for x in found:
-        if x.path in sliced and x.shape.count(V) > 1:
-            raise ValueError(f"remove_tokens: {x.path!r} has two axes of {V}, {x.shape}. {ASK}")
-        if x.path not in sliced and V in x.shape:
-            raise ValueError(
-                f"remove_tokens: {x.path!r} {x.shape} has an axis of {V} too, but is no embedding or head by its name. "
-                f"{ASK}"
-            )
-    if not sliced:
-        raise ValueError(f"remove_tokens: no embedding or head has an axis of {V}. {ASK}")
-    return {path: shape.index(V) for path, shape in sliced.items()}
-
-
-def _given(found: list[LeafAxes], leaves: Mapping[str, int]) -> dict[str, int]:
-    shapes = {x.path: x.shape for x in found}
-    if not leaves:
-        raise ValueError("remove_tokens: leaves= is empty; name at least one path and its vocabulary axis.")
-    for path, axis in leaves.items():
-        if path not in shapes:
-            raise ValueError(
-                f"remove_tokens: no leaf {path!r}; there are {', '.join(map(repr, list(shapes)[:8]))}, ..."
-            )
-        rank = len(shapes[path])
-        if not -rank <= axis < rank:
-            raise ValueError(f"remove_tokens: {path!r} is {shapes[path]} and has no axis {axis}.")
-    return dict(leaves)
 
 
 def _ids(name: str, ids: Ids, V: int) -> np.ndarray:

@@ -30,7 +30,7 @@ _marking: contextvars.ContextVar[bool] = contextvars.ContextVar("marking", defau
 
 
 class AxesWarning(UserWarning):
-    """A method leaves to its fallback what may be a matrix.
+    """A method leaves to its fallback what may be a matrix, or does not prune it.
 
     Embeddings, heads, normalisations and biases go there without a word, and so does what ``axes=`` sends there.
 
@@ -137,7 +137,7 @@ def _routed(
     def warn(message: str | None) -> None:
         if message is not None and message not in warned:
             warned.add(message)
-            warnings.warn(message, AxesWarning, stacklevel=_level_outside(sys._getframe()))
+            warnings.warn(message, AxesWarning, stacklevel=level_outside(sys._getframe()))
 
     def init(params: PyTree) -> PyTree:
         leaves, layers, tx = routes(params)
@@ -169,7 +169,7 @@ def _routed(
     return Freezable(init, update)
 
 
-def _level_outside(frame: types.FrameType) -> int:
+def level_outside(frame: types.FrameType) -> int:
     """How far up from ``frame`` the first one is that is of no library here: a warning's place is the user's line."""
     level = 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in LIBRARIES:

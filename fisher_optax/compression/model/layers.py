@@ -1,6 +1,7 @@
 """The layers of a model, as what they are pruned as: matrices, in the order in which the model uses them."""
 
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,11 +11,13 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ...capture import InputGram
+from ...capture.program.leaves import LeafPlan
 from ...capture.program.order import in_order
+from ...capture.roles import Role, read_roles
 from ...capture.traced import Traced, trace
 from ...matrices.axes import MatrixAxes
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
-from ...matrices.rules import resolve_axes
+from .uses import no_layer, places
 
 Layers = Sequence[str] | str | Callable[[str], bool] | None
 
@@ -28,6 +31,7 @@ class Layer(NamedTuple):
     axes: MatrixAxes
     members: np.ndarray  # which matrices of the leaf
     shape: tuple[int, int]  # of one matrix
+    note: str = ""  # uses beside those whose inputs are known
 
     def read(self, leaf: Array) -> Array:
         """Its matrices ``(members, inputs, outputs)``."""
@@ -64,41 +68,45 @@ def find_layers(apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, 
 
     Args:
       apply_fn, params, batch: as for `prune`.
-      layers: None, all kernels of dense and convolutional layers but heads (whose path names them so) and embeddings;
+      layers: None, all kernels of dense and convolutional layers but heads and embeddings, as `read_roles` tells them;
         patterns of paths, where "*" stands for anything and a module for all below it; or a function of a path.
 
     Raises:
       ValueError: for a pattern without a layer, and where none is left.
     """
     traced = trace(outputs_of(apply_fn), InputGram(), params, (batch,), {})
-    met = [m for m in in_order(traced) if m.leaf.use != "embedding"]
+    roles = read_roles(apply_fn, params, batch)
+    met = [m for m in in_order(traced) if m.leaf.use != "embedding" and m.leaf.axes is not None]
     paths = list(dict.fromkeys(m.leaf.path for m in met))
-    kinds = {leaf.path: leaf.kind for leaf in resolve_axes(params)}
-    chosen = _chosen(layers, paths, kinds, traced)
+    chosen = _chosen(layers, paths, roles, traced)
     if not chosen:
         raise ValueError(f"no layer to prune: found {_listed(paths)}, and layers={layers!r} leaves none of them.")
-    found = []
-    for leaf, members in met:
-        if leaf.path in chosen and leaf.axes is not None:
-            *_, m, n = canonical_shape(leaf.shape, leaf.axes)
-            stack = tuple(leaf.shape[a] for a in leaf.axes.batch)
-            whole = len(members) == int(np.prod(stack))
-            places = "" if whole else f"[{', '.join(map(str, np.ravel(np.unravel_index(members[0], stack))))}]"
-            found.append(Layer(leaf.path + places, leaf.path, leaf.number, leaf.axes, members, (m, n)))
-    return found
+    return [_layer(m.leaf, m.members) for m in met if m.leaf.path in chosen]
 
 
-def _chosen(layers: Layers, paths: list[str], kinds: dict[str, str], traced: Traced) -> set[str]:
+def _layer(leaf: LeafPlan, members: np.ndarray) -> Layer:
+    assert leaf.axes is not None
+    *_, m, n = canonical_shape(leaf.shape, leaf.axes)
+    stack = tuple(leaf.shape[a] for a in leaf.axes.batch)
+    whole = len(members) == math.prod(stack)
+    name = leaf.path + ("" if whole else places(members[:1], stack))
+    note = "; ".join(part for part in leaf.reason.split("; ") if part.startswith("also"))
+    return Layer(name, leaf.path, leaf.number, leaf.axes, members, (m, n), note)
+
+
+def _chosen(layers: Layers, paths: list[str], roles: list[Role], traced: Traced) -> set[str]:
     if layers is None:
-        return {path for path in paths if kinds.get(path) not in ("head", "embedding")}
+        kinds = {role.path: role.kind for role in roles}
+        return {path for path in paths if kinds[path] not in ("head", "embedding")}
     if callable(layers):
         return {path for path in paths if layers(path)}
     chosen: set[str] = set()
     for pattern in [layers] if isinstance(layers, str) else layers:
-        fits = {leaf.path: leaf.use for leaf in traced.leaves if _fits(leaf.path, pattern)}
-        matched = set(paths) & set(fits)
+        fits = [leaf for leaf in traced.leaves if _fits(leaf.path, pattern)]
+        matched = set(paths) & {leaf.path for leaf in fits}
         if not matched:
-            why = "".join(f": {path!r} is used as {use}" for path, use in list(fits.items())[:1])
+            first = sorted(fits, key=lambda leaf: -len(leaf.shape))[:1]
+            why = "".join(f": {leaf.path!r} is {no_layer(leaf)}" for leaf in first)
             raise ValueError(f"layers={pattern!r} is no layer of this model{why}. It has {_listed(paths)}.")
         chosen |= matched
     return chosen

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
@@ -16,6 +17,7 @@ from .calibration import Mask, gradient_summary, input_gram
 from .layers import Layer
 from .methods import Method
 from .reports import PrunedLayer
+from .uses import places
 
 
 class Calibration(NamedTuple):
@@ -34,7 +36,11 @@ def knowledge(method: Method, data: Calibration, params: PyTree, layer: Layer, H
     if method.needs == "weights":
         return [()] * len(layer.members)
     if method.needs == "inputs":
-        return [(moment,) for moment in H]
+        # Where nothing is known of the inputs they count as independent and of one size.
+        return [
+            (jnp.eye(len(moment), dtype=moment.dtype) if dead else moment,)
+            for moment, dead in zip(H, unreached(H), strict=True)
+        ]
     if method.needs == "fisher":
         return [(F,) for F in _read("fisher", data.fisher, layer)]
     assert callable(method.needs)
@@ -46,6 +52,21 @@ def _read(name: str, leaves: list[ArrayLike | None] | None, layer: Layer) -> Arr
     if leaves is None or leaves[layer.leaf] is None:
         raise ValueError(f"{name}= has nothing for {layer.name!r}: leave it out by layers=.")
     return layer.read(jnp.asarray(leaves[layer.leaf]))
+
+
+def unreached(H: Array) -> np.ndarray:
+    """Which of a layer's matrices have had no input but 0."""
+    return np.asarray(jnp.all(jnp.diagonal(H, axis1=-2, axis2=-1) == 0, -1))
+
+
+def _note(layer: Layer, leaf: Array, H: Array) -> str:
+    """What a report adds to a layer's figures."""
+    notes, dead = [layer.note] if layer.note else [], unreached(H)
+    if dead.any():
+        stack = tuple(leaf.shape[a] for a in layer.axes.batch)
+        where = "it" if dead.all() else places(layer.members[dead], stack)
+        notes.insert(0, f"no input has reached {where}")
+    return "; ".join(notes)
 
 
 def prune_layer(
@@ -65,7 +86,8 @@ def prune_layer(
     else:
         known = knowledge(method, data, params, layer, H)
         ends = [{}] * len(W) if data.upper is None else [{"upper": x} for x in _read("upper", data.upper, layer)]
-        each, masks, dampings = zip(*_pieces(method, layer, W, known, ends, sparsity), strict=True)
+        pieces = _pieces(method, layer, W, known, ends, sparsity)
+        each, masks, dampings = zip(*pieces, strict=True)
         new, mask = jnp.stack(each), jnp.stack(masks)
         damping = max((x for x in dampings if x is not None), default=None)
     error, whole = (float(jnp.sum(output_error(W, x, H))) for x in (new, jnp.zeros_like(W)))
@@ -80,6 +102,7 @@ def prune_layer(
         dead,
         damping,
         time.perf_counter() - began,
+        _note(layer, leaf, H),
     )
     return new, mask, row
 

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
+from ...matrices.floats import on_whole, without_rest
 from ..matrix import checking
 from ..matrix.masks import Pattern, Sparsity, as_sparsity
 from ..matrix.scores import wanda_scores
@@ -83,6 +84,8 @@ def owl(
     first = next(iter(batches), None)
     if first is None:
         raise ValueError("batches is empty: pass calibration data, one batch at least.")
+    floats, whole = without_rest(params)
+    apply_fn, params = on_whole(apply_fn, params, whole), floats
     found, leaves = find_layers(apply_fn, params, first, layers), jax.tree.leaves(params)
     outliers, sizes = {}, {}
     for layer in tqdm(found, "outliers", disable=not progress, unit="layer"):

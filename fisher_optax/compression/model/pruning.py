@@ -4,7 +4,7 @@ Source: reconstruction layer by layer as in Frantar and Alistarh 2023 (arXiv 230
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,10 @@ from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from ...fisher import DiagonalFisher
+from ...matrices.floats import is_floating, on_whole, without_rest
 from ..matrix.masks import Pattern, ReadSparsity, Sparsity, as_sparsity, check_pattern, global_masks
 from .calibration import Mask, input_gram, rereadable
+from .coverage import left_dense, warn_of_left, warn_of_unknown
 from .layers import Layer, Layers, find_layers
 from .methods import Method, find_method
 from .one_layer import Calibration, knowledge, prune_layer
@@ -55,13 +57,14 @@ def prune(
 
     Args:
       apply_fn: ``apply_fn(params, batch)`` -> the model's outputs, any tree.
-      params: a Flax dictionary or any tree of arrays.
+      params: a Flax dictionary or any tree of arrays; integers and random states pass through as they are.
       batches: calibration data, read once a layer: a list, or what can be read again. One shape, or each is compiled.
       method: "magnitude", "wanda", "sparsegpt", "obs", "fisher" (with ``fisher=``), "obert" (with ``loss_fn=``), or
         what was registered by `register`.
       sparsity: a share of each layer's weights in [0, 1); "N:M", to keep N of every M inputs; or one of these for each
         layer by name, as `owl` returns.
-      layers: which; None: all kernels but heads and embeddings. Patterns of paths, as ``["block_*/up"]``, or a function
+      layers: which; None: all kernels but embeddings, which the program looks up (tied to a head or not), and heads, by
+        name or by giving a number for each row of an embedding. Patterns of paths, as ``["block_*/up"]``, or a function
         of a path.
       sequential: take a layer's inputs from the model as pruned so far, rather than from the model as given.
       progress: show a progress bar.
@@ -75,14 +78,17 @@ def prune(
       **options: of the method, as ``damping=``.
 
     Returns:
-      `PrunedModel`: parameters, masks (for `keep_masks`), and a `PruningReport`.
+      `PrunedModel`: parameters, masks (for `keep_masks`), and a `PruningReport`, which lists also what is left
+      dense, and why.
 
     Raises:
       ValueError, TypeError: for unknown methods, layers and options; an M that does not divide a layer's inputs; data
         or weights that are not finite; batches that can be read only once. Before anything is computed where possible.
 
     Warns:
-      UserWarning: where a damping had to be raised.
+      UserWarning: where a damping had to be raised; for matrices that stay dense since the program shows no layer
+        there, unless ``layers`` says what is meant; for weights that no input has reached, which then go by size, and
+        for uses of a layer whose inputs are not known.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, fisher_optax as fo
@@ -104,18 +110,21 @@ def prune(
         raise ValueError("scope='global' ranks all layers at once, by the model as given: pass sequential=False.")
     if scope not in (None, "global"):
         options["scope"] = scope
-    chosen, found = find_method(method, options), find_layers(apply_fn, params, first, layers)
+    trees = [_like_params(name, x, params) for name, x in (("fisher", fisher), ("upper", upper))]
+    floats, whole = without_rest(params)
+    apply_fn = on_whole(apply_fn, params, whole)
+    loss_fn = None if loss_fn is None else on_whole(loss_fn, params, whole)
+    chosen, found = find_method(method, options), find_layers(apply_fn, floats, first, layers)
     shares = sparsities(sparsity, found)
-    leaves, structure = jax.tree.flatten(params)
-    trees = (_like_params(name, x, structure, leaves) for name, x in (("fisher", fisher), ("upper", upper)))
+    leaves, structure = jax.tree.flatten(floats)
     data = Calibration(apply_fn, loss_fn, batches, mask, *trees)
     _check(chosen, data)
-    ranked = _ranked(chosen, data, params, found, shares, progress) if scope == "global" else None
+    ranked = _ranked(chosen, data, floats, found, shares, progress) if scope == "global" else None
 
     values, rows = list(map(jnp.asarray, leaves)), []
     masks: list[Array | None] = [None] * len(leaves)
     for layer in tqdm(found, method, disable=not progress, unit="layer"):
-        source = structure.unflatten(values) if sequential else params
+        source = structure.unflatten(values) if sequential else floats
         stays = None if ranked is None else ranked[layer.name]
         new, mask_here, row = prune_layer(chosen, data, source, layer, values[layer.leaf], shares[layer.name], stays)
         values[layer.leaf] = layer.written(values[layer.leaf], new)
@@ -123,7 +132,13 @@ def prune(
         before = jnp.ones(jnp.shape(leaves[layer.leaf]), bool) if before is None else before
         masks[layer.leaf] = layer.written(before, mask_here)
         rows.append(row)
-    return PrunedModel(structure.unflatten(values), structure.unflatten(masks), PruningReport(method, tuple(rows)))
+    left = left_dense(apply_fn, floats, first, found)
+    if layers is None:
+        warn_of_left(rows, left)
+    if chosen.needs != "weights":
+        warn_of_unknown(rows)
+    report = PruningReport(method, tuple(rows), tuple(left))
+    return PrunedModel(whole(structure.unflatten(values)), structure.unflatten(masks), report)
 
 
 def sparsities(sparsity: Sparsity | Mapping[str, Sparsity], layers: Sequence[Layer]) -> dict[str, ReadSparsity]:
@@ -158,21 +173,24 @@ def _check(method: Method, data: Calibration) -> None:
         raise ValueError(f"{method.name} needs fisher=, as from fo.fisher.diagonal(example_loss, params, batches).")
 
 
-def _like_params(name: str, tree: PyTree, structure: Any, leaves: Sequence[ArrayLike]) -> list[ArrayLike | None] | None:
+def _like_params(name: str, tree: PyTree, params: PyTree) -> list[ArrayLike | None] | None:
+    """What ``tree`` has for each floating-point leaf."""
     if tree is None:
         return None
+    leaves, structure = jax.tree.flatten(params)
     tree = tree.mean if isinstance(tree, DiagonalFisher) else tree
     try:
         found = structure.flatten_up_to(tree)
     except ValueError as error:
         raise ValueError(f"{name}= must be a tree like params, or a DiagonalFisher by parameter: {error}") from None
-    for F, W in zip(found, leaves, strict=True):
+    pairs = [(F, W) for F, W in zip(found, leaves, strict=True) if is_floating(W)]
+    for F, W in pairs:
         if F is not None and jnp.shape(F) != jnp.shape(W):
             raise ValueError(
                 f"{name}= has an entry of shape {jnp.shape(F)} for a parameter of {jnp.shape(W)}: take it by "
                 "fo.fisher.diagonal(..., groups=None)."
             )
-    return found
+    return [F for F, _ in pairs]
 
 
 def _ranked(

@@ -17,6 +17,7 @@ class PrunedLayer(NamedTuple):
     dead: int  # inputs that are always 0
     damping: float | None  # taken, over the mean of H's diagonal; None: the method does not damp
     seconds: float
+    note: str = ""  # matrices that no input reached, and uses beside this layer's, of which nothing is known
 
     @property
     def sparsity(self) -> float:
@@ -24,16 +25,33 @@ class PrunedLayer(NamedTuple):
         return self.removed / self.size
 
 
+class LeftDense(NamedTuple):
+    """A parameter, or some matrices of a stack, that `prune` has not touched. Vectors, biases, norms are not listed."""
+
+    name: str  # the path, with the places in a stack
+    shape: tuple[int, ...]  # of the parameter
+    size: int  # weights that are left
+    reason: str  # "embedding", "head", "left out by layers=", or why the program shows no layer there
+    is_meant: bool  # left by what it is, or by layers=
+
+
 class PruningReport(NamedTuple):
     """What `prune` returns besides the model; printed, a table."""
 
     method: str
     layers: tuple[PrunedLayer, ...]
+    left: tuple[LeftDense, ...] = ()
 
     @property
     def sparsity(self) -> float:
         """The share of all weights of these layers that is gone."""
         return sum(layer.removed for layer in self.layers) / sum(layer.size for layer in self.layers)
+
+    @property
+    def sparsity_of_all(self) -> float:
+        """The share that is gone of the weights of all matrices, those that were left dense included."""
+        size = sum(layer.size for layer in self.layers) + sum(leaf.size for leaf in self.left)
+        return sum(layer.removed for layer in self.layers) / size
 
     @property
     def error(self) -> float:
@@ -46,9 +64,15 @@ class PruningReport(NamedTuple):
         return sum(layer.seconds for layer in self.layers)
 
     def __str__(self) -> str:
-        head = ("layer", "matrix", "gone", "error", "relative", "dead", "damping", "s")
-        total = ("all", "", f"{self.sparsity:.2%}", f"{self.error:.3g}", "", "", "", f"{self.seconds:.1f}")
-        return table(head, [_cells(layer) for layer in self.layers], total)
+        columns = 9 if any(layer.note for layer in self.layers) else 8
+        head = ("layer", "matrix", "gone", "error", "relative", "dead", "damping", "s", "note")
+        total = ("all", "", f"{self.sparsity:.2%}", f"{self.error:.3g}", "", "", "", f"{self.seconds:.1f}", "")
+        text = table(head[:columns], [_cells(layer)[:columns] for layer in self.layers], total[:columns])
+        if not self.left:
+            return text
+        rows = [(x.name, "x".join(map(str, x.shape)), str(x.size), x.reason) for x in self.left]
+        every = ("all matrices", "", "", f"{self.sparsity_of_all:.2%} of their weights are gone")
+        return f"{text}\n\n{table(('left dense', 'shape', 'weights', 'why'), rows, every)}"
 
 
 def _cells(layer: PrunedLayer) -> tuple[str, ...]:
@@ -61,4 +85,5 @@ def _cells(layer: PrunedLayer) -> tuple[str, ...]:
         str(layer.dead),
         "" if layer.damping is None else f"{layer.damping:.3g}",
         f"{layer.seconds:.2f}",
+        layer.note,
     )

@@ -22,7 +22,7 @@ from ..matrix.masks import Sparsity
 from ..matrix.obert import block_moments, obert_scores, obert_step
 from ..matrix.pruned import Pruned
 from .keeping import masked, masked_updates, transformation, wrapper
-from .targets import Pruning, as_leaves, as_matrices
+from .targets import Pruning, as_leaves, as_matrices, unread_warning
 
 METHODS = ("magnitude", "obert")
 
@@ -66,8 +66,11 @@ def gradual(
       block, damping: as in `obert`, whose state is ``block`` times the parameters that are pruned.
 
     Raises:
-      TypeError, ValueError: for arguments out of range; in ``init``, for leaves that cannot be pruned so; in
-        ``update``, without ``params``.
+      TypeError, ValueError: for arguments out of range; in ``init``, for leaves that cannot be pruned so, as in
+        `movement`; in ``update``, without ``params``.
+
+    Warns:
+      AxesWarning: naming leaves that may be matrices and are not pruned.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, fisher_optax as fo
@@ -84,10 +87,12 @@ def gradual(
     """
     tx = transformation("gradual", tx)
     _check(method, every, block, damping)
-    pruning = Pruning("gradual", sparsity, scope, prune, axes).checked()
+    pruning = Pruning("gradual", sparsity, scope, prune, axes, method == "obert").checked()
+    tell = unread_warning(pruning)
 
     def init(params: PyTree) -> GradualState:
         axes = pruning.axes_of(params)
+        tell(params)
         masks = jax.tree.map(lambda W, A: None if A is None else jnp.ones(W.shape, bool), params, axes)
         found = None
         if method == "obert":

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int, PyTree
 from ..._arguments import in_range, injectable, value_at
 from ..matrix.masks import Sparsity
 from .keeping import masked, transformation, wrapper
-from .targets import Pruning, as_leaves, as_matrices
+from .targets import Pruning, as_leaves, as_matrices, unread_warning
 
 KINDS = ("hard", "soft")
 
@@ -66,14 +66,19 @@ def movement(
       kind: "hard" or "soft".
       threshold: τ of "soft", a number or a schedule; as σ(0) = ½, below ½ at first. The paper's rises to 0.1.
       regularization: λ of "soft", in the units of the loss, a number or a schedule.
-      prune: which leaves: a tree of booleans, or a function of the parameters that gives it. None: those that
-        `fo.label_params` calls "matrix".
-      axes: as in `fo.label_params`.
+      prune: which leaves: a tree of booleans, or a function of the parameters that gives it. None: all matrices but
+        embeddings and heads, by their names.
+      axes: which axes are inputs and outputs, as `fo.infer_axes` reads them off the program, or as for `fo.soap`; None:
+        by the rules of `fo.label_params`, which are enough where a share of whole matrices goes.
       scope: what the share of "hard" is of: "matrix", "output", or "global" for all leaves together.
 
     Raises:
       TypeError, ValueError: for arguments that do not fit each other or are out of range; in ``init``, for leaves that
-        cannot be pruned so; in ``update``, without ``params``.
+        cannot be pruned so, and where outputs are pruned each by itself and only the order of a leaf's axes says which
+        are its inputs; in ``update``, without ``params``.
+
+    Warns:
+      AxesWarning: naming leaves that may be matrices and are not pruned.
 
     Example:
       >>> import jax.numpy as jnp, optax, fisher_optax as fo
@@ -88,9 +93,11 @@ def movement(
     tx = transformation("movement", tx)
     _check(kind, sparsity, threshold, regularization, score_learning_rate)
     pruning = Pruning("movement", 0.0 if sparsity is None else sparsity, scope, prune, axes).checked()
+    tell = unread_warning(pruning)
 
     def init(params: PyTree) -> MovementState:
         targets = pruning.axes_of(params)
+        tell(params)
 
         def each(make: Callable[[Array | jax.ShapeDtypeStruct], Array]) -> PyTree:
             return jax.tree.map(lambda W, A: None if A is None else make(W), params, targets)

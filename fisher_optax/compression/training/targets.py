@@ -1,5 +1,7 @@
 """How far to prune at which step, and which leaves: what optimizers that prune share."""
 
+import sys
+import warnings
 from collections.abc import Callable, Container
 from functools import partial
 from typing import NamedTuple
@@ -13,12 +15,18 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from ..._arguments import value_at
-from ...matrices.axes import MatrixAxes, made, path_names
+from ...matrices.axes import LeafAxes, MatrixAxes, how_many, listed, made, path_names
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
+from ...matrices.flat import is_told, read_by_names
 from ...matrices.rules import resolve_axes
+from ...transforms.fallback import AxesWarning, level_outside
 from ..matrix.masks import SCOPES, Pattern, Sparsity, as_sparsity, check_pattern, global_masks, mask
 
 LATE = 2**31 - 1  # of any schedule, the last step
+SAY_AXES = (
+    "Pass axes=fo.infer_axes(loss_fn, params, batch), which reads them off the program, or axes= with a fo.MatrixAxes "
+    "for each, and None for what is not to be pruned."
+)
 
 
 def cubic_schedule(final: float, begin: int, end: int, initial: float = 0.0) -> Callable[[ArrayLike], Array]:
@@ -88,6 +96,7 @@ class Pruning(NamedTuple):
     scope: str
     prune: PyTree
     axes: PyTree
+    by_blocks: bool = False  # whether what is next to what among an output's inputs matters to its method
 
     def checked(self) -> "Pruning":
         """With the sparsity read. Raises as `as_sparsity`, and ``ValueError`` for an unknown scope."""
@@ -106,23 +115,42 @@ class Pruning(NamedTuple):
     def axes_of(self, params: PyTree) -> PyTree:
         """A tree like ``params``: the `MatrixAxes` of what is pruned, None elsewhere.
 
-        Raises ``ValueError`` for a leaf to be pruned that is no matrix, or that a pattern does not fit.
+        Raises ``ValueError`` for a leaf to be pruned that is no matrix, that a pattern does not fit, or, where outputs
+        are pruned each by itself, whose inputs are known by the order of its axes alone.
         """
-        leaves = resolve_axes(params, self.axes)
+        leaves = self.read(params)
         if self.prune is None:
             chosen: list[PyTree] = [leaf.kind == "matrix" for leaf in leaves]
         else:
             chosen = by_path("prune", made(self.prune, params), params)
-        for leaf, goes in zip(leaves, chosen, strict=True):
-            if goes and leaf.axes is None:
+        pruned = [leaf for leaf, goes in zip(leaves, chosen, strict=True) if goes]
+        for leaf in pruned:
+            if leaf.axes is None:
                 raise ValueError(
                     f"{self.name}: {leaf.path!r} of shape {leaf.shape} is no matrix ({leaf.reason}): leave it out of "
                     "prune=, or say by axes= how it is one."
                 )
-            if goes and leaf.axes is not None and isinstance(self.sparsity, Pattern):
+            if isinstance(self.sparsity, Pattern):
                 check_pattern(self.sparsity, canonical_shape(leaf.shape, leaf.axes)[-2])
+        by_output = isinstance(self.sparsity, Pattern) or self.scope == "output" or self.by_blocks
+        if by_output and (untold := [leaf for leaf in pruned if not is_told(leaf)]):
+            raise ValueError(
+                f"{self.name}: which axis of {how_many(untold, leaves)} is the input is not known, and each output is "
+                f"pruned along it: {listed(untold)}. {SAY_AXES}"
+            )
         read = [leaf.axes if goes else None for leaf, goes in zip(leaves, chosen, strict=True)]
         return jax.tree.structure(params).unflatten(read)
+
+    def read(self, params: PyTree) -> list[LeafAxes]:
+        """What each leaf is: by ``axes=``, under which heads and embeddings stay what their names say, or the rules."""
+        named = read_by_names(params)
+        if self.axes is None:
+            return named
+        special = {"head", "embedding"}
+        return [
+            leaf._replace(kind=name.kind) if name.kind in special and leaf.axes is not None else leaf
+            for leaf, name in zip(resolve_axes(params, self.axes), named, strict=True)
+        ]
 
     def share(self, count: Array) -> Float[Array, ""]:
         """Of the weights that are gone after so many steps."""
@@ -133,6 +161,26 @@ class Pruning(NamedTuple):
         """For a tree of matrices of scores, None where nothing is pruned."""
         constant = self.sparsity if isinstance(self.sparsity, float | Pattern) else None
         return _chosen(scores, share, constant, self.scope)
+
+
+def unread_warning(pruning: Pruning) -> Callable[[PyTree], None]:
+    """Warns, once, of leaves that nobody has chosen and that may be matrices: they are not pruned."""
+    warned: set[str] = set()
+
+    def warn(params: PyTree) -> None:
+        leaves = pruning.read(params)
+        ambiguous = [leaf for leaf in leaves if leaf.is_ambiguous]
+        if pruning.prune is not None or not ambiguous:
+            return
+        message = (
+            f"{pruning.name}: {how_many(ambiguous, leaves)} may be matrices, and are not pruned: {listed(ambiguous)}. "
+            f"{SAY_AXES}"
+        )
+        if message not in warned:
+            warned.add(message)
+            warnings.warn(message, AxesWarning, stacklevel=level_outside(sys._getframe()))
+
+    return warn
 
 
 # Traced also where steps are not, so that a scheduled share removes as many weights here as there.

@@ -20,10 +20,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ..._xla import automatic, on_mesh
 from ...capture.kinds.sums import check_counts
 from ...matrices.axes import MatrixAxes
+from ...matrices.floats import on_whole, without_rest
 from ...matrices.rules import resolve_axes
 from ..operators.matrix import FISHERS, check_temperature
 from .diagonal_fisher import DiagonalFisher
-from .groups import Groups, grouping
+from .groups import Groups, grouping, program_axes
 from .positions import position_squares
 from .squares import Labels, example_of, squares
 
@@ -65,7 +66,7 @@ def diagonal(
       example_loss_fn: ``example_loss_fn(params, example)`` -> one example's (or sequence's) loss: by one call of
         `fo.losses`, whose weights say which tokens count; or the losses ``(n,)`` of its tokens, alone or with weights
         ``(n,)``; or any scalar, which counts as one token.
-      params: where gradients are taken.
+      params: where gradients are taken; what is no floating point passes through, and has None in the result.
       batches: each a tree of arrays with examples along the first axis; of one shape, or each new shape is compiled.
       unit: "sequence": ``(gradient of the sum over tokens)² / n``; "token": ``Σ_t (gradient of token t)² / n``, n
         backward passes an example; both with weight n, exact, for every parameter. "position": ``Σ_s a_s² δ_s² / n``
@@ -78,7 +79,8 @@ def diagonal(
       n_samples, temperature, key: as in `operator`.
       groups: None or "parameter", "rows" (output units, or tokens of a vocabulary), "heads", "tensor", "blocks", or a
         function of a leaf's path and squares; sums, so that totals stay.
-      axes: as for `fo.soap`, for "rows" and "heads".
+      axes: as for `fo.soap`, for "rows" and "heads". None: for "rows" as the program uses each leaf, its tokens being
+        the units of what is looked up; what it does not multiply by, and "heads", by the rules of `fo.label_params`.
       microbatch: how many examples' gradients exist at once. Under a mesh, a multiple of the devices that examples are
         spread over.
       progress: what wraps the batches, as `tqdm.tqdm`.
@@ -103,13 +105,17 @@ def diagonal(
     """
     labels = _labels(unit, fisher, n_samples, temperature, key)
     check_counts("diagonal", microbatch=microbatch)
-    read_axes = None if axes is None else tuple(leaf.axes for leaf in resolve_axes(params, axes))
-    settings = Settings(example_loss_fn, unit, labels, groups, read_axes, microbatch)
+    floats, whole = without_rest(params)
+    loss_fn, params = on_whole(example_loss_fn, params, whole), floats
+    settings = Settings(loss_fn, unit, labels, groups, _flat_axes(params, axes), microbatch)
     state, read = resume, 0
     for i, batch in enumerate(batches if progress is None else progress(batches)):
         batch = jax.tree.map(jnp.asarray, batch)
         count, first = _count(batch, i), read
         read += count
+        if groups == "rows" and settings.axes is None:
+            found = program_axes(loss_fn, params, batch)
+            settings = dataclasses.replace(settings, axes=_flat_axes(params, found))
         if resume is not None and i < int(resume.batches):
             continue
         # A key an example, by its place in all batches, so that labels do not depend on how these are cut.
@@ -127,6 +133,11 @@ def diagonal(
             "weights of the others are 0."
         )
     return state
+
+
+def _flat_axes(params: PyTree, axes: PyTree) -> tuple[MatrixAxes | None, ...] | None:
+    """Of each leaf; None for the rules."""
+    return None if axes is None else tuple(leaf.axes for leaf in resolve_axes(params, axes))
 
 
 def _labels(unit: str, fisher: str, n_samples: int, temperature: float, key: PRNGKeyArray | None) -> Labels:

@@ -1,5 +1,6 @@
 """What the squares of a parameter's entries are added up to: a group keeps one number. Totals are conserved."""
 
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 from jax.tree_util import KeyPath
 from jaxtyping import Array, PyTree
 
-from ...matrices.axes import LeafAxes, path_names
+from ...capture.roles import read_roles
+from ...matrices.axes import LeafAxes, listed, path_names
+from ...matrices.flat import is_told
 from ...matrices.rules import resolve_axes
 
 WORDS = ("parameter", "rows", "heads", "tensor", "blocks")
@@ -52,6 +55,26 @@ def grouping(groups: Groups, params: PyTree, axes: PyTree = None) -> Callable[[P
         return jnp.sum(x, [a for a in range(x.ndim) if a not in keep])
 
     return lambda squares: jax.tree_util.tree_map_with_path(reduce, squares)
+
+
+def program_axes(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> PyTree:
+    """For "rows": the axes of each leaf in ``loss_fn(params, example)``, with tokens as outputs; of what the program
+    does not multiply by, those of the rules.
+
+    Warns:
+      UserWarning: naming what is so read by the order of its axes alone, or not at all.
+    """
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    roles = read_roles(loss_fn, params, example)
+    unknown = [role.named for role in roles if role.axes is None and role.kind == "other"]
+    if doubtful := [leaf for leaf in unknown if leaf.is_ambiguous or not is_told(leaf)]:
+        warnings.warn(
+            f"diagonal: the program does not multiply by {len(doubtful)} leaves as they are, and which axes are "
+            f"units for groups='rows' is unknown: {listed(doubtful)}. Matrices go by the order of their axes, inputs "
+            "first, and others by single entries. Pass axes= with a fo.MatrixAxes for each, or None for entries.",
+            stacklevel=3,
+        )
+    return jax.tree.structure(params).unflatten([role.units for role in roles])
 
 
 def _kept(groups: str, leaf: LeafAxes) -> tuple[int, ...]:

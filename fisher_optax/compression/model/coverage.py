@@ -1,0 +1,69 @@
+"""What `prune` leaves dense, and why: nothing that may be a matrix is passed over without a word."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import PyTree
+
+from ...capture.roles import Role, read_roles
+from .layers import Layer
+from .reports import LeftDense, PrunedLayer
+from .uses import no_layer, places
+
+
+def left_dense(
+    apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Sequence[Layer]
+) -> list[LeftDense]:
+    """All matrices of a model but those of these layers; vectors, biases and normalisations are none."""
+    pruned = {layer.leaf: [x.members for x in layers if x.leaf == layer.leaf] for layer in layers}
+    each = (_of_leaf(role, pruned.get(i, [])) for i, role in enumerate(read_roles(apply_fn, params, batch)))
+    return [left for some in each for left in some]
+
+
+def _of_leaf(role: Role, pruned: Sequence[np.ndarray]) -> list[LeftDense]:
+    leaf, size = role.plan, math.prod(role.shape)
+    if sum(d > 1 for d in leaf.shape) < 2:
+        return []
+    if pruned:
+        assert leaf.axes is not None
+        stack = tuple(leaf.shape[a] for a in leaf.axes.batch)
+        rest = np.setdiff1d(np.arange(math.prod(stack)), np.concatenate(pruned))
+        if not len(rest):
+            return []
+        part = size // math.prod(stack) * len(rest)
+        return [LeftDense(leaf.path + places(rest, stack), leaf.shape, part, "not used by the program", False)]
+    if role.kind in ("embedding", "head"):
+        return [LeftDense(leaf.path, leaf.shape, size, role.kind, True)]
+    if leaf.sites:
+        return [LeftDense(leaf.path, leaf.shape, size, "left out by layers=", True)]
+    if role.named.kind == "matrix" or role.named.is_ambiguous:
+        return [LeftDense(leaf.path, leaf.shape, size, no_layer(leaf), False)]
+    return []
+
+
+def warn_of_left(layers: Sequence[PrunedLayer], left: Sequence[LeftDense]) -> None:
+    """Warns of what stays dense though nobody asked for that."""
+    if silent := [leaf for leaf in left if not leaf.is_meant]:
+        share = sum(leaf.size for leaf in silent) / sum(x.size for x in (*layers, *left))
+        warnings.warn(
+            f"prune: {share:.0%} of the weights of all matrices stay dense, as the program shows no layer there: "
+            f"{_listed([f'{leaf.name!r}, {leaf.reason}' for leaf in silent])}. The report lists them; layers= that "
+            "names what to prune says that this is meant.",
+            stacklevel=3,
+        )
+
+
+def warn_of_unknown(layers: Sequence[PrunedLayer]) -> None:
+    """Warns of weights that a method has pruned by data in which they have no part."""
+    if partly := [f"{layer.name!r}: {layer.note}" for layer in layers if layer.note]:
+        warnings.warn(
+            f"prune: the data does not show all that weights of {len(partly)} layers do: {_listed(partly)}. More data "
+            "may reach them, and layers= leaves them out.",
+            stacklevel=3,
+        )
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return "; ".join(texts[:4]) + (f"; and {len(texts) - 4} more" if len(texts) > 4 else "")
