@@ -29,6 +29,17 @@ def in_range(name: str, value: object, low: float, high: float = float("inf")) -
         )
 
 
+def hashable(f: Callable[..., Any]) -> Callable[..., Any]:
+    """``f`` as a key of compiled programs. Where it has no hash, as dataclasses with ``==``, it becomes an object
+    equal to itself alone: what was compiled of an equal f is not of one that has changed since.
+    """
+    try:
+        hash(f)
+    except TypeError:
+        return functools.partial(f)
+    return f
+
+
 def one_of(name: str, value: object, known: tuple[object, ...]) -> None:
     """A ValueError unless ``value`` is one of those."""
     if value not in known:

@@ -139,6 +139,31 @@ def refused(*args: Any, **kwargs: Any) -> str:
     return str(error.value)
 
 
+def test_what_is_unknown_may_be_a_whole_branch() -> None:
+    """None in the place of a subtree, and no entry at all for a collection beside "params": the fallback decides."""
+    statistics = {"norm": {"mean": jnp.array([1.0, 3.0]), "var": jnp.ones(2)}}
+    model = {"params": {"w": jnp.ones(2)}, "batch_stats": statistics}
+    one, two = (jax.tree.map(lambda s, x=x: x * s, model) for x in (0.0, 2.0))
+    known = [{"w": jnp.array([3.0, 1.0])}, {"w": jnp.array([1.0, 3.0])}]
+    trees = (
+        [{"params": F} for F in known],
+        [{"params": F, "batch_stats": None} for F in known],
+        [{"params": F, "batch_stats": {"norm": None}} for F in known],
+    )
+    for fishers in trees:
+        merged = merge([one, two], fishers)
+        np.testing.assert_allclose(merged.params["params"]["w"], [0.5, 1.5])
+        np.testing.assert_allclose(merged.params["batch_stats"]["norm"]["mean"], [1.0, 3.0])
+        assert int(merged.fallbacks["batch_stats"]["norm"]["mean"]) == 2
+    both = task_vector(one, two)
+    np.testing.assert_allclose(
+        add_task_vectors(one, [both], fishers=trees[1][:1])["batch_stats"]["norm"]["mean"], [2.0, 6.0]
+    )
+    assert "models[0] has 'batch_stats/norm/mean', which models[1] lacks" in refused(
+        [one, {"params": two["params"]}], known
+    )
+
+
 def test_errors_of_merge_name_what_is_wrong() -> None:
     one, two = as_tree(np.ones(D)), as_tree(np.zeros(D))
     F = [one, one]
@@ -155,7 +180,9 @@ def test_errors_of_merge_name_what_is_wrong() -> None:
     assert "'dense/bias' of models[0] are not finite" in refused([bad, two], F)
     rows = {"dense": {**one["dense"], "kernel": jnp.ones(2)}}
     assert "fishers[1] has (2,) at 'dense/kernel', the parameter (6, 2)" in refused([one, two], [one, rows])
-    assert "differ at 'dense/kernel'" in refused([one, two], [one, {"dense": {"bias": jnp.ones(2)}}])
+    assert "fishers[1] lacks 'dense/kernel', which" in refused([one, two], [one, {"dense": {"bias": jnp.ones(2)}}])
+    assert "fishers[0] has 'head', which the models lack" in refused([one, two], [{**one, "head": jnp.ones(2)}, one])
+    assert "fishers[0] has 'dense/gain', which" in refused([one, two], [{"dense": {**one["dense"], "gain": None}}, one])
     assert "got operators and diagonals" in refused([one, two], [one, Operator.from_dense(jnp.eye(D), one)])
     wrong = [Operator.from_dense(s * jnp.eye(D), one) for s in (1.0, -1.0)]
     assert "fishers[1] has trace -14" in refused([one, two], wrong)

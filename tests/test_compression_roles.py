@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fisher_optax.matrices.flat import read_by_names
 from flax import nnx
 
 import fisher_optax as fo
 from fisher_optax.capture.roles import read_roles
-from fisher_optax.matrices.flat import read_by_names
 from fisher_optax.matrices.rules import resolve_axes
 from tests.comparisons import assert_same_bits
 from tests.compression_models import BODY, ENDS, TEXTS, V, language_model, normal

@@ -70,3 +70,20 @@ def test_memory_is_bounded_by_the_microbatch_not_by_the_batch() -> None:
     assert of("token") <= gradient + (MICROBATCH + 3) * size
     assert of("sequence", "rows", batch=4 * MICROBATCH) <= gradient + (MICROBATCH + 2) * largest
     assert of("position") <= gradient + size / 4
+
+
+@pytest.mark.parametrize("unit", ("sequence", "token"))
+def test_all_labels_of_a_vocabulary_need_the_memory_of_some_scores(unit: str) -> None:
+    """One label's at a time, where all of them would be length x vocabulary² numbers an example."""
+    words, length, width = 500, 6, 4
+    loss = lambda W, e: fo.losses.softmax_cross_entropy(e[0] @ W, e[1])  # noqa: E731
+    rule = diagonals.Settings(loss, unit, Labels("true"), None, None, MICROBATCH)
+    W = jax.ShapeDtypeStruct((width, words), jnp.float32)
+    batch = (
+        jax.ShapeDtypeStruct((MICROBATCH, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((MICROBATCH, length), jnp.int32),
+    )
+    state = jax.eval_shape(lambda W, b: diagonals._start(rule, W, b, None), W, batch)
+    used = temporary(lambda *args: diagonals._step(rule, *args, None), state, W, batch)
+    pass_ = MICROBATCH * (length * words + words * width) * 4
+    assert used < 20 * pass_ < MICROBATCH * length * words**2 * 4 / 10

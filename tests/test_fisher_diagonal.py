@@ -1,5 +1,6 @@
 """Squares of single examples' gradients: equal to computing them one by one, for every unit and kind of label."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -200,3 +201,34 @@ def test_a_convolution_and_an_embedding_by_positions_are_what_tokens_are() -> No
         fo.fisher.diagonal(conv_loss, params, [distinct], unit=unit).mean for unit in ("token", "position")
     )
     assert relative(position["embed"], token["embed"]) < 1e-12
+
+
+@dataclasses.dataclass
+class Scaled:
+    """A loss with an equality of its own, and so without a hash."""
+
+    scale: Any
+
+    def __call__(self, params: Any, example: Any) -> Any:
+        return self.scale * loss(params, example)
+
+
+def test_a_loss_may_be_an_object_without_a_hash() -> None:
+    """And what has changed since is seen, by every tool."""
+    params, batch = setting()
+    scaled = Scaled(1.0)
+    once = flat(fo.fisher.diagonal(scaled, params, [batch]).mean)
+    scaled.scale = 3.0
+    assert relative(flat(fo.fisher.diagonal(scaled, params, [batch]).mean), 3 * once) < 1e-12
+    example = jax.tree.map(lambda x: x[0], batch)
+    F = fo.fisher.operator(scaled, params, example).dense()
+    assert relative(F, 3 * fo.fisher.operator(loss, params, example).dense()) < 1e-12
+    assert relative(fo.fisher.dense(scaled, params, example, batch_size=None), F) < 1e-12
+
+
+def test_axes_may_be_a_dictionary() -> None:
+    """Of a layer whose outputs come first."""
+    turned = lambda p, e: fo.losses.softmax_cross_entropy(e[0] @ p["W"].T, e[1])  # noqa: E731
+    params, (x, y, _) = {"W": jnp.asarray(RNG.normal(size=(CLASSES, WIDTH)))}, setting()[1]
+    by_rows = fo.fisher.diagonal(turned, params, [(x, y)], groups="rows", axes={"W": fo.MatrixAxes(1, 0)}).mean["W"]
+    assert relative(by_rows, fo.fisher.diagonal(turned, params, [(x, y)]).mean["W"].sum(1)) < 1e-12

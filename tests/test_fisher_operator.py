@@ -66,13 +66,13 @@ def test_true_is_the_sum_over_all_labels(name: str, weighted: bool) -> None:
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", LOSSES)
-def test_ggn_of_a_likelihood_is_its_fisher_and_scales_with_the_loss(name: str) -> None:
+def test_ggn_of_a_likelihood_is_its_fisher_and_both_scale_with_the_loss(name: str) -> None:
     loss, params, batch = setting(name, weighted=True)
     wanted = enumerated(name, params, batch[0], batch[2])
     assert_is(fo.fisher.operator(loss, params, *batch, fisher="ggn"), wanted, params)
     twice = lambda *args: 2 * loss(*args) + jnp.sum(jnp.square(args[0]["out"]))  # noqa: E731
     assert_is(fo.fisher.operator(twice, params, *batch, fisher="ggn"), 2 * wanted, params)
-    assert_is(fo.fisher.operator(twice, params, *batch), wanted, params)
+    assert_is(fo.fisher.operator(twice, params, *batch), 2 * wanted, params)
 
 
 @pytest.mark.usefixtures("x64")

@@ -155,13 +155,13 @@ def test_zero_weights_mask_and_the_loss_knows_its_sum() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_other_weights_act_on_output_gradients_as_the_loss_has_them() -> None:
-    """N is Σ w, so ``right`` is Σ w² s sᵀ / Σ w of the scores s; inputs count alike wherever the weight is not 0."""
+def test_other_weights_count_examples_so_many_times() -> None:
+    """``right`` is Σ w s sᵀ / Σ w of the scores s; inputs count alike wherever the weight is not 0."""
     W, x, y, w = normal(0, 3, 2), normal(1, 4, 3), normal(2, 4, 2), jnp.asarray(WEIGHTS)
     loss = lambda W, x, y, w: losses.gaussian(x @ W, y, w)  # noqa: E731
     stats = capture.value_and_grad(loss)(W, x, y, w)[2]
     s = np.asarray(x @ W - y)
-    assert_near(stats.right, (s * WEIGHTS[:, None] ** 2).T @ s / WEIGHTS.sum())
+    assert_near(stats.right, (s * WEIGHTS[:, None]).T @ s / WEIGHTS.sum())
     assert_near(stats.left, np.asarray(x)[WEIGHTS > 0].T @ np.asarray(x)[WEIGHTS > 0] / 3)
 
 

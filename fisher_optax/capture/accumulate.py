@@ -19,7 +19,8 @@ AxisNames = Hashable | tuple[Hashable, ...]  # of a mapped axis, or several
 def accumulate_statistics(so_far: PyTree, new: PyTree) -> PyTree:
     """The statistics of both batches together, as if they had been one: ``left`` a mean weighted by the number of
     positions behind each, ``right`` and ``squares`` by what each loss was divided by, the sum of its weights. With a
-    ``normalizer`` that does not grow with the batch, as 1 for sums, multiply them by the number of batches besides.
+    ``normalizer`` that does not grow with the batch, as 1 for sums, or a loss that is divided by the number of batches
+    already, multiply them by the number of batches besides.
 
     `optax.MultiSteps` hands on only the last micro-batch's extra arguments, so gather the others' here and pass the
     result with the last one. Rows and samples, which stand for the whole, are those of both, one after the other.

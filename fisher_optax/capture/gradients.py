@@ -14,7 +14,7 @@ from ..statistics import LayerFactors, Samples
 from . import losses
 from .bases import bases_of
 from .devices import check_devices, check_normalizer, check_weighing
-from .heads import marked_heads, tokens_of
+from .heads import marked_heads, tokens_of, with_tokens
 from .kinds.kronecker import KroneckerFactors
 from .kinds.protocol import Bases, StatisticsKind, Sums
 from .kinds.sums import check_counts
@@ -65,14 +65,16 @@ def value_and_grad(
       loss_fn: ``loss_fn(params, *args, **kwargs)`` -> a scalar, with ``has_aux`` a pair of it and anything.
       statistics: `fo.KroneckerFactors` (the default), `fo.LayerSamples`, `fo.InputGram` or one of your own, see
         `fo.StatisticsKind`.
-      fisher: which labels: "empirical" (the data's; costs no further pass), "mc" (drawn from the model with
+      fisher: which labels: "empirical" (the data's; costs no further pass where `fo.losses` is called once, with no
+        weights or booleans, else one for each loss), "mc" (drawn from the model with
         ``fisher_key``; one more backward pass a sample) or "true" (all of them; one pass a class or output). The last
         two need the logits to pass through `fo.losses`, outside of loops.
       has_aux: as in `jax.value_and_grad`.
       normalizer: what the loss was divided by, a number or a function of ``*args, **kwargs``. None: `fo.losses` know
         it; else the positions of each dense layer (steps of a loop are positions), and the examples for convolutions
-        and ``mode="reduce"``. It scales ``right``, for ``fisher="empirical"`` alone: the others know theirs. Of a loss
-        averaged over devices in a `jax.shard_map`: what all of theirs was divided by.
+        and ``mode="reduce"``. It scales ``right``, for ``fisher="empirical"`` alone, and of the loss's own gradients,
+        which have weights and factors squared: the others know theirs. Of a loss averaged over devices in a
+        `jax.shard_map`: what all of theirs was divided by.
       batch_axis: which axis of a dense layer's positions counts examples. Of layers without that axis, the first does.
       mask: a function of ``*args, **kwargs``: True for the positions (or examples) that count. Others drop out of the
         inputs too. None: those whose weight in `fo.losses` is not 0. Layers whose positions are no such axes (after
@@ -135,7 +137,7 @@ def _evaluate(
     for leaf in watched:
         if why := kind.unavailable_for(leaf, fisher):
             raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
-    N = _scale(settings, counted, parameters, args, kwargs)
+    N = _normalizer(settings, parameters, args, kwargs)
     keep = counted.mask if mask is None else jnp.asarray(mask(*args, **kwargs))
     pairs = bases_of(bases, watched, kind)
     probes = on_mesh(
@@ -144,72 +146,119 @@ def _evaluate(
     )
     by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
     slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
-    watch = Watch(kind, by_site, slots, keep, fisher, n_samples, key, [], value_type)
-    passes = 0 if fisher == "empirical" else losses.passes(fisher, n_samples, counted.calls[0][0])
-    (value, aux), grads, raw, at_losses = _differentiate(traced, watched, probes, pairs, watch, passes)
+    labels = _labels(settings, counted, watched, N)
+    watch = Watch(kind, by_site, slots, keep, labels, n_samples, key, None, [], value_type)
+    (value, aux), grads, raw, at_losses, factors = _differentiate(traced, counted, watched, probes, pairs, watch)
+    if known := labels is not None or (N is None and counted.total is not None):
+        N = _scale(kind, labels, counted, factors)
     found = {leaf.number: kind.finish(leaf, sums, N) for leaf, sums in zip(watched, raw, strict=True)}
-    tokens = kind.head_tokens()
-    if fisher != "empirical":
-        # Gradients of drawn labels come divided, so that no kind can know it.
+    if known:
+        # Gradients of drawn labels come divided, and a loss may have a factor: no kind can know it.
         found = {number: _divided_by(counted.total, x) for number, x in found.items()}
-    for leaf in watched:
-        if leaf.head is not None and tokens is not None:
-            right = tokens_of(at_losses, leaf, traced.operands[leaf.number], tokens)
-            found[leaf.number] = dataclasses.replace(found[leaf.number], right=right)
+    if (tokens := kind.head_tokens()) is not None:
+        for leaf in watched:
+            if leaf.head is not None:
+                right = tokens_of(at_losses, leaf, traced.operands[leaf.number], tokens)
+                found[leaf.number] = with_tokens(found[leaf.number], right, factors[leaf.head] if factors else 1)
     stats = [_with_path(found.get(leaf.number), leaf, traced.leaves) for leaf in traced.leaves]
     value = (value, aux[0]) if has_aux else value
     return value, traced.treedef.unflatten(grads), traced.treedef.unflatten(stats)
 
 
-def _scale(
-    settings: Settings, counted: Counted, parameters: list[tuple[LeafPlan, Any]], args: PyTree, kwargs: PyTree
-) -> ArrayLike | None:
-    """What sums of squared gradients are multiplied by; None where the layers know."""
+def _scale(kind: StatisticsKind, labels: str | None, counted: Counted, factors: list[Array]) -> ArrayLike:
+    """What sums of squared gradients are multiplied by."""
+    if labels is not None:
+        return kind.model_scale(counted.number)
+    assert counted.total is not None
+    return kind.own_scale(counted.total, factors[0])
+
+
+def _labels(settings: Settings, counted: Counted, watched: list[LeafPlan], N: ArrayLike | None) -> str | None:
+    """Whose labels the gradients of further passes are of; None where those of the loss itself are, up to one number,
+    those of its examples.
+    """
+    kind, several = settings.kind, len(counted.calls) > 1
     if settings.fisher != "empirical":
-        return settings.kind.model_scale(counted.total)
+        return settings.fisher
+    # What does not add up over passes is of the sum of several losses.
+    if N is not None or counted.alike or counted.hidden or not kind.of_gradients() or (several and not kind.adds_up()):
+        return None
+    for leaf in watched if several else ():
+        if kind.unavailable_for(leaf, "true"):
+            raise ValueError(
+                f"{leaf.path!r} has rows in place of a long side, and loss_fn {len(counted.calls)} losses of fo.losses, "
+                "each with a pass of its own: rows do not add up. With normalizer= the gradients of their sum are taken."
+            )
+    return "empirical"
+
+
+def _normalizer(
+    settings: Settings, parameters: list[tuple[LeafPlan, Any]], args: PyTree, kwargs: PyTree
+) -> ArrayLike | None:
+    """What the user says that the loss was divided by."""
+    if settings.fisher != "empirical":
+        return None
     N: Any = settings.normalizer(*args, **kwargs) if callable(settings.normalizer) else settings.normalizer
     check_normalizer(N, parameters)
-    return counted.total if N is None else N
+    return N
 
 
 def _differentiate(
     traced: Traced,
+    counted: Counted,
     watched: list[LeafPlan],
     probes: list[list[Sums]],
     pairs: list[Bases | None],
     watch: Watch,
-    passes: int,
-) -> tuple[tuple[Array, PyTree], list[Array], list[list[Sums]], dict[int, list[Array]]]:
-    """The value and what else the loss returns, its gradients, what the taps returned, and what losses were given."""
+) -> tuple[tuple[Array, PyTree], list[Array], list[list[Sums]], dict[int, list[Array]], list[Array]]:
+    """The value and what else the loss returns, its gradients, what the taps returned, what losses were given, and the
+    factor of each of them in the loss.
+    """
     count = len(traced.leaves)
 
-    def loss(values: list[Any], probes: list[list[Sums]]) -> PyTree:
+    def loss(values: list[Any], probes: list[list[Sums]], shifts: dict[int, Array]) -> PyTree:
         scope = {(leaf.number, ()): (p, b) for leaf, p, b in zip(watched, probes, pairs, strict=True)}
-        out, pseudo = run(traced.program, traced.plan, [*values, *traced.operands[count:]], scope, watch)
+        operands = [*values, *traced.operands[count:]]
+        out, pseudo = run(traced.program, traced.plan, operands, scope, watch._replace(shifts=shifts or None))
         value, *aux = out
-        pseudo = jnp.zeros(0) if pseudo is None else pseudo
-        operands = {number: xs for number, xs in (watch.at_losses or ()) if number in wanted}
-        return (value, pseudo), (aux, operands)
+        at_losses = {number: xs for number, xs in (watch.at_losses or ()) if number in wanted}
+        return (value, pseudo), (aux, at_losses)
 
     wanted = {leaf.head for leaf in watched if leaf.head is not None}
-    (value, pseudo), pull, (aux, at_losses) = jax.vjp(loss, traced.operands[:count], probes, has_aux=True)
-    grads, raw = pull((jnp.ones_like(value), jnp.zeros_like(pseudo)))
-    if passes:
-        basis = jnp.eye(passes, dtype=pseudo.dtype)
-
-        def of_pass(ct: Array) -> list[list[Sums]]:
-            return pull((jnp.zeros_like(value), ct))[1]
-
-        if passes == 1:
-            raw = of_pass(basis[0])
-        else:
-            total, _ = jax.lax.scan(
-                lambda sums, ct: (jax.tree.map(jnp.add, sums, of_pass(ct)), None), of_pass(basis[0]), basis[1:]
-            )
-            raw = _mean_of_inputs(total, passes)
+    shifts = {} if counted.hidden else dict(enumerate(losses.no_shifts(counted.results, watch.value)))
+    primals = traced.operands[:count], probes, shifts
+    (value, pseudo), pull, (aux, at_losses) = jax.vjp(loss, *primals, has_aux=True)
+    grads, raw, factors = pull((jnp.ones_like(value), jax.tree.map(jnp.zeros_like, pseudo)))
+    if watch.fisher is not None:
+        raw = _over_passes(lambda cts: pull((jnp.zeros_like(value), cts))[1], pseudo, factors, watch.fisher)
     structure = jax.tree.unflatten(traced.outputs, [value, *aux])
     rest = structure[1:] if isinstance(structure, tuple) else ()
-    return (value, rest), grads, raw, at_losses
+    return (value, rest), grads, raw, at_losses, [jnp.sum(jnp.abs(c)) for c in factors.values()]
+
+
+def _over_passes(
+    pull: Callable[[dict[int, Array]], list[list[Sums]]],
+    pseudo: dict[int, Array],
+    factors: dict[int, Array],
+    fisher: str,
+) -> list[list[Sums]]:
+    """The sums of one backward pass for each pseudo-loss: draws of all losses at once, the data's labels one by one."""
+    apart = fisher == "empirical"
+    passes = len(pseudo) if apart else max(map(len, pseudo.values()))
+
+    def of_pass(i: Array | int) -> list[list[Sums]]:
+        cts = {}
+        for place, (number, like) in enumerate(pseudo.items()):
+            chosen = jnp.full(1, i == place) if apart else jnp.arange(len(like)) == i
+            share = jnp.sqrt(jnp.abs(factors[number])).astype(like.dtype)
+            cts[number] = jaxprs.varying_as(chosen.reshape(-1, *[1] * share.ndim) * share, like)
+        return pull(cts)
+
+    raw = of_pass(0)
+    if passes == 1:
+        return raw
+    add = lambda sums, i: (jax.tree.map(jnp.add, sums, of_pass(i)), None)  # noqa: E731
+    return _mean_of_inputs(jax.lax.scan(add, raw, jnp.arange(1, passes))[0], passes)
 
 
 def _mean_of_inputs(total: list[list[Sums]], passes: int) -> list[list[Sums]]:
@@ -218,7 +267,7 @@ def _mean_of_inputs(total: list[list[Sums]], passes: int) -> list[list[Sums]]:
 
 
 def _divided_by(total: ArrayLike | None, statistics: PyTree) -> PyTree:
-    """Statistics of drawn labels; of several losses, whose weights nobody adds up, by their positions."""
+    """By the sum of a loss's weights; of several losses, whose weights nobody adds up, by their positions."""
     if not isinstance(statistics, LayerFactors) or statistics.divisor is None:
         return statistics
     weight = statistics.weight

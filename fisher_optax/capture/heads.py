@@ -1,5 +1,6 @@
 """The layer that gives a softmax cross-entropy its logits: its outputs' Fisher is known without a gradient."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._xla import automatic, in_scope
-from ..statistics import Logits
+from ..linalg.eigenbasis import LowRank
+from ..statistics import LayerFactors, Logits
 from .devices import devices_along
 from .kinds.protocol import StatisticsKind
 from .kinds.rows import picked
@@ -26,6 +28,18 @@ def marked_heads(watched: list[LeafPlan], kind: StatisticsKind) -> list[LeafPlan
             "layer's are, as they come and once: fo.report(loss_fn, params, *args) lists the layers."
         )
     return watched
+
+
+def with_tokens(factors: LayerFactors, tokens: Logits, times: Array | int) -> LayerFactors:
+    """The factors of a head, tokens in place of the right side. They tell the Fisher of their loss, and ``times``, how
+    often that counts in the whole, is with the other side.
+    """
+    left = factors.left
+    if isinstance(left, LowRank):
+        left = LowRank(left.rows * jnp.sqrt(jnp.asarray(times, left.rows.dtype)))
+    elif isinstance(left, Array):
+        left = left * jnp.asarray(times, left.dtype)
+    return dataclasses.replace(factors, left=left, right=tokens)
 
 
 def tokens_of(operands: dict[int, Any], leaf: LeafPlan, parameter: Value, count: int) -> Logits:

@@ -5,86 +5,27 @@ Each is a mean over examples (positions) with ``weights``, ``Σ w_i ℓ_i / Σ w
     softmax cross-entropy   ℓ = -Σ_c q_c log p_c,  p = softmax(z)         Fisher of z: diag(p) - p pᵀ
     sigmoid cross-entropy   ℓ = Σ_k log(1 + exp z_k) - y_k z_k            diag(s (1 - s)), s = sigmoid(z)
     Gaussian                ℓ = |z - y|² / 2                              I
+    normal                  ℓ = Σ_k (s_k + (m_k - y_k)² exp(-s_k)) / 2    diag(exp(-s), 1/2),  z = (m, s)
 
-An example whose weight is 0 is not there: neither in the mean, nor in any statistics; its label may be anything. Other
-weights act on output gradients alone: by w in "mc" and "true", the Fisher of the weighted mean, and by w² in
-"empirical", whose gradients are the loss's own.
+A weight counts an example w times, in every Fisher: with F_i that of the example's own ℓ_i, the whole has
+``Σ w_i F_i / Σ w_i``, so that gradients of ℓ_i enter squares times √w_i; this is the curvature of the weighted mean. An
+example whose weight is 0 is not there: neither in the mean, nor in any statistics; its label may be anything. In the
+same way a mean that enters the whole times c counts c times, and several add up.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._xla import automatic
-from .program.jaxprs import Value, varying, varying_as
+from .distributions import DISTRIBUTIONS, data_score
+from .program.jaxprs import Typed, Value, varying, varying_as
 from .program.walk import LOSS
-
-
-class Distribution(NamedTuple):
-    """How one loss reads its logits ``(*positions, C)``.
-
-    ``score(z, y)`` is the gradient of each example's loss; ``sample(key, z, τ)`` draws labels from the model at
-    temperature τ (logits z / τ; of a Gaussian, variance τ); ``root(z, ct, τ)`` is ``J ct`` for a C x C matrix J, with
-    ``J Jᵀ`` the mean of ``score scoreᵀ`` over such labels: at τ = 1 the Fisher of z.
-    """
-
-    losses: Callable[[Array, Array], Array]
-    score: Callable[[Array, Array], Array]
-    sample: Callable[[PRNGKeyArray, Array, float], Array]
-    root: Callable[[Array, Array, float], Array]
-
-
-def _softmax_losses(z: Array, y: Array) -> Array:
-    log_p = jax.nn.log_softmax(z)
-    if y.ndim < z.ndim:
-        return -jnp.take_along_axis(log_p, y[..., None], -1)[..., 0]
-    return -jnp.sum(y * log_p, -1)
-
-
-def _softmax_score(z: Array, y: Array) -> Array:
-    return jax.nn.softmax(z) - jax.nn.one_hot(y, z.shape[-1], dtype=z.dtype)
-
-
-def _softmax_root(z: Array, ct: Array, τ: float) -> Array:
-    r = jnp.sqrt(jax.nn.softmax(z / τ))
-    return r * ct - jax.nn.softmax(z) * jnp.sum(r * ct, -1, keepdims=True)
-
-
-def _sigmoid_losses(z: Array, y: Array) -> Array:
-    return jnp.sum(jax.nn.softplus(z) - y * z, -1)
-
-
-def _sigmoid_root(z: Array, ct: Array, τ: float) -> Array:
-    s, warm = jax.nn.sigmoid(z), jax.nn.sigmoid(z / τ)
-    # Scores at another temperature have a mean, m, and J Jᵀ = diag(v) + m mᵀ.
-    v, m = warm * (1 - warm), s - warm
-    u = m / jnp.sqrt(jnp.maximum(v, 1e-12))
-    α = 1 / (1 + jnp.sqrt(1 + jnp.sum(u * u, -1, keepdims=True)))
-    return jnp.sqrt(v) * ct + m * α * jnp.sum(u * ct, -1, keepdims=True)
-
-
-DISTRIBUTIONS = {
-    "softmax_cross_entropy": Distribution(
-        _softmax_losses, _softmax_score, lambda key, z, τ: jax.random.categorical(key, z / τ), _softmax_root
-    ),
-    "sigmoid_cross_entropy": Distribution(
-        _sigmoid_losses,
-        lambda z, y: jax.nn.sigmoid(z) - y,
-        lambda key, z, τ: jax.random.bernoulli(key, jax.nn.sigmoid(z / τ)).astype(z.dtype),
-        _sigmoid_root,
-    ),
-    "gaussian": Distribution(
-        lambda z, y: jnp.sum(jnp.square(z - y), -1) / 2,
-        lambda z, y: z - y,
-        lambda key, z, τ: z + τ**0.5 * jax.random.normal(key, z.shape, z.dtype),
-        lambda z, ct, τ: τ**0.5 * jnp.broadcast_to(ct, z.shape),
-    ),
-}
 
 
 def softmax_cross_entropy(
@@ -129,7 +70,8 @@ def sigmoid_cross_entropy(
 def gaussian(
     outputs: Float[Array, "*positions outputs"], labels: ArrayLike, weights: ArrayLike | None = None
 ) -> Float[Array, ""]:
-    """Mean over examples of ``|z - y|² / 2``: the squared error of outputs with unit variance.
+    """Mean over examples of ``|z - y|² / 2``: the squared error of outputs with unit variance. The last axis is one of
+    outputs: where they are single numbers, it has length 1.
 
     Arguments and what raises are as in `softmax_cross_entropy`.
 
@@ -139,6 +81,34 @@ def gaussian(
       1.0
     """
     return _loss("gaussian", outputs, jnp.asarray(labels), outputs.shape, weights)
+
+
+def normal(
+    means: Float[Array, "*positions outputs"],
+    log_variances: Float[Array, "*positions outputs"],
+    labels: ArrayLike,
+    weights: ArrayLike | None = None,
+) -> Float[Array, ""]:
+    """Mean over examples of ``Σ_k (s_k + (y_k - m_k)² exp(-s_k)) / 2``: outputs whose variance the model tells as well.
+
+    Its curvature depends on the labels: "ggn" is the Fisher in expectation over the model's labels alone.
+
+    Args:
+      means, log_variances: m and s, with variances ``exp(s)``.
+      labels, weights: as in `gaussian`.
+
+    Raises:
+      ValueError: where shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, fisher_optax as fo
+      >>> float(fo.losses.normal(jnp.zeros((5, 1)), jnp.zeros((5, 1)), jnp.ones((5, 1))))
+      0.5
+    """
+    if means.shape != log_variances.shape:
+        raise ValueError(f"fo.losses.normal: got means {means.shape}, log_variances {log_variances.shape}.")
+    z = jnp.concatenate([means, log_variances], -1)
+    return _loss("normal", z, jnp.asarray(labels), means.shape, weights)
 
 
 def _loss(name: str, z: Array, y: Array, wanted: tuple[int, ...], weights: ArrayLike | None) -> Float[Array, ""]:
@@ -188,6 +158,7 @@ def pseudo_loss(
     samples: int,
     key: PRNGKeyArray | None,
     axes: tuple[str, ...],
+    result: ShapedArray,
     z: Array,
     y: Value,
     *weights: Value,
@@ -195,32 +166,55 @@ def pseudo_loss(
     """K zeros whose gradients with respect to the logits are, one after the other, what the Fisher is made of.
 
     For "mc", the scores of K = ``samples`` draws of labels from the model; for "true", the K columns of a root of the
-    Fisher of the logits, each position's with signs of its own; each example's times ``sqrt(w_i / (Σ w K))`` or
-    ``sqrt(w_i / Σ w)``, so that the sum of the outer products of gradients is the weighted mean over examples. Where
-    a layer's position feeds the losses of several (attention), products of columns of different positions enter too:
-    scores are uncorrelated, and signs at random make these products cancel in the mean. Devices along ``axes`` have
-    examples of one mean, and all draw labels and signs of their own.
+    Fisher of the logits, each position's with signs of its own; for "empirical", the scores of the data's labels. Each
+    example's are times ``sqrt(w_i / (Σ w K))`` or ``sqrt(w_i / Σ w)``, so that the sum of the outer products of
+    gradients is the weighted mean over examples. Where a layer's position feeds the losses of several (attention),
+    products of columns of different positions enter too: scores are uncorrelated, and signs at random make these
+    products cancel in the mean. Devices along ``axes`` have examples of one mean, and all draw labels and signs of
+    their own. Of a loss that vmap made several of, as ``result`` shows, there are as many zeros of each, for each share
+    of its own in the whole.
     """
-    p = DISTRIBUTIONS[name]
+    p, lead = DISTRIBUTIONS[name], result.shape
     z = varying_as(z, y, *weights)
 
+    # All that is read on the way back is an operand: inside a remat, what is closed over is gone by then.
     @jax.custom_vjp
-    def zeros(z: Array) -> Array:
-        return jnp.zeros(samples if fisher == "mc" else z.shape[-1], jnp.promote_types(z.dtype, jnp.float32))
+    def zeros(z: Array, others: PyTree) -> Array:
+        del others
+        made = jnp.zeros((passes(fisher, samples, z), *lead), jnp.promote_types(z.dtype, jnp.float32))
+        return on_each(made, varying(z) - frozenset(axes))
 
-    def backward(z: Array, ct: Array) -> tuple[Array]:
+    def backward(residuals: tuple[Array, PyTree], ct: Array) -> tuple[Array, None]:
+        z, (key, y, weights) = residuals
         full = z.astype(jnp.promote_types(z.dtype, jnp.float32))
         w = example_weights(full, *weights)
-        share = jnp.sqrt(w / total(w, axes))[..., None]
+        share = jnp.sqrt(w * math.prod(lead) / total(w, axes))[..., None]
         own = own_key(jax.random.key(0) if key is None else key, z)
+        ct = ct.reshape(len(ct), *lead, *[1] * (z.ndim - 1 - len(lead)))
         if fisher == "true":
             signs = jax.random.rademacher(own, z.shape, full.dtype)
-            return (varying_as(share * p.root(full, signs * ct[(None,) * (z.ndim - 1)], 1), z).astype(z.dtype),)
-        drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full, 1)))(jax.random.split(own, samples))
-        return ((share * jnp.tensordot(ct, drawn, 1) / samples**0.5).astype(z.dtype),)
+            scores = p.root(full, signs * jnp.moveaxis(ct, 0, -1), 1)
+        elif fisher == "empirical":
+            scores = ct[0, ..., None] * data_score(name, full, y)
+        else:
+            drawn = jax.vmap(lambda k: p.score(full, p.sample(k, full, 1)))(jax.random.split(own, samples))
+            scores = jnp.sum(ct[..., None] * drawn, 0) / samples**0.5
+        return varying_as(jnp.where(share == 0, 0, share * scores), z).astype(z.dtype), None
 
-    zeros.defvjp(lambda z: (zeros(z), z), backward)
-    return zeros(z)
+    zeros.defvjp(lambda z, others: (zeros(z, others), (z, others)), backward)
+    return zeros(z, (key, jnp.asarray(y), weights))
+
+
+def no_shifts(results: Sequence[ShapedArray], value: Typed) -> list[Array]:
+    """Zeros to be added to losses: the gradients of ``value`` there are their factors in it, one for all devices
+    wherever ``value`` is.
+    """
+    return [on_each(jnp.zeros(x.shape, x.dtype), varying(x) & varying(value)) for x in results]
+
+
+def on_each(x: Array, axes: frozenset[str]) -> Array:
+    """``x``, taken to differ between the devices along these axes."""
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def own_key(key: PRNGKeyArray, z: Array) -> PRNGKeyArray:
@@ -230,5 +224,5 @@ def own_key(key: PRNGKeyArray, z: Array) -> PRNGKeyArray:
 
 
 def passes(fisher: str, samples: int, logits: Array | ShapedArray) -> int:
-    """How many zeros `pseudo_loss` has."""
-    return samples if fisher == "mc" else logits.shape[-1]
+    """How many zeros `pseudo_loss` has of a loss."""
+    return {"mc": samples, "true": logits.shape[-1], "empirical": 1}[fisher]

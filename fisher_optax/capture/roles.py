@@ -15,7 +15,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, PyTree
 
 from ..matrices.axes import LeafAxes, MatrixAxes
-from ..matrices.flat import read_by_names
+from ..matrices.rules import resolve_axes
 from .kinds.kronecker import InputGram
 from .program import jaxprs
 from .program.leaves import LeafPlan
@@ -92,7 +92,7 @@ def read_roles(f: Callable[..., PyTree], params: PyTree, *args: PyTree) -> list[
     tokens = [_looked_up_axis(some, lookups) for some in sites]
     rows = {leaf.shape[a] for leaf, a, is_data in zip(traced.leaves, tokens, by_data, strict=True) if is_data}
     roles = []
-    for leaf, named in zip(traced.leaves, read_by_names(params), strict=True):
+    for leaf, named in zip(traced.leaves, resolve_axes(params), strict=True):
         i, bias = leaf.number, None if leaf.bias is None else traced.leaves[leaf.bias].path
         role = Role(leaf.path, leaf.shape, "matrix" if leaf.sites else "other", leaf.axes, named, leaf, bias=bias)
         if (is_data := by_data[i]) is not None:

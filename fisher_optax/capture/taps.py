@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
@@ -30,7 +31,8 @@ Steps = tuple[tuple[Any, ...], ...]  # what loops and indices took of a paramete
 # What a parameter's taps need, by the parameter and what loops and indices have taken of it: (slots, bases).
 Scope = dict[tuple[int, Steps], tuple[list[Sums], Bases | None]]
 
-Results = tuple[list[Value], Array | None]  # of a program, and its pseudo-losses
+Pseudo = dict[int, Array]  # pseudo-losses, by the numbers of the losses
+Results = tuple[list[Value], Pseudo]  # of a program
 Operands = tuple[Value, Array | None, Bases | None]  # of a tap: a product's input, mask, bases
 Plans = Sequence[Plan]
 Entries = dict[int, View]
@@ -43,18 +45,19 @@ class Watch(NamedTuple):
     leaves: dict[int, LeafPlan]  # by number of the site
     slots: dict[int, int]
     mask: Array | None
-    fisher: str
+    fisher: str | None  # whose labels pseudo-losses are of; None: there are none
     samples: int
     key: PRNGKeyArray | None
+    shifts: dict[int, Array] | None = None  # zeros added to losses, by their numbers: their gradients are factors
     at_losses: list[tuple[int, list[Value]]] | None = None  # operands of losses, by their numbers
     value: Any = None  # the loss, or its type
 
 
 def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], scope: Scope, watch: Watch) -> Results:
-    """The results of a program, and the sum of its pseudo-losses (None without any)."""
+    """The results of a program, and its pseudo-losses."""
     env = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
     env.update(zip(program.jaxpr.invars, operands, strict=True))
-    pseudo = None
+    pseudo: Pseudo = {}
     for i, eqn in enumerate(program.jaxpr.eqns):
         values = [jaxprs.read(env, v) for v in eqn.invars]
         if i in plan.inner:
@@ -62,34 +65,34 @@ def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], scope: S
             with eqn.ctx.manager:
                 inner = watch._replace(mask=in_scope(watch.mask))
                 out, extra = enter(eqn, plan.inner[i], plan.entries[i], values, in_scope(scope), inner)
-            pseudo = _plus(pseudo, in_scope(extra))
+            pseudo |= in_scope(extra)
         else:
             out = jaxprs.bind(eqn, values)
         if i in plan.sites and plan.sites[i].number in watch.leaves:
             site = plan.sites[i]
             with eqn.ctx.manager:
                 out[site.y] = _tapped(site, out[site.y], values[site.x], scope, watch)
-        if i in plan.losses and watch.fisher != "empirical":
+        if i in plan.losses and watch.fisher is not None:
+            name, number = plan.losses[i]
             with eqn.ctx.manager:
-                extra = _drawn(*plan.losses[i], values, watch)
-            pseudo = _plus(pseudo, in_scope(extra))
+                extra = _drawn(name, number, jaxprs.aval(eqn.outvars[0]), values, watch)
+            pseudo[number] = in_scope(extra)
+        if i in plan.losses and watch.shifts is not None:
+            out = [jnp.add(x, jaxprs.varying_as(watch.shifts[plan.losses[i][1]], x)) for x in out]
         if i in plan.losses and watch.at_losses is not None:
             watch.at_losses.append((plan.losses[i][1], values))
         env.update(zip(eqn.outvars, out, strict=True))
     return [jaxprs.read(env, v) for v in program.jaxpr.outvars], pseudo
 
 
-def _plus(x: Array | None, y: Array | None) -> Array | None:
-    return x if y is None else y if x is None else x + y
-
-
-def _drawn(name: str, number: int, values: list[Value], watch: Watch) -> Array:
+def _drawn(name: str, number: int, result: ShapedArray, values: list[Value], watch: Watch) -> Array:
     """The pseudo-losses of a loss."""
     axes = counted_over(watch.value, *values)
 
     def pseudo(key: PRNGKeyArray | None, *values: Any) -> Array:
+        assert watch.fisher is not None
         key = None if key is None else jax.random.fold_in(key, number)
-        return losses.pseudo_loss(name, watch.fisher, watch.samples, key, axes, *values)
+        return losses.pseudo_loss(name, watch.fisher, watch.samples, key, axes, result, *values)
 
     return automatic(pseudo, in_scope(watch.key), *values)
 
@@ -182,14 +185,14 @@ def _scan(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], sc
         xs, slices = step
         inner = scope | dict(zip(stacked, slices, strict=True))
         out, pseudo = run(jaxprs.body(eqn), plans[0], [*fixed, *carried, *xs], inner, watch)
-        assert pseudo is None
+        assert not pseudo
         return out[:carry], out[carry:]
 
     p = eqn.params
     carried, ys = jax.lax.scan(
         body, first, (over, list(stacked.values())), length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
-    return [*carried, *ys], None
+    return [*carried, *ys], {}
 
 
 def _before(view: View) -> Steps | None:
@@ -209,7 +212,7 @@ def _cond(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], sc
         return lambda *rest: run(program, plan, rest, scope, watch)[0]
 
     made = [branch(program, plan) for program, plan in zip(jaxprs.branches(eqn), plans, strict=True)]
-    return jax.lax.switch(choice, made, *rest), None
+    return jax.lax.switch(choice, made, *rest), {}
 
 
 def _shard_map(
@@ -232,7 +235,7 @@ def _shard_map(
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
-    return shared(list(values), list(scope.values()), watch.mask), None
+    return shared(list(values), list(scope.values()), watch.mask), {}
 
 
 def _like(mask: Array, values: Sequence[Any], specs: Sequence[PartitionSpec]) -> PartitionSpec:

@@ -7,8 +7,8 @@ from jaxtyping import PyTree
 
 from ..capture.roles import Role, read_roles
 from ..matrices.axes import LeafAxes
-from ..matrices.flat import is_told, read_by_names
 from ..matrices.floats import on_whole, without_rest
+from ..matrices.rules import is_told, resolve_axes
 
 ASK = "Name the leaves to slice: leaves={path: vocabulary axis}."
 SHOW = "Show the program: apply_fn= and batch=, or name the leaves to slice: leaves={path: vocabulary axis}."
@@ -67,7 +67,7 @@ def of_names(params: PyTree, V: int | None) -> dict[str, int]:
     Raises:
       ValueError: where another reading is left.
     """
-    found = read_by_names(params)
+    found = resolve_axes(params)
     embeddings = [x for x in found if x.kind == "embedding"]
     heads = [x for x in found if x.kind == "head" and x.axes and len(x.axes.outputs) == 1]
     V = _length(embeddings, heads) if V is None else V
@@ -127,7 +127,7 @@ def of_user(params: PyTree, leaves: Mapping[str, int]) -> dict[str, int]:
     Raises:
       ValueError: for none, and paths and axes that are not there.
     """
-    shapes = {x.path: x.shape for x in read_by_names(params)}
+    shapes = {x.path: x.shape for x in resolve_axes(params)}
     if not leaves:
         raise ValueError("remove_tokens: leaves= is empty; name at least one path and its vocabulary axis.")
     for path, axis in leaves.items():

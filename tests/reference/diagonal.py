@@ -14,8 +14,8 @@ def token_gradients(token_losses: Callable[[Any], Any], params: np.ndarray) -> n
 
 
 def of_sequence(g: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """``(Σ_t w_t g_t)² / Σ w``."""
-    return np.square(w @ g) / w.sum()
+    """``(Σ_t √w_t g_t)² / Σ w``."""
+    return np.square(np.sqrt(w) @ g) / w.sum()
 
 
 def of_tokens(g: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
@@ -74,13 +75,23 @@ class StatisticsKind(Protocol):
         del plan
         return 1
 
-    def model_scale(self, total: ArrayLike | None) -> ArrayLike:
-        """What the sums of drawn labels' gradients are multiplied by; ``total`` is what the loss was divided by."""
-        del total
+    def model_scale(self, number: ArrayLike | None) -> ArrayLike:
+        """What the sums of drawn labels' gradients are multiplied by; ``number`` is that of the examples that count."""
+        del number
         return 1
+
+    def own_scale(self, total: ArrayLike, factor: Array) -> ArrayLike:
+        """What the sums of the loss's own gradients are multiplied by, ``factor`` being that of the mean in the loss:
+        it is in them twice, and in the Fisher once.
+        """
+        return total / jnp.where(factor == 0, 1, factor)
 
     def of_gradients(self) -> bool:
         """Whether gradients are in it, whose scale has to be known."""
+        return True
+
+    def adds_up(self) -> bool:
+        """Whether the sums of several backward passes are those of all their gradients."""
         return True
 
     def needs_bases(self) -> bool:

@@ -21,7 +21,8 @@ class LayerSamples(StatisticsKind):
 
     An example of a dense layer is a position, of a convolution a whole input. A layer used in several places gives as
     many of each. One in a loop that does not run over a stack of its weights has none, since samples do not add up; for
-    the same reason there are none with ``fisher="true"``.
+    the same reason there are none with ``fisher="true"``, and those of several losses are the gradients of their sum.
+    An example of weight w has √w times its gradient.
 
     Raises:
       ValueError: for a size below 1.
@@ -96,11 +97,21 @@ class LayerSamples(StatisticsKind):
         X, D = in_leaf_order(X, plan), in_leaf_order(D, plan)
         return Samples(X, D, jnp.mean(count), window=site.window)
 
-    def model_scale(self, total: ArrayLike | None) -> Array:
-        """What gradients of drawn labels, which come as ``1 / sqrt(total)`` of an example's own, are multiplied by."""
-        if total is None:
+    def adds_up(self) -> bool:
+        """Whether the sums of several backward passes are those of all their gradients."""
+        return False
+
+    def own_scale(self, total: ArrayLike, factor: Array) -> Array:
+        """What the gradients of the loss, in which its mean has this factor, are multiplied by."""
+        return jnp.divide(total, jnp.sqrt(jnp.where(factor == 0, 1, factor)))
+
+    def model_scale(self, number: ArrayLike | None) -> Array:
+        """What gradients of drawn labels are multiplied by, whose outer products add up to a mean: so that those of
+        ``number`` examples have it as their mean.
+        """
+        if number is None:
             raise ValueError(
                 "LayerSamples with fisher='mc' need all of the loss to be one call of fo.losses; use "
                 "fisher='empirical'."
             )
-        return jnp.sqrt(jnp.asarray(total, accumulator()))
+        return jnp.sqrt(jnp.asarray(number, jnp.result_type(float)))

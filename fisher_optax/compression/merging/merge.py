@@ -15,15 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.scipy.sparse.linalg import cg
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ...fisher import DiagonalFisher
-from ...matrices.axes import path_names
-from ..matrix.checking import Number, require_finite
+from ..matrix.checking import Number
+from .reading import aligned, diagonal_leaves, task_weights
 
 FALLBACKS = ("average", "first", "raise")
 PROBES = 16  # of a trace
@@ -60,7 +58,8 @@ def merge(
     Args:
       models: two or more trees of one structure, of floating point.
       fishers: one a model. Trees of diagonals like the models, a `fo.fisher.DiagonalFisher` by parameter, where None
-        in the place of a leaf is unknown (the fallback decides for that leaf); or for all, `fo.fisher.operator`s or
+        in the place of a leaf, or of all below it, is unknown, as are Flax's collections beside "params" that it has no
+        entry for, such as batch statistics (the fallback decides there); or for all, `fo.fisher.operator`s or
         whatever has ``matvec(tree)`` and is symmetric without negative eigenvalues. An operator acts in the dtype of
         the parameters it was made with.
       coefficients: c, one a model, at least 0. None: 1.
@@ -228,61 +227,3 @@ def _trace(act: Callable[[list[Array]], list[Array]], like: list[Array]) -> Arra
         return sum((jnp.sum(a * b) for a, b in zip(z, act(z), strict=True)), jnp.zeros([]))
 
     return jnp.mean(jax.lax.map(product, jax.random.split(jax.random.key(0), PROBES)))
-
-
-def aligned(name: str, trees: dict[str, PyTree]) -> tuple[list[str], list[list[Array]], Any]:
-    """Paths, the leaves of each tree as arrays, and the first one's structure; errors name path and tree."""
-    flat = {
-        who: {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-        for who, tree in trees.items()
-    }
-    (first, wanted), *_ = flat.items()
-    for who, tree in flat.items():
-        if other := sorted(tree.keys() ^ wanted.keys()):
-            has, lacks = (who, first) if other[0] in tree else (first, who)
-            raise ValueError(f"{name}: {has} has {other[0]!r}, which {lacks} lacks: give trees of one model.")
-        for path, x in tree.items():
-            if jnp.shape(x) != jnp.shape(wanted[path]):
-                shapes = f"{jnp.shape(x)} in {who} and {jnp.shape(wanted[path])} in {first}"
-                raise ValueError(f"{name}: {path!r} is {shapes}: give trees of one model.")
-            if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-                raise TypeError(f"{name}: {path!r} of {who} is {jnp.result_type(x)}; wanted real floating point.")
-            require_finite(name, x, f"{path!r} of {who}", "Take models that have not diverged.")
-    return (
-        list(wanted),
-        [[jnp.asarray(tree[path]) for path in wanted] for tree in flat.values()],
-        jax.tree.structure(trees[first]),
-    )
-
-
-def diagonal_leaves(name: str, i: int, fisher: PyTree, paths: list[str], like: list[Array]) -> list[Array | None]:
-    """A diagonal Fisher, leaf by leaf, None where it is."""
-    tree = fisher.mean if isinstance(fisher, DiagonalFisher) else fisher
-    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
-    entries = {"/".join(path_names(p)): None if x is None else jnp.asarray(x) for p, x in flat}
-    advice = "Take it by fo.fisher.diagonal(..., groups=None)."
-    extra = {path for path, x in entries.items() if x is not None} - set(paths)
-    if other := sorted(set(paths) - entries.keys()) or sorted(extra):
-        raise ValueError(f"{name}: fishers[{i}] and the models differ at {other[0]!r}, which one lacks. {advice}")
-    for path, x in zip(paths, like, strict=True):
-        F = entries[path]
-        if F is None:
-            continue
-        if F.shape != x.shape:
-            raise ValueError(f"{name}: fishers[{i}] has {F.shape} at {path!r}, the parameter {x.shape}. {advice}")
-        require_finite(name, F, f"fishers[{i}] at {path!r}", "Look for NaN or infinity in the data it is from.")
-        if not isinstance(F, Tracer) and bool(jnp.any(F < 0)):
-            raise ValueError(f"{name}: fishers[{i}] is negative at {path!r}: a Fisher is a mean of squares.")
-    return [entries[path] for path in paths]
-
-
-def task_weights(name: str, what: str, weights: Sequence[ArrayLike] | ArrayLike | None, n: int) -> Array:
-    """One weight a model, at least 0 and not all 0."""
-    if weights is None:
-        return jnp.ones(n)
-    c = jnp.asarray(weights, jnp.result_type(float))
-    if c.shape != (n,):
-        raise ValueError(f"{name}: {what} has shape {c.shape}; wanted one number a model, ({n},).")
-    if not isinstance(c, Tracer) and not (np.isfinite(c).all() and min(c) >= 0 and max(c) > 0):
-        raise ValueError(f"{name}: {what} must be at least 0, finite and not all 0; got {weights!r}.")
-    return c

@@ -19,7 +19,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..matrix.checking import Number
 from ..matrix.masks import global_masks
-from .merge import aligned, diagonal_leaves, entry_shares
+from .merge import entry_shares
+from .reading import aligned, diagonal_leaves
 
 
 def task_vector(base: PyTree, tuned: PyTree) -> PyTree:

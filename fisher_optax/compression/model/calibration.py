@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
+from ..._arguments import hashable
 from ...capture import InputGram, value_and_grad
 from ...capture.program.sites import Site
 from ...matrices.axes import MatrixAxes
@@ -116,15 +117,6 @@ def _gradient_sum(
     g = jax.vmap(jax.grad(loss), (None, 0))(leaves[leaf], batch)
     g = jax.vmap(lambda x: to_matrices(x, axes)[0].reshape(-1, *shape)[members])(g)
     return jax.tree.map(lambda x: x * len(g), jax.vmap(summary, 1)(g))
-
-
-def hashable(f: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """``f`` as something that `jit` can know again; what cannot be compared is known by this call alone."""
-    try:
-        hash(f)
-    except TypeError:
-        return lambda *args: f(*args)
-    return f
 
 
 def rereadable(batches: object) -> Iterable[PyTree]:

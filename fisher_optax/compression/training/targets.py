@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from ..._arguments import value_at
 from ...matrices.axes import LeafAxes, MatrixAxes, how_many, listed, made, path_names
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
-from ...matrices.flat import is_told, read_by_names
-from ...matrices.rules import resolve_axes
+from ...matrices.rules import is_told, resolve_axes
 from ...transforms.fallback import AxesWarning, level_outside
 from ..matrix.masks import SCOPES, Pattern, Sparsity, as_sparsity, check_pattern, global_masks, mask
 
@@ -143,7 +142,7 @@ class Pruning(NamedTuple):
 
     def read(self, params: PyTree) -> list[LeafAxes]:
         """What each leaf is: by ``axes=``, under which heads and embeddings stay what their names say, or the rules."""
-        named = read_by_names(params)
+        named = resolve_axes(params)
         if self.axes is None:
             return named
         special = {"head", "embedding"}

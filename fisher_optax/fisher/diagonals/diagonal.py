@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from ..._arguments import hashable
 from ..._xla import automatic, on_mesh
 from ...capture.kinds.sums import check_counts
 from ...matrices.axes import MatrixAxes
@@ -26,7 +27,7 @@ from ..operators.matrix import FISHERS, check_temperature
 from .diagonal_fisher import DiagonalFisher
 from .groups import Groups, grouping, program_axes
 from .positions import position_squares
-from .squares import Labels, example_of, squares
+from .squares import Labels, check_example, example_of, squares
 
 UNITS = ("sequence", "token", "position")
 
@@ -69,13 +70,14 @@ def diagonal(
       params: where gradients are taken; what is no floating point passes through, and has None in the result.
       batches: each a tree of arrays with examples along the first axis; of one shape, or each new shape is compiled.
       unit: "sequence": ``(gradient of the sum over tokens)² / n``; "token": ``Σ_t (gradient of token t)² / n``, n
-        backward passes an example; both with weight n, exact, for every parameter. "position": ``Σ_s a_s² δ_s² / n``
+        backward passes an example; both with weight n, exact, for every parameter. Tokens of weight w count w times:
+        n is ``Σ w``, and each gradient is times √w. "position": ``Σ_s a_s² δ_s² / n``
         over a layer's positions, at about the cost of one gradient; it equals "token" where a position feeds its own
         token's loss alone, and is none of the others under attention. It sees layers, and a microbatch is one example
         to its error bars.
       fisher: "empirical" (the data's labels), "mc" (drawn from the model, ``n_samples`` an example, with ``key``) or
-        "true" (all labels; as many backward passes as tokens times classes; not for "position"). The last two need
-        `fo.losses`.
+        "true" (all labels; as many backward passes as tokens times classes, one after the other, in the memory of one;
+        not for "position"). The last two need `fo.losses`.
       n_samples, temperature, key: as in `operator`.
       groups: None or "parameter", "rows" (output units, or tokens of a vocabulary), "heads", "tensor", "blocks", or a
         function of a leaf's path and squares; sums, so that totals stay.
@@ -93,7 +95,7 @@ def diagonal(
 
     Raises:
       ValueError, TypeError: for unknown words, no batches, examples of different numbers, a resumed Fisher of other
-        groups, and where no example counted.
+        groups, a loss that is no multiple of one of `fo.losses`, and where no example counted.
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
@@ -106,7 +108,8 @@ def diagonal(
     labels = _labels(unit, fisher, n_samples, temperature, key)
     check_counts("diagonal", microbatch=microbatch)
     floats, whole = without_rest(params)
-    loss_fn, params = on_whole(example_loss_fn, params, whole), floats
+    loss_fn, params = hashable(on_whole(example_loss_fn, params, whole)), floats
+    groups = hashable(groups) if callable(groups) else groups
     settings = Settings(loss_fn, unit, labels, groups, _flat_axes(params, axes), microbatch)
     state, read = resume, 0
     for i, batch in enumerate(batches if progress is None else progress(batches)):
@@ -121,6 +124,7 @@ def diagonal(
         # A key an example, by its place in all batches, so that labels do not depend on how these are cut.
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, read))
         if state is None:
+            check_example(settings.loss_fn, params, jax.tree.map(lambda x: x[0], batch))
             state = _start(settings, params, batch, keys)
         state = _step(settings, state, params, batch, keys)
         if on_batch is not None:

@@ -10,8 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ...capture.roles import read_roles
 from ...matrices.axes import LeafAxes, listed, path_names
-from ...matrices.flat import is_told
-from ...matrices.rules import resolve_axes
+from ...matrices.rules import is_told, resolve_axes
 
 WORDS = ("parameter", "rows", "heads", "tensor", "blocks")
 Groups = str | Callable[[str, Array], PyTree] | None

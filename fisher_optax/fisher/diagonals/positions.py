@@ -17,8 +17,8 @@ from .squares import Labels, example_of
 def position_squares(
     loss_fn: Callable[..., PyTree], labels: Labels, params: PyTree, batch: PyTree, keys: Array | None
 ) -> tuple[PyTree, Float[Array, ""], Int[Array, ""]]:
-    """``Σ_s a_s² δ_s² / n`` over all positions of a batch of examples, n the tokens that count among them, n, and how
-    many examples have a label that is no class.
+    """``Σ_s a_s² δ_s² / n`` over all positions of a batch of examples, δ of the sum of its tokens' losses times √w, n
+    the weights of its tokens, n, and how many examples have a label that is no class.
 
     Leaves that are used in other ways than products are None, with a warning that names them.
     """
@@ -26,8 +26,8 @@ def position_squares(
 
     def of_example(example: PyTree, key: PRNGKeyArray | None) -> tuple[Array, Array, Array]:
         made = example_of(loss_fn, labels, params, example, key)
-        w = jnp.where(made.valid, made.weights, 0)
-        return made.scores * w.reshape(-1, *[1] * (made.scores.ndim - 2)), jnp.sum(w), ~made.valid
+        scores = jax.vmap(made.scores)(jnp.arange(made.draws))
+        return jnp.where(made.valid, scores, 0), jnp.where(made.valid, jnp.sum(made.weights), 0), ~made.valid
 
     # The scores are arguments of what is traced: computed inside, each layer would be found twice.
     scores, tokens, wrong = jax.vmap(of_example)(batch, keys)

@@ -97,7 +97,7 @@ def approximate(
     if method in ("kfac", "ekfac") and temperature != 1:
         raise ValueError(f"{method}: its factors are of labels at temperature 1; got temperature={temperature}.")
     rows = rows_of(loss_fn, params, batch, fisher, n_samples, temperature, key, batch_size)
-    layers = layers_in(loss_fn, rows.params, rows.batch)
+    layers = layers_in(rows.source.loss_fn, rows.params, rows.batch)
     forms = _forms(method, tuple(sorted(options.items())), rows.source, layers, rows.params, rows.batch, key)
     return Operator.on(f"{method} of the {fisher} Fisher", LayerForms(layers), forms, params)
 
@@ -224,11 +224,10 @@ METHODS: dict[str, Callable[..., Sequence[Form]]] = {
 def _input_and_output_factors(rows: LayerRows, mode: str) -> list[tuple[Array, Array]]:
     """A and B of each layer, by capture."""
     s, kind = rows.source, KroneckerFactors(mode=mode, max_dim=2**31)
-    structure = jax.tree.structure(rows.params)
     grad_fn = value_and_grad(s.loss_fn, kind, fisher=s.fisher, n_samples=s.n_samples)
 
     def factors(batch: PyTree, key: PRNGKeyArray | None, share: Array | float) -> list[tuple[Array, Array, Array]]:
-        found = structure.flatten_up_to(grad_fn(rows.params, *batch, fisher_key=key)[2])
+        found = jax.tree.structure(rows.params).flatten_up_to(grad_fn(rows.params, *batch, fisher_key=key)[2])
         statistics = [found[layer.kernel] for layer in rows.layers]
         sides = [[x.reshape(-1, *x.shape[-2:]) for x in (f.left, f.right)] for f in statistics]
         return [(f.weight * A, share * B, f.weight) for f, (A, B) in zip(statistics, sides, strict=True)]
@@ -236,6 +235,7 @@ def _input_and_output_factors(rows: LayerRows, mode: str) -> list[tuple[Array, A
     if s.batch_size is None:
         found = factors(rows.batch, rows.key, 1.0)
     else:
+        rows.require_one_loss()
 
         def on_chunk(sums: PyTree, numbers: Array, examples: PyTree, shares: list[Array]) -> tuple[PyTree, tuple[()]]:
             new = factors(examples, rows.key_of(numbers[0]), jnp.sum(shares[0]))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..._arguments import hashable
 from ...capture.kinds.sums import check_counts
 from ...capture.losses import total
 from ...capture.outputs import Output, outputs
@@ -46,8 +47,18 @@ class LayerRows(NamedTuple):
     @property
     def number(self) -> int:
         """r, how many there are."""
-        found = jax.eval_shape(lambda: outputs(self.source.loss_fn, self.params, *self.batch)[0])
-        return sum(math.prod(o.weights.shape) * self.labels(o) for o in found)
+        return sum(math.prod(o.weights.shape) * self.labels(o) for o in self._outputs())
+
+    def require_one_loss(self) -> None:
+        """A ValueError where a few examples' shares differ between losses."""
+        if len(self._outputs()) > 1:
+            raise ValueError(
+                f"loss_fn calls fo.losses {len(self._outputs())} times, and the factors of K-FAC are sums over all of "
+                "them: with batch_size=None all examples are seen together."
+            )
+
+    def _outputs(self) -> list[Output]:
+        return jax.eval_shape(lambda: outputs(self.source.loss_fn, self.params, *self.batch)[0])
 
     def labels(self, out: Output) -> int:
         """How many rows a position has."""
@@ -89,13 +100,15 @@ class LayerRows(NamedTuple):
         return carry, out
 
     def _shares(self) -> list[Float[Array, " E"]]:
-        """Of each example in the mean, for each loss."""
+        """Of each example in the mean, for each loss, in units of what it is in the mean of itself alone."""
 
-        def weights(example: PyTree) -> list[Array]:
+        def of_example(example: PyTree) -> list[tuple[Array, Array]]:
             found = outputs(self.source.loss_fn, self.params, *jax.tree.map(lambda x: x[None], example))[0]
-            return [jnp.sum(o.weights) for o in found]
+            return [(jnp.sum(o.weights), jnp.sum(o.factor)) for o in found]
 
-        return [w / total(w) for w in jax.vmap(weights)(self.batch)]
+        whole = outputs(self.source.loss_fn, self.params, *self.batch)[0]
+        each = zip(jax.vmap(of_example)(self.batch), whole, strict=True)
+        return [w / total(w) * jnp.sum(o.factor) / jnp.where(c == 0, 1, c) for (w, c), o in each]
 
     def _of(self, batch: PyTree, key: PRNGKeyArray | None, shares: list[Array] | None) -> Float[Array, "r d"]:
         """Position by position, and of each label by label; of a batch with these shares in the whole."""
@@ -215,6 +228,7 @@ def rows_of(
     """Checked; without layers."""
     if fisher not in FISHERS:
         raise ValueError(f"rows are those of {', '.join(map(repr, FISHERS))}; got fisher={fisher!r}.")
+    loss_fn = hashable(loss_fn)
     operator(loss_fn, params, *batch, fisher=fisher, n_samples=n_samples, temperature=temperature, key=key)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     check_counts("fisher", batch_size=batch_size)

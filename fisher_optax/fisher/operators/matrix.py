@@ -1,11 +1,12 @@
 """The Fisher matrices of a model and their relatives, as operators.
 
-With logits z_i(θ) of position i, Jacobians J_i = ∂z_i/∂θ and weights w_i that sum to 1, all are sums over positions:
+With logits z_i(θ) of position i, Jacobians J_i = ∂z_i/∂θ and shares w_i in the loss, the first three are sums over
+positions. A share is the position's weight over the sum of all weights, times the factor of that mean in the loss:
 
     true        Σ w_i J_iᵀ E_y[s sᵀ] J_i        y from the model, s = ∂(-log p(y | z_i))/∂z_i; an exact sum over labels
     mc          the same with n_samples draws of y
     empirical   Σ w_i J_iᵀ s_i s_iᵀ J_i         y the data's labels
-    ggn         Σ J_iᵀ (∂²L/∂z_i ∂z_j) J_j      L the loss as written: for a loss of `fo.losses` alone, the true Fisher
+    ggn         Σ J_iᵀ (∂²L/∂z_i ∂z_j) J_j      L the loss as written; the true Fisher, but of `fo.losses.normal`
     hessian     ∂²L/∂θ²
 
 The true Fisher is the curvature of a model's distribution and needs no labels; the empirical one shares its form near a
@@ -24,9 +25,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from ..._arguments import hashable
+from ...capture.distributions import data_score
 from ...capture.kinds.sums import check_counts
-from ...capture.losses import own_key
-from ...capture.outputs import Output, outputs
+from ...capture.losses import own_key, passes
+from ...capture.outputs import Output, is_sum_of_losses, outputs
 from ...capture.program.jaxprs import varying
 from .operator import Operator, RowRule, Rule
 
@@ -54,7 +57,8 @@ def operator(
 
     Args:
       loss_fn: ``loss_fn(params, *batch)`` -> the mean loss, by one or more of `fo.losses` outside of loops (for
-        ``"hessian"``, any scalar). Where there are several, the Fishers add up, each of its own mean.
+        ``"hessian"``, any scalar), or a sum of multiples of them: their Fishers add up, each times its factor. What
+        else is added has no part in a Fisher.
       params, *batch: what it is called with. Batch and key become part of the operator: it is of one fixed matrix.
       fisher: "true", "mc", "empirical", "ggn" or "hessian".
       n_samples: labels drawn a position, for "mc".
@@ -63,8 +67,9 @@ def operator(
       key: a `jax.random.key`, for "mc".
 
     Raises:
-      ValueError, TypeError: for an unknown word, a missing key, labels that are no class, weights that are all 0, a
-        loss that is not of `fo.losses`.
+      ValueError, TypeError: for an unknown word, a missing key, labels that are no class, weights that are all 0 or
+        negative, a loss that is not of `fo.losses`, and but for "ggn" one that is no sum of them, or has a negative
+        factor. Of traced arrays numbers are not looked at, and a factor is the derivative of the loss.
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
@@ -84,18 +89,20 @@ def operator(
     check_temperature(temperature)
     if temperature != 1 and fisher not in ("true", "mc"):
         raise ValueError(f"temperature is of labels from the model, for 'true' and 'mc'; this is {fisher!r}.")
-    batch = jax.tree.map(jnp.asarray, batch)
+    batch, loss_fn = jax.tree.map(jnp.asarray, batch), hashable(loss_fn)
     if fisher == "hessian":
         return Operator.on("hessian", _Hessian(loss_fn), (params, batch), params)
-    check_outputs(loss_fn, params, batch)
+    check_outputs(loss_fn, params, batch, fisher)
     if fisher == "ggn":
         return Operator.on("ggn", _GaussNewton(loss_fn), (params, batch), params)
     rule = _Fisher(loss_fn, fisher, n_samples, float(temperature))
     return Operator.on(f"{fisher} Fisher", rule, (params, batch, key), params)
 
 
-def check_outputs(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> None:
-    """A ValueError for labels that are no class, and for weights that are all 0; not of traced batches."""
+def check_outputs(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, fisher: str) -> None:
+    """A ValueError for labels that are no class, weights that are all 0 or negative, and as `check_factors`; not of
+    traced batches.
+    """
     found = jax.eval_shape(lambda p, b: outputs(loss_fn, p, *b)[0], params, batch)
     if not found:
         raise ValueError(NO_LOSS)
@@ -103,14 +110,45 @@ def check_outputs(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree)
         return
     for out, arrays in zip(found, _weights_and_labels(loss_fn, params, batch), strict=True):
         weights, labels, classes = *map(np.asarray, arrays), out.logits.shape[-1]
-        if not np.any(weights > 0):
-            raise ValueError("every weight in the loss is 0: the batch has no example to take a Fisher of.")
+        if not np.any(weights > 0) or np.any(weights < 0):
+            what = "every weight in the loss is 0" if np.all(weights == 0) else "weights in the loss are negative"
+            raise ValueError(f"{what}: the batch has no example to take a Fisher of.")
         wrong = labels[(weights > 0) & ((labels < 0) | (labels >= classes))] if labels.ndim == weights.ndim else []
         if len(wrong):
             raise ValueError(
                 f"labels are classes 0 to {classes - 1}; got {wrong[0]}. Give padding the weight 0: "
                 "fo.losses.softmax_cross_entropy(logits, labels, weights=labels >= 0)."
             )
+    if fisher != "ggn":
+        check_factors(loss_fn, params, batch)
+
+
+def check_factors(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> None:
+    """A ValueError for a loss that is no sum of losses of `fo.losses` times numbers of at least 0."""
+    factors, is_sum = _factors(loss_fn, params, batch)
+    advice = "fo.fisher.operator(..., fisher='ggn') is the curvature of the loss as written."
+    for name, factor in factors.items():
+        if np.any(np.asarray(factor) < 0):
+            raise ValueError(
+                f"{name} is in loss_fn with the factor {np.min(factor):.3g}, and no share in a Fisher is negative: "
+                f"leave it out. {advice}"
+            )
+    if not is_sum:
+        raise ValueError(
+            "loss_fn is no sum of multiples of its fo.losses, as a * l1 + b * l2 is: which share each has in a Fisher "
+            f"is unclear. Return such a sum. {advice}"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _factors(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) -> tuple[dict[str, Array], Array]:
+    """By name and number; the compiler drops the model."""
+    found = outputs(loss_fn, params, *batch)[0]
+    factors = {
+        f"number {i} of fo.losses, {o.name}," if len(found) > 1 else f"fo.losses.{o.name}": o.factor
+        for i, o in enumerate(found)
+    }
+    return factors, is_sum_of_losses(loss_fn, params, *batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -213,16 +251,25 @@ def label_scores(
     out: Output, fisher: str, n_samples: int, temperature: float, number: int, key: PRNGKeyArray | None
 ) -> Array:
     """``(K, *positions, C)``: gradients at the logits whose outer products add up to their Fisher of that kind."""
+    count = passes(fisher, n_samples, out.logits)
+    return jax.vmap(lambda k: label_score(out, fisher, n_samples, temperature, number, key, k))(jnp.arange(count))
+
+
+def label_score(
+    out: Output,
+    fisher: str,
+    n_samples: int,
+    temperature: float,
+    number: int,
+    key: PRNGKeyArray | None,
+    k: Array | int,
+) -> Array:
+    """``(*positions, C)``, number k of them."""
     p, z = out.distribution, out.logits
     if fisher == "empirical":
-        return _data_score(out)[None]
+        return data_score(out.name, z, out.labels)
     if fisher == "true":
-        return jax.vmap(lambda ct: p.root(z, ct, temperature))(jnp.eye(z.shape[-1], dtype=z.dtype))
+        return p.root(z, jax.nn.one_hot(k, z.shape[-1], dtype=z.dtype), temperature)
     assert key is not None
-    keys = jax.random.split(own_key(jax.random.fold_in(key, number), z), n_samples)
-    return jax.vmap(lambda k: p.score(z, p.sample(k, z, temperature)))(keys) / n_samples**0.5
-
-
-def _data_score(out: Output) -> Array:
-    """Of the data's own labels, numbers of classes or probabilities."""
-    return jax.grad(lambda z: jnp.sum(out.distribution.losses(z, out.labels)))(out.logits)
+    drawn = jax.random.split(own_key(jax.random.fold_in(key, number), z), n_samples)[k]
+    return p.score(z, p.sample(drawn, z, temperature)) / n_samples**0.5
