@@ -117,12 +117,7 @@ def _evaluate(
     settings: Settings, params: PyTree, args: PyTree, kwargs: PyTree, key: PRNGKeyArray | None, bases: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
     _, kind, fisher, has_aux, normalizer, batch_axis, mask, n_samples, strict = settings
-    if (fisher == "mc") != (key is not None):
-        raise ValueError(
-            "fisher='mc' draws labels: pass grad_fn(..., fisher_key=jax.random.key(step))."
-            if fisher == "mc"
-            else f"fisher_key is for fisher='mc' only; this is {fisher!r}."
-        )
+    _check_key(fisher, key)
     traced = trace(settings.loss_fn, kind, params, args, kwargs)
     check(traced, kind, has_aux, strict)
     counted = losses_in(traced.program, traced.plan, traced.operands)
@@ -165,6 +160,15 @@ def _evaluate(
     return value, traced.treedef.unflatten(grads), traced.treedef.unflatten(stats)
 
 
+def _check_key(fisher: str, key: PRNGKeyArray | None) -> None:
+    if (fisher == "mc") != (key is not None):
+        raise ValueError(
+            "fisher='mc' draws labels: pass grad_fn(..., fisher_key=jax.random.key(step))."
+            if fisher == "mc"
+            else f"fisher_key is for fisher='mc' only; this is {fisher!r}."
+        )
+
+
 def _scale(kind: StatisticsKind, labels: str | None, counted: Counted, factors: list[Array]) -> ArrayLike:
     """What sums of squared gradients are multiplied by."""
     if labels is not None:
@@ -186,8 +190,8 @@ def _labels(settings: Settings, counted: Counted, watched: list[LeafPlan], N: Ar
     for leaf in watched if several else ():
         if kind.unavailable_for(leaf, "true"):
             raise ValueError(
-                f"{leaf.path!r} has rows in place of a long side, and loss_fn {len(counted.calls)} losses of fo.losses, "
-                "each with a pass of its own: rows do not add up. With normalizer= the gradients of their sum are taken."
+                f"{leaf.path!r} has rows for a long side, and loss_fn has {len(counted.calls)} losses of fo.losses, "
+                "a pass each: rows do not add up. With normalizer= the gradients of their sum are taken."
             )
     return "empirical"
 
