@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._xla import on_mesh
 from ..statistics import LayerFactors, Samples
-from . import losses
+from . import forward, losses
 from .bases import bases_of
 from .devices import check_devices, check_normalizer, check_weighing
 from .heads import marked_heads, tokens_of
@@ -21,7 +21,7 @@ from .kinds.sums import check_counts
 from .marked import Counted, losses_in
 from .program import jaxprs
 from .program.leaves import LeafPlan
-from .taps import Watch, run, zeros
+from .taps import Watch, run, watching, zeros
 from .traced import Normalizer, Traced, check, check_losses, checked_kind, trace
 
 FISHERS = ("empirical", "mc", "true")
@@ -142,10 +142,11 @@ def _evaluate(
         lambda _: [zeros(kind, leaf, x, keep, Q) for (leaf, x), Q in zip(parameters, pairs, strict=True)],
         traced.operands,
     )
-    by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
-    slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
-    watch = Watch(kind, by_site, slots, keep, fisher, n_samples, key, [], value_type)
-    passes = 0 if fisher == "empirical" else losses.passes(fisher, n_samples, counted.calls[0][0])
+    watch = watching(kind, watched, keep)._replace(
+        fisher=fisher, samples=n_samples, key=key, at_losses=[], value=value_type
+    )
+    drawn = fisher != "empirical" and not kind.inputs_alone()
+    passes = losses.passes(fisher, n_samples, counted.calls[0][0]) if drawn else 0
     (value, aux), grads, raw, at_losses = _differentiate(traced, watched, probes, pairs, watch, passes)
     found = {leaf.number: kind.finish(leaf, sums, N) for leaf, sums in zip(watched, raw, strict=True)}
     tokens = kind.head_tokens()
@@ -184,16 +185,23 @@ def _differentiate(
     count = len(traced.leaves)
 
     def loss(values: list[Any], probes: list[list[Sums]]) -> PyTree:
-        scope = {(leaf.number, ()): (p, b) for leaf, p, b in zip(watched, probes, pairs, strict=True)}
-        out, pseudo = run(traced.program, traced.plan, [*values, *traced.operands[count:]], scope, watch)
+        operands, pseudo, sums = [*values, *traced.operands[count:]], None, []
+        if watch.kind.inputs_alone():
+            state = {(leaf.number, ()): p for leaf, p in zip(watched, jax.lax.stop_gradient(probes), strict=True)}
+            out, state = forward.run(traced.program, traced.plan, operands, state, watch)
+            sums = [state[leaf.number, ()] for leaf in watched]
+        else:
+            scope = {(leaf.number, ()): (p, b) for leaf, p, b in zip(watched, probes, pairs, strict=True)}
+            out, pseudo = run(traced.program, traced.plan, operands, scope, watch)
         value, *aux = out
         pseudo = jnp.zeros(0) if pseudo is None else pseudo
-        operands = {number: xs for number, xs in (watch.at_losses or ()) if number in wanted}
-        return (value, pseudo), (aux, operands)
+        logits = {number: xs for number, xs in (watch.at_losses or ()) if number in wanted}
+        return (value, pseudo), (aux, logits, sums)
 
     wanted = {leaf.head for leaf in watched if leaf.head is not None}
-    (value, pseudo), pull, (aux, at_losses) = jax.vjp(loss, traced.operands[:count], probes, has_aux=True)
+    (value, pseudo), pull, (aux, at_losses, sums) = jax.vjp(loss, traced.operands[:count], probes, has_aux=True)
     grads, raw = pull((jnp.ones_like(value), jnp.zeros_like(pseudo)))
+    raw = sums if watch.kind.inputs_alone() else raw
     if passes:
         basis = jnp.eye(passes, dtype=pseudo.dtype)
 

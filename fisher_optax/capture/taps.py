@@ -6,8 +6,8 @@ yields both, and loops, remat and data-parallel sums treat a statistic as the gr
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
-from .._xla import automatic, in_scope
+from .._xla import automatic, explicit_mesh, in_scope
 from . import losses
 from .devices import Split, counted_over, devices_along
 from .kinds.protocol import Bases, StatisticsKind, Sums, Tapped
@@ -34,6 +34,7 @@ Results = tuple[list[Value], Array | None]  # of a program, and its pseudo-losse
 Operands = tuple[Value, Array | None, Bases | None]  # of a tap: a product's input, mask, bases
 Plans = Sequence[Plan]
 Entries = dict[int, View]
+E = TypeVar("E")
 
 
 class Watch(NamedTuple):
@@ -43,11 +44,18 @@ class Watch(NamedTuple):
     leaves: dict[int, LeafPlan]  # by number of the site
     slots: dict[int, int]
     mask: Array | None
-    fisher: str
-    samples: int
-    key: PRNGKeyArray | None
+    fisher: str = "empirical"
+    samples: int = 1
+    key: PRNGKeyArray | None = None
     at_losses: list[tuple[int, list[Value]]] | None = None  # operands of losses, by their numbers
     value: Any = None  # the loss, or its type
+
+
+def watching(kind: StatisticsKind, watched: Sequence[LeafPlan], mask: Array | None) -> Watch:
+    """All products with these parameters."""
+    by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
+    slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
+    return Watch(kind, by_site, slots, mask)
 
 
 def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], scope: Scope, watch: Watch) -> Results:
@@ -96,16 +104,16 @@ def _drawn(name: str, number: int, values: list[Value], watch: Watch) -> Array:
 
 def _tapped(site: Site, y: Value, x: Value, scope: Scope, watch: Watch) -> Value:
     plan = watch.leaves[site.number]
-    slots, bases = _entry(scope, site.leaf, site.steps)
+    slots, bases = entry(scope, site.leaf, site.steps)
     probe, mask, bases = in_scope((slots[watch.slots[site.number]], watch.mask, bases))
     own = jaxprs.varying(*jax.tree.leaves(probe))
     split = tuple(axis for axis in jaxprs.split_over(y, x, mask) if axis[0] not in own)
-    collect = functools.partial(_collected, watch.kind, plan, site, split)
+    collect = functools.partial(collected, watch.kind, plan, site, split)
     probe = jax.tree.map(lambda p: jaxprs.varying_as(p, y, x, mask), probe)
     return _tap(collect, y, jax.lax.stop_gradient((x, mask, bases)), probe)
 
 
-def _collected(kind: StatisticsKind, plan: LeafPlan, site: Site, split: Split, tapped: Tapped) -> Sums:
+def collected(kind: StatisticsKind, plan: LeafPlan, site: Site, split: Split, tapped: Tapped) -> Sums:
     """The statistics of one tap, to be added up over the devices along these axes of a shard_map."""
     device = jax.lax.axis_index(tuple(name for name, _ in split)) if split else 0
     return kind.collect(plan, site, tapped._replace(devices=devices_along(split), device=device))
@@ -141,14 +149,14 @@ def _backwards(
 _tap.defvjp(_forwards, _backwards)
 
 
-def _entry(scope: Scope, leaf: int, steps: Steps) -> tuple[list[Sums], Bases | None]:
+def entry(scope: Mapping[tuple[int, Steps], E], leaf: int, steps: Steps) -> E:
     """What the scope holds of a parameter, at the places that indices have taken since it was entered."""
     for k in range(len(steps), -1, -1):
         if (leaf, steps[:k]) in scope:
-            entry = scope[leaf, steps[:k]]
+            found = scope[leaf, steps[:k]]
             for item in steps[k:]:
-                entry = jax.tree.map(lambda x, i=item[2]: x[i], entry)
-            return entry
+                found = jax.tree.map(lambda x, i=item[2]: x[i], found)
+            return found
     raise AssertionError(f"parameter {leaf} is not in scope after {steps}")
 
 
@@ -172,11 +180,7 @@ def _remat(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], s
 def _scan(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch) -> Results:
     consts, carry = jaxprs.scan_counts(eqn)
     fixed, first, over = values[:consts], values[consts : consts + carry], values[consts + carry :]
-    stacked = {}
-    for k, view in entries.items():
-        before = _before(view)
-        if k >= consts + carry and before is not None and _has(scope, view.root[1]):
-            stacked[view.root[1], view.steps] = _entry(scope, view.root[1], before)
+    stacked = stacked_entries(entries, consts + carry, scope)
 
     def body(carried: list[Value], step: tuple[list[Value], list[Any]]) -> tuple[list[Value], list[Value]]:
         xs, slices = step
@@ -192,13 +196,14 @@ def _scan(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], sc
     return [*carried, *ys], None
 
 
-def _before(view: View) -> Steps | None:
-    """What was taken of a parameter before a loop ran over it; None where the loop took nothing."""
-    return view.steps[:-1] if view.steps and view.steps[-1][0] == "scan" else None
-
-
-def _has(scope: Scope, leaf: int) -> bool:
-    return any(key[0] == leaf for key in scope)
+def stacked_entries(entries: Entries, first: int, scope: Mapping[tuple[int, Steps], E]) -> dict[tuple[int, Steps], E]:
+    """What the scope holds of the parameters that a loop runs over; its operands from ``first`` on are what it does."""
+    stacked = {}
+    for k, view in entries.items():
+        leaf, is_stack = view.root[1], bool(view.steps) and view.steps[-1][0] == "scan"
+        if k >= first and is_stack and any(key[0] == leaf for key in scope):
+            stacked[leaf, view.steps] = entry(scope, leaf, view.steps[:-1])
+    return stacked
 
 
 def _cond(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch) -> Results:
@@ -208,7 +213,7 @@ def _cond(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], sc
     def branch(program: jaxprs.Program, plan: Plan) -> Callable[..., list[Value]]:
         return lambda *rest: run(program, plan, rest, scope, watch)[0]
 
-    made = [branch(program, plan) for program, plan in zip(jaxprs.branches(eqn), plans, strict=True)]
+    made = [branch(program, plan) for program, plan in zip(jaxprs.bodies(eqn), plans, strict=True)]
     return jax.lax.switch(choice, made, *rest), None
 
 
@@ -223,7 +228,7 @@ def _shard_map(
         return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, entries, strict=True)), inner)[0]
 
     whole = jax.tree.map(lambda _: PartitionSpec(), list(scope.values()))
-    split = None if watch.mask is None else _like(watch.mask, values, p["in_specs"])
+    mask, split = split_mask(watch.mask, values, p["in_specs"])
     shared = jax.shard_map(
         again,
         mesh=p["mesh"],
@@ -232,14 +237,19 @@ def _shard_map(
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
-    return shared(list(values), list(scope.values()), watch.mask), None
+    return shared(list(values), list(scope.values()), mask), None
 
 
-def _like(mask: Array, values: Sequence[Any], specs: Sequence[PartitionSpec]) -> PartitionSpec:
-    """How a mask is split over devices: as the first operand that begins with its axes."""
+def split_mask(
+    mask: Array | None, values: Sequence[Any], specs: Sequence[PartitionSpec]
+) -> tuple[Array | None, PartitionSpec | None]:
+    """A mask split over devices as the first operand that begins with its axes, and how."""
+    if mask is None:
+        return None, None
     for x, spec in zip(values, specs, strict=True):
         if jnp.shape(x)[: mask.ndim] == mask.shape:
-            return PartitionSpec(*spec[: mask.ndim])
+            like = PartitionSpec(*spec[: mask.ndim])
+            return (jax.sharding.reshard(mask, like) if explicit_mesh(x) else mask), like
     raise ValueError(
         f"no operand of the shard_map in loss_fn begins with the axes {mask.shape} of mask, so that it cannot be split "
         "like one: give mask the leading axes of the inputs."

@@ -51,7 +51,7 @@ def trace(loss_fn: Callable[..., PyTree], kind: StatisticsKind, params: PyTree, 
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths, values = ["/".join(path_names(path)) for path, _ in flat], [x for _, x in flat]
     for path, x in zip(paths, jax.tree.leaves(shapes(params)), strict=True):
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
+        if not (kind.inputs_alone() or jnp.issubdtype(x.dtype, jnp.inexact)):
             raise TypeError(f"gradients need floating-point parameters; {path!r} is {x.dtype}.")
     others, others_def = jax.tree.flatten((args, kwargs))
     arrays = [i for i, x in enumerate(others) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)]
@@ -69,7 +69,7 @@ def trace(loss_fn: Callable[..., PyTree], kind: StatisticsKind, params: PyTree, 
 
     operands = [*values, *(others[i] for i in arrays)]
     program = jaxprs.program(jax.make_jaxpr(flat_loss)(*operands))
-    uses = Uses([tuple(jnp.shape(x)) for x in values])
+    uses = Uses([tuple(jnp.shape(x)) for x in values], forward=kind.inputs_alone())
     views = [whole(("leaf", i), shape) for i, shape in enumerate(uses.shapes)] + [None] * len(arrays)
     plan, _ = walk(program.jaxpr, views, uses)
     leaves = leaf_plans(uses, paths, [jnp.result_type(x) for x in values], kind.unavailable)

@@ -263,6 +263,10 @@ class InputGram(KroneckerFactors):
     max_dim: int = 2**31
     sides = ("left",)
 
+    def inputs_alone(self) -> bool:
+        """No gradient is asked for."""
+        return True
+
 
 def _with_ones(plan: LeafPlan, X: Array) -> Array:
     return X if plan.bias is None else jnp.concatenate([X, jnp.ones((*X.shape[:-1], 1), X.dtype)], -1)

@@ -16,7 +16,7 @@ class Tapped(NamedTuple):
     """What a tap hands to `StatisticsKind.collect`: a product's input, the loss's gradient at its output, and more."""
 
     x: Array
-    delta: Array
+    delta: Array  # zeros where the kind takes inputs alone
     mask: Array | None  # of the positions that count
     bases: Bases | None  # where the kind needs them
     devices: int = 1  # whose sums are added up
@@ -82,6 +82,10 @@ class StatisticsKind(Protocol):
     def of_gradients(self) -> bool:
         """Whether gradients are in it, whose scale has to be known."""
         return True
+
+    def inputs_alone(self) -> bool:
+        """Whether it looks at inputs alone: they are then collected on the way forward, whatever gradients reach."""
+        return False
 
     def needs_bases(self) -> bool:
         """Whether `collect` is to get bases."""

@@ -9,7 +9,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from . import jaxprs
 from .sites import FINDERS, Site, completed, is_leaf
-from .views import REPEATED, Dims, Step, View, sizes, through, whole
+from .views import REPEATED, Dims, Step, View, sizes, through, unstacked, whole
 
 LOSS = "fisher_optax_loss_"  # the name of a jitted loss begins with this
 
@@ -37,6 +37,7 @@ class Uses:
     """What was found of every parameter, by its number."""
 
     shapes: list[tuple[int, ...]]
+    forward: bool = False  # whether inputs alone are asked for: where gradients cannot follow, too
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     biases: dict[int, list[tuple[Site, tuple[Step, ...]]]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(list)
@@ -98,10 +99,8 @@ class _Step:
         if name in jaxprs.CALLS or name in jaxprs.REMAT:
             return self._enter(jaxprs.body(self.eqn), self.views)
         if name in ("scan", "cond", "while", "shard_map") or name in jaxprs.CUSTOM:
-            if any(map(is_leaf, self.views)) or name != "while":
-                kind = "custom" if name in jaxprs.CUSTOM else name
-                return getattr(self, f"_{kind}")()
-            return []
+            kind = "custom" if name in jaxprs.CUSTOM else name
+            return getattr(self, f"_{kind}")()
         if not any(self.views):
             return []
         if name in FINDERS and any(map(is_leaf, self.views)) and (site := self._site()):
@@ -113,6 +112,10 @@ class _Step:
     def _moved(self) -> list[View | None]:
         """A view moved about, or the end of what is known."""
         view, rest = self.views[0], self.views[1:]
+        if view is not None and self.eqn.primitive.name == "unstack":
+            found = unstacked(view, self.eqn.params["axis"])
+            self.uses.other([view] if None in found else [], "unstack")
+            return found
         shape = jaxprs.shape(self.eqn.outvars[0])
         moved = None if view is None else through(view, self.eqn.primitive.name, self.eqn.params, shape)
         self.uses.other(rest if moved else self.views, self.eqn.primitive.name)
@@ -155,9 +158,7 @@ class _Step:
 
     def _enter(self, inner: jaxprs.Program, views: Sequence[View | None], loops: int = 0) -> list[View | None]:
         plan, results = walk(inner.jaxpr, views, self.uses, self.loops + loops)
-        if not plan.is_plain():
-            self.plan.inner[self.i] = [plan]
-            self.plan.entries[self.i] = {k: v for k, v in enumerate(views) if v is not None and v.root[0] == "leaf"}
+        self._note([plan], views)
         return results
 
     def _scan(self) -> list[View | None]:
@@ -190,15 +191,28 @@ class _Step:
 
     def _cond(self) -> list[View | None]:
         views = [v if v is not None and v.root[0] == "leaf" else None for v in self.views[1:]]
-        plans = [walk(branch.jaxpr, views, self.uses, self.loops)[0] for branch in jaxprs.branches(self.eqn)]
-        if not all(plan.is_plain() for plan in plans):
-            self.plan.inner[self.i] = plans
-            self.plan.entries[self.i] = {k: v for k, v in enumerate(views) if v is not None}
+        plans = [walk(branch.jaxpr, views, self.uses, self.loops)[0] for branch in jaxprs.bodies(self.eqn)]
+        self._note(plans, views)
         return []
 
     def _while(self) -> list[View | None]:
-        self.uses.other(self.views, "a while loop")
+        if not self.uses.forward:
+            self.uses.other(self.views, "a while loop")
+            return []
+        *fixed, carry = jaxprs.while_operands(self.eqn, self.views)
+        self.uses.other(carry, "carried through a loop")
+        plans = []
+        for program, views in zip(jaxprs.bodies(self.eqn), fixed, strict=True):
+            leaves = [*(v if is_leaf(v) else None for v in views), *(None for _ in carry)]
+            plans.append(walk(program.jaxpr, leaves, self.uses, self.loops + 1)[0])
+        self._note(plans, self.views)
         return []
+
+    def _note(self, plans: list[Plan], views: Sequence[View | None]) -> None:
+        """The plans of several programs inside, unless there is nothing to do."""
+        if not all(plan.is_plain() for plan in plans):
+            self.plan.inner[self.i] = plans
+            self.plan.entries[self.i] = {k: v for k, v in enumerate(views) if v is not None and is_leaf(v)}
 
     def _shard_map(self) -> list[View | None]:
         views: list[View | None] = []
@@ -212,7 +226,11 @@ class _Step:
         return []
 
     def _custom(self) -> list[View | None]:
-        """A function with its own derivative stays whole; its result is a site if it is a product of its operands."""
+        """A function with its own derivative stays whole, and its result is a site if it is a product of its operands;
+        where no gradient is asked for, it is a function like any other.
+        """
+        if self.uses.forward:
+            return self._enter(jaxprs.body(self.eqn), self.views)
         if not any(map(is_leaf, self.views)):
             return []
         shapes = [jaxprs.shape(v) for v in self.eqn.invars]

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from ...fisher import DiagonalFisher
 from ..matrix.masks import Pattern, ReadSparsity, Sparsity, as_sparsity, check_pattern, global_masks
-from .calibration import Mask, input_gram, rereadable
-from .layers import Layer, Layers, find_layers
+from .calibration import Mask, first_of, rereadable
+from .layers import Layer, Layers, find_layers, layers_by_rule
 from .methods import Method, find_method
-from .one_layer import Calibration, knowledge, prune_layer
+from .one_layer import Calibration, knowledge, prune_layer, second_moments
 from .reports import PruningReport
 
 
@@ -51,12 +51,15 @@ def prune(
     The model needs no change: its layers are found in the program that ``apply_fn`` traces to. Each is a matrix of
     inputs by outputs (of a convolution, window and channels by channels; a scanned stack layer by layer). What a method
     needs is taken for one layer at a time, in one pass over the batches: memory holds one ``inputs x inputs`` matrix
-    besides the model. The errors in the report take that matrix whatever the method.
+    besides the model. The errors in the report take that matrix whatever the method. Inputs are those of the forward
+    pass: what outputs do with a layer (`stop_gradient`, rounding, an index) changes nothing.
 
     Args:
       apply_fn: ``apply_fn(params, batch)`` -> the model's outputs, any tree.
       params: a Flax dictionary or any tree of arrays.
       batches: calibration data, read once a layer: a list, or what can be read again. One shape, or each is compiled.
+        Methods of weights alone, or of a Fisher, take none: with ``[]`` layers are found by the names and shapes of the
+        parameters, with one batch of `jax.ShapeDtypeStruct` in the program. Data serve to measure their errors.
       method: "magnitude", "wanda", "sparsegpt", "obs", "fisher" (with ``fisher=``), "obert" (with ``loss_fn=``), or
         what was registered by `register`.
       sparsity: a share of each layer's weights in [0, 1); "N:M", to keep N of every M inputs; or one of these for each
@@ -66,7 +69,7 @@ def prune(
       sequential: take a layer's inputs from the model as pruned so far, rather than from the model as given.
       progress: show a progress bar.
       scope: where k of n are counted: "matrix" or "output" (a method's own by default), or "global": over all layers,
-        for methods with scores (magnitude, wanda, fisher), with ``sequential=False``.
+        for methods with scores (magnitude, wanda, fisher); of those that look at data, with ``sequential=False``.
       mask: of a batch, True for the positions that count (as in `fo.value_and_grad`), to leave padding out.
       loss_fn: ``loss_fn(params, example)`` -> a scalar, of one example of a batch; for methods that need gradients.
       fisher: a tree of F like params, or a `fo.fisher.DiagonalFisher` of single parameters.
@@ -82,7 +85,8 @@ def prune(
         or weights that are not finite; batches that can be read only once. Before anything is computed where possible.
 
     Warns:
-      UserWarning: where a damping had to be raised.
+      UserWarning: where a damping had to be raised; for a layer to which the data give no input but 0; for what may be
+        a layer, and is none that can be told without a batch.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, fisher_optax as fo
@@ -92,23 +96,20 @@ def prune(
       >>> round(report.sparsity, 3), float(jnp.mean(pruned["params"]["layers_0"]["kernel"] == 0))
       (0.5, 0.5)
     """
-    batches = rereadable(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("batches is empty: pruning needs calibration data, one batch at least.")
+    if scope not in (None, "global"):
+        options["scope"] = scope
+    batches, chosen = rereadable(batches), find_method(method, options)
     if scope == "global" and upper is not None:
         raise ValueError(
             "upper= decides weight by weight, and scope='global' by rank over all layers: give one of them."
         )
-    if scope == "global" and sequential:
+    if scope == "global" and sequential and chosen.needs_batches:
         raise ValueError("scope='global' ranks all layers at once, by the model as given: pass sequential=False.")
-    if scope not in (None, "global"):
-        options["scope"] = scope
-    chosen, found = find_method(method, options), find_layers(apply_fn, params, first, layers)
+    data, found = _data_and_layers(chosen, apply_fn, params, batches, layers)
     shares = sparsities(sparsity, found)
     leaves, structure = jax.tree.flatten(params)
     trees = (_like_params(name, x, structure, leaves) for name, x in (("fisher", fisher), ("upper", upper)))
-    data = Calibration(apply_fn, loss_fn, batches, mask, *trees)
+    data = Calibration(apply_fn, loss_fn, data, mask, *trees)
     _check(chosen, data)
     ranked = _ranked(chosen, data, params, found, shares, progress) if scope == "global" else None
 
@@ -124,6 +125,18 @@ def prune(
         masks[layer.leaf] = layer.written(before, mask_here)
         rows.append(row)
     return PrunedModel(structure.unflatten(values), structure.unflatten(masks), PruningReport(method, tuple(rows)))
+
+
+def _data_and_layers(
+    method: Method, apply_fn: Callable[..., PyTree], params: PyTree, batches: Iterable[PyTree], layers: Layers
+) -> tuple[Iterable[PyTree] | None, list[Layer]]:
+    """The data, None where there are none and the method needs none, and the layers."""
+    if not method.needs_batches and next(iter(batches), None) is None:
+        return None, layers_by_rule(params, layers)
+    first = first_of(batches)
+    shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(first))
+    no_data = shapes and not method.needs_batches
+    return None if no_data else batches, find_layers(apply_fn, params, first, layers)
 
 
 def sparsities(sparsity: Sparsity | Mapping[str, Sparsity], layers: Sequence[Layer]) -> dict[str, ReadSparsity]:
@@ -190,9 +203,7 @@ def _ranked(
         raise ValueError("scope='global' takes one sparsity for all layers together.")
     found, leaves = {}, jax.tree.leaves(params)
     for layer in tqdm(layers, f"{method.name} scores", disable=not progress, unit="layer"):
-        H = jnp.zeros([len(layer.members)])
-        if method.needs == "inputs":
-            H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
+        H = second_moments(data, params, layer) if method.needs == "inputs" else None
         known = knowledge(method, data, params, layer, H)
         W = layer.read(jnp.asarray(leaves[layer.leaf]))
         found[layer.name] = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])
