@@ -22,8 +22,20 @@ from .program.jaxprs import Value
 from .program.leaves import LeafPlan
 from .program.sites import Site, in_parts
 from .program.walk import Plan
-from .taps import Entries, Plans, Steps, Watch, collected, entry, split_mask, stacked_entries, watching, zeros
-from .traced import trace
+from .taps import (
+    Entries,
+    Plans,
+    Steps,
+    Watch,
+    collected,
+    entry,
+    operands_of,
+    split_mask,
+    stacked_entries,
+    watching,
+    zeros,
+)
+from .traced import trace, warn_of_experts
 
 # The sums of a parameter's slots, by the parameter and what loops and indices have taken of it.
 State = dict[tuple[int, Steps], list[Sums]]
@@ -38,6 +50,8 @@ def input_sums(
     """
     traced = trace(apply_fn, kind, params, args, {})
     watched = [leaf for leaf in traced.leaves if leaf.sites]
+    if mask is not None:
+        warn_of_experts(watched)
     parameters = [(leaf, traced.operands[leaf.number]) for leaf in watched]
     empty = on_mesh(lambda _: [zeros(kind, leaf, x, mask, None) for leaf, x in parameters], traced.operands)
     start = {(leaf.number, ()): sums for leaf, sums in zip(watched, empty, strict=True)}
@@ -62,7 +76,7 @@ def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], state: S
         if i in plan.sites and plan.sites[i].number in watch.leaves:
             site = plan.sites[i]
             with eqn.ctx.manager:
-                state = _with_product(site, out[site.y], values[site.x], in_scope(state), watch)
+                state = _with_product(site, out[site.y], values, in_scope(state), watch)
             state = in_scope(state)
         if i in plan.losses and watch.at_losses is not None:
             watch.at_losses.append((plan.losses[i][1], values))
@@ -70,17 +84,17 @@ def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], state: S
     return [jaxprs.read(env, v) for v in program.jaxpr.outvars], state
 
 
-def _with_product(site: Site, y: Value, x: Value, state: State, watch: Watch) -> State:
+def _with_product(site: Site, y: Value, values: list[Value], state: State, watch: Watch) -> State:
     """The state with the sums of one product."""
-    slot, mask = watch.slots[site.number], in_scope(watch.mask)
+    slot, mask, (x, groups) = watch.slots[site.number], in_scope(watch.mask), operands_of(site, values)
     own = jaxprs.varying(*jax.tree.leaves(entry(state, site.leaf, site.steps)[slot]))
     split = tuple(axis for axis in jaxprs.split_over(y, x, mask) if axis[0] not in own)
     collect = functools.partial(collected, watch.kind, watch.leaves[site.number], site, split)
 
-    def of_inputs(x: Array, y: Array, mask: Array | None) -> Sums:
-        return collect(Tapped(in_parts(x), jnp.zeros_like(in_parts(y)), mask, None))
+    def of_inputs(x: Array, y: Array, mask: Array | None, groups: Array | None) -> Sums:
+        return collect(Tapped(in_parts(x), jnp.zeros_like(in_parts(y)), mask, None, groups=groups))
 
-    sums = automatic(of_inputs, *jax.lax.stop_gradient((x, y, mask)))
+    sums = automatic(of_inputs, *jax.lax.stop_gradient((x, y, mask, groups)))
     if split:
         sums = jax.tree.map(lambda s: jaxprs.varying_as(s, y, x, mask), sums)
         sums = jax.lax.psum(sums, tuple(name for name, _ in split))

@@ -22,7 +22,7 @@ from .marked import Counted, losses_in
 from .program import jaxprs
 from .program.leaves import LeafPlan
 from .taps import Watch, run, watching, zeros
-from .traced import Normalizer, Traced, check, check_losses, checked_kind, trace
+from .traced import Normalizer, Traced, check, check_losses, checked_kind, trace, warn_of_experts
 
 FISHERS = ("empirical", "mc", "true")
 SEEN_AGAIN = ("left", "count", "inputs")  # what each backward pass sums up anew
@@ -136,7 +136,7 @@ def _evaluate(
         if why := kind.unavailable_for(leaf, fisher):
             raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
     N = _scale(settings, counted, parameters, args, kwargs)
-    keep = counted.mask if mask is None else jnp.asarray(mask(*args, **kwargs))
+    keep = counted.mask if mask is None else _told_mask(mask(*args, **kwargs), watched)
     pairs = bases_of(bases, watched, kind)
     probes = on_mesh(
         lambda _: [zeros(kind, leaf, x, keep, Q) for (leaf, x), Q in zip(parameters, pairs, strict=True)],
@@ -160,6 +160,11 @@ def _evaluate(
     stats = [_with_path(found.get(leaf.number), leaf, traced.leaves) for leaf in traced.leaves]
     value = (value, aux[0]) if has_aux else value
     return value, traced.treedef.unflatten(grads), traced.treedef.unflatten(stats)
+
+
+def _told_mask(mask: ArrayLike, watched: list[LeafPlan]) -> Array:
+    warn_of_experts(watched)
+    return jnp.asarray(mask)
 
 
 def _scale(

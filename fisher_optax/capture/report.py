@@ -1,5 +1,6 @@
 """What capture makes of each parameter: a table for people, and axes for optimizers."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from jaxtyping import Array, PyTree
 
 from .._tables import table
 from ..matrices.axes import MatrixAxes
+from ..statistics import LayerFactors
 from .gradients import value_and_grad
 from .kinds.kronecker import KroneckerFactors
 from .kinds.protocol import StatisticsKind
@@ -91,6 +93,7 @@ def _shapes(
 
     found = jax.eval_shape(statistics, *(values[i] for i in arrays))
     each = jax.tree.structure(params).flatten_up_to(found)
+    each = [dataclasses.replace(s, weight=None) if isinstance(s, LayerFactors) else s for s in each]
     return [tuple(x.shape for x in jax.tree.leaves(s) if x.ndim) for s in each]
 
 

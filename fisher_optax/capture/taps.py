@@ -31,7 +31,7 @@ Steps = tuple[tuple[Any, ...], ...]  # what loops and indices took of a paramete
 Scope = dict[tuple[int, Steps], tuple[list[Sums], Bases | None]]
 
 Results = tuple[list[Value], Array | None]  # of a program, and its pseudo-losses
-Operands = tuple[Value, Array | None, Bases | None]  # of a tap: a product's input, mask, bases
+Operands = tuple[Value, Array | None, Bases | None, Array | None]  # of a tap: a product's input, mask, bases, groups
 Plans = Sequence[Plan]
 Entries = dict[int, View]
 E = TypeVar("E")
@@ -76,7 +76,7 @@ def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], scope: S
         if i in plan.sites and plan.sites[i].number in watch.leaves:
             site = plan.sites[i]
             with eqn.ctx.manager:
-                out[site.y] = _tapped(site, out[site.y], values[site.x], scope, watch)
+                out[site.y] = _tapped(site, out[site.y], values, scope, watch)
         if i in plan.losses and watch.fisher != "empirical":
             with eqn.ctx.manager:
                 extra = _drawn(*plan.losses[i], values, watch)
@@ -102,15 +102,20 @@ def _drawn(name: str, number: int, values: list[Value], watch: Watch) -> Array:
     return automatic(pseudo, in_scope(watch.key), *values)
 
 
-def _tapped(site: Site, y: Value, x: Value, scope: Scope, watch: Watch) -> Value:
-    plan = watch.leaves[site.number]
+def operands_of(site: Site, values: Sequence[Any]) -> tuple[Value, Array | None]:
+    """A product's input, and how many rows of it each expert has."""
+    return values[site.x], None if site.groups is None else jnp.asarray(values[site.groups.operand])
+
+
+def _tapped(site: Site, y: Value, values: Sequence[Value], scope: Scope, watch: Watch) -> Value:
+    plan, (x, groups) = watch.leaves[site.number], operands_of(site, values)
     slots, bases = entry(scope, site.leaf, site.steps)
     probe, mask, bases = in_scope((slots[watch.slots[site.number]], watch.mask, bases))
     own = jaxprs.varying(*jax.tree.leaves(probe))
     split = tuple(axis for axis in jaxprs.split_over(y, x, mask) if axis[0] not in own)
     collect = functools.partial(collected, watch.kind, plan, site, split)
     probe = jax.tree.map(lambda p: jaxprs.varying_as(p, y, x, mask), probe)
-    return _tap(collect, y, jax.lax.stop_gradient((x, mask, bases)), probe)
+    return _tap(collect, y, jax.lax.stop_gradient((x, mask, bases, groups)), probe)
 
 
 def collected(kind: StatisticsKind, plan: LeafPlan, site: Site, split: Split, tapped: Tapped) -> Sums:
@@ -135,13 +140,13 @@ def _forwards(
 def _backwards(
     collect: Callable[[Tapped], Sums], residuals: tuple[Operands, Sums], delta: Array
 ) -> tuple[Array, None, Sums]:
-    (x, mask, bases), probe = residuals
+    (x, mask, bases, groups), probe = residuals
 
-    def collected(x: Array, delta: Array, mask: Array | None, bases: Bases | None) -> Sums:
+    def collected(x: Array, delta: Array, mask: Array | None, bases: Bases | None, groups: Array | None) -> Sums:
         # Of a complex output, a cotangent is the real part's gradient less i times the imaginary part's.
-        return collect(Tapped(in_parts(x), in_parts(delta.conj()), mask, bases))
+        return collect(Tapped(in_parts(x), in_parts(delta.conj()), mask, bases, groups=groups))
 
-    statistics = automatic(collected, x, delta, mask, bases)
+    statistics = automatic(collected, x, delta, mask, bases, groups)
     like = lambda s, p: jaxprs.varying_as(s.astype(p.dtype).reshape(p.shape), p)  # noqa: E731
     return delta, None, jax.tree.map(like, statistics, probe)
 
@@ -282,8 +287,9 @@ def zeros(
     def shapes(site: Site) -> dict[str, jax.ShapeDtypeStruct]:
         split = dict(site.split) | dict(() if mask is None else jaxprs.split_over(mask))
         devices = devices_along(tuple(axis for axis in split.items() if axis[0] not in own))
-        collect = lambda x, d, m, b: kind.collect(plan, site, Tapped(x, d, m, b, devices))  # noqa: E731
-        return jax.eval_shape(collect, *site.avals, marks, some)
+        groups = None if site.groups is None else site.groups.aval
+        collect = lambda x, d, m, b, g: kind.collect(plan, site, Tapped(x, d, m, b, devices, groups=g))  # noqa: E731
+        return jax.eval_shape(collect, *site.avals, marks, some, groups)
 
     first = [next(site for site in plan.sites if plan.turns[site.number] == k) for k in range(kind.slots(plan))]
     zero = lambda x: jaxprs.varying_as(jnp.zeros((*stack, *x.shape), x.dtype), parameter)  # noqa: E731

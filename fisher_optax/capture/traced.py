@@ -1,5 +1,6 @@
 """A loss function's program, and errors for what cannot be captured of it."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,6 +92,17 @@ def check(traced: Traced, kind: StatisticsKind, has_aux: bool, strict: bool) -> 
     if strict and (bad := [leaf for leaf in traced.leaves if leaf.reason and len(leaf.shape) > 1]):
         listed = "; ".join(f"{leaf.path!r} ({leaf.use}): {leaf.reason}" for leaf in bad)
         raise ValueError(f"strict=True, and not all parameters are captured: {listed}.")
+
+
+def warn_of_experts(leaves: list[LeafPlan]) -> None:
+    """Says which layers a mask of positions does not reach."""
+    if experts := [leaf.path for leaf in leaves if leaf.sites and leaf.sites[0].groups is not None]:
+        warnings.warn(
+            f"mask= does not reach {', '.join(map(repr, experts))}: rows of experts are in another order than "
+            "positions, and all that an expert gets count. To leave positions out, sort them behind all others, and "
+            "count them in no entry of group_sizes.",
+            stacklevel=3,
+        )
 
 
 def check_losses(counted: Counted, fisher: str, normalizer: Normalizer) -> None:

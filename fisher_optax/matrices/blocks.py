@@ -141,7 +141,7 @@ def sides_to_stacks(
                     None if squares is None else _block(squares[:, r.span, c.span], r, c),
                 )
                 key = stack_key((r.size, c.size), jnp.promote_types(x.dtype, jnp.float32))
-                weight = jnp.broadcast_to(s.weight, (math.prod(grid),))
+                weight = jnp.broadcast_to(jnp.reshape(s.weight, (-1, 1, 1)), grid).reshape(-1)
                 members.setdefault(key, []).append(type(s)(*piece, weight))
     return {key: jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces) for key, pieces in members.items()}
 

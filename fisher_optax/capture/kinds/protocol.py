@@ -21,6 +21,7 @@ class Tapped(NamedTuple):
     bases: Bases | None  # where the kind needs them
     devices: int = 1  # whose sums are added up
     device: Array | int = 0  # the number of this one
+    groups: Array | None = None  # of a ragged product, how many rows each expert has
 
 
 Sums = dict[str, Array]  # of one product; those of several, of loops' steps and of devices are added up

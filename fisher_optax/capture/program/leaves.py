@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ...matrices.axes import MatrixAxes
-from .sites import Site, sources
+from .sites import NOT_EXPERTS, Site, sources
 from .views import Step
 from .walk import Uses
 
@@ -87,7 +87,8 @@ def _leaf(i: int, path: str, dtype: Any, uses: Uses, unavailable: Callable[[tupl
     shape, sites, others = uses.shapes[i], tuple(uses.sites[i]), uses.others[i]
     plan = LeafPlan(i, path, shape, dtype, (), None, None, ", ".join(others) or "nothing", "")
     if not sites:
-        return plan._replace(reason="" if len(shape) < 2 else "no product with it was found")
+        missing = NOT_EXPERTS if "ragged_dot_general" in others else "no product with it was found"
+        return plan._replace(reason="" if len(shape) < 2 else missing)
     first = next((s for s in sites if s.how != "embedding"), sites[0])
     alike = tuple(site for site in sites if _roles(site) == _roles(first))
     notes = [] if len(alike) == len(sites) else ["also used the other way round, which is left out"]

@@ -46,8 +46,9 @@ class Uses:
     count: int = 0
     losses: int = 0
     heads: dict[int, int] = dataclasses.field(default_factory=dict)  # by number of the site: the loss it gives logits
-    # By number of the site: which operand of the program its input is, unchanged, and the axes of its result.
-    products: dict[int, tuple[int, Dims] | None] = dataclasses.field(default_factory=dict)
+    # By number of the site: which operands of the program its input and its groups are, unchanged, and the axes of its
+    # result.
+    products: dict[int, tuple[list[int], Dims] | None] = dataclasses.field(default_factory=dict)
 
     def other(self, views: Sequence[View | None], what: str) -> None:
         """Parameters among ``views`` are used for something that is no product."""
@@ -134,9 +135,10 @@ class _Step:
 
     def _found(self, site: Site, dims: Dims) -> View:
         """Note a site and return the view that its result is."""
-        x = self.views[site.x]
-        identity = x is not None and x.root[0] == "input" and x.dims == whole(x.root, sizes(x.dims)).dims
-        self.uses.products[site.number] = (x.root[1], dims) if x is not None and identity else None
+        operands = [site.x] if site.groups is None else [site.x, site.groups.operand]
+        views = [v for v in (self.views[k] for k in operands) if v is not None and _is_operand(v)]
+        known = [v.root[1] for v in views]
+        self.uses.products[site.number] = (known, dims) if len(known) == len(operands) else None
         self.uses.count += 1
         self.uses.sites[site.leaf].append(site)
         self.plan.sites[self.i] = site
@@ -244,7 +246,16 @@ class _Step:
         if site is None or known is None or out is None or out.root != ("product", site) or out.dims != known[1]:
             self.uses.other(self.views, f"{self.eqn.primitive.name} of more than a product")
             return []
-        return [self._found(site._replace(x=known[0], number=self.uses.count), out.dims)]
+        x, *groups = known[0]
+        site = site._replace(x=x, number=self.uses.count)
+        if site.groups is not None:
+            site = site._replace(groups=site.groups._replace(operand=groups[0]))
+        return [self._found(site, out.dims)]
+
+
+def _is_operand(view: View) -> bool:
+    """Whether a view is of a whole operand, as it comes."""
+    return view.root[0] == "input" and view.dims == whole(view.root, sizes(view.dims)).dims
 
 
 def _logits_of(view: View | None) -> Site | None:
