@@ -42,13 +42,15 @@ def test_each_expert_has_the_factors_of_its_rows(name: str) -> None:
     """However the product is written; an expert without rows has zeros, and rows of nobody count nowhere."""
     product, order = WRITTEN[name]
     params = {key: jnp.asarray(stored(W, order)) for key, W in PARAMS.items()}
-    stats = captured(functools.partial(loss, product), params, X, SIZES)
+    stats, inputs = (
+        captured(functools.partial(loss, product), params, X, SIZES, kind=kind) for kind in (None, fo.InputGram())
+    )
     a, delta = watched(functools.partial(loss, experts), PARAMS, X, SIZES)
     for key, W in PARAMS.items():
         left, right = (np.asarray(side).reshape(E, *side.shape[-2:]) for side in (stats[key].left, stats[key].right))
-        assert_experts(
-            fo.capture.kinds.kronecker.LayerFactors(left, right, None, 0), by_expert(a[key], delta[key], ROWS)
-        )
+        assert_experts(fo.statistics.LayerFactors(left, right, None, 0), by_expert(a[key], delta[key], ROWS))
+        assert_near(inputs[key].left, stats[key].left)
+        assert inputs[key].weight.tolist() == stats[key].weight.tolist()
         assert np.asarray(stats[key].weight).ravel().tolist() == SIZES.tolist()
         assert stats[key].divisor == ROWS
         axes = stats[key].axes

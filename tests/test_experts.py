@@ -9,7 +9,7 @@ import pytest
 from jax.lax import RaggedDotDimensionNumbers
 
 import fisher_optax as fo
-from tests.capture_models import TIGHT, unseen
+from tests.capture_models import TIGHT, assert_near, unseen
 from tests.expert_models import PARAMS, ROWS, SIZES, E, H, M, N, X, drawn, experts, loss, routed
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -37,6 +37,17 @@ def test_axes_and_steps_of_kfac_are_those_of_each_expert() -> None:
         w, g, s = (tree[f"{key}{e}"] for tree in (apart, gradients, sides))
         wanted = tx.update({"w": g}, tx.init({"w": w}), {"w": w}, statistics={"w": s})[0]["w"]
         np.testing.assert_allclose(updates[key][e], wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_the_fishers_blocks_are_those_of_each_expert() -> None:
+    """K-FAC's approximation of the true Fisher, as an operator."""
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    program = lambda p, x: loss(experts, p, x, jnp.asarray(SIZES), unseen)  # noqa: E731
+    stats = fo.value_and_grad(program, fisher="true")(params, jnp.asarray(X))[2]
+    v = {key: jnp.asarray(drawn(*W.shape, 2)[..., 0]) for key, W in PARAMS.items()}
+    found = fo.fisher.approximate("kfac", program, params, jnp.asarray(X)).matvec(v)
+    for key, s in stats.items():
+        assert_near(found[key], s.left @ v[key] @ s.right)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -82,12 +93,23 @@ def test_other_ragged_products_name_what_is_taken(name: str) -> None:
     assert fo.infer_axes(program, params, x)["w"] is None
 
 
+class MeanInputs(fo.StatisticsKind):
+    """Written without a thought of experts."""
+
+    def collect(self, plan: Any, site: Any, tapped: Any) -> Any:
+        return {"sum": tapped.x.reshape(-1, site.m).sum(0)}
+
+    def finish(self, plan: Any, slots: Any, normalizer: Any) -> Any:
+        return slots[0]["sum"]
+
+
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
         (fo.LayerSamples(), "samples do not stack; use fo.KroneckerFactors"),
         (fo.KroneckerFactors(mode="reduce"), "use mode='expand'"),
         (fo.KroneckerFactors(max_dim=4), "raise max_dim"),
+        (MeanInputs(), "this kind does not tell apart"),
     ],
 )
 def test_what_experts_cannot_have_names_the_cure(kind: Any, why: str) -> None:

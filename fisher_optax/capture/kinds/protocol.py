@@ -29,7 +29,8 @@ Sums = dict[str, Array]  # of one product; those of several, of loops' steps and
 
 @runtime_checkable
 class StatisticsKind(Protocol):
-    """What is summed up at each product with a parameter on the way back, and what the sums are made into.
+    """What is summed up at each product with a parameter on the way back, or where it is of inputs alone on the way
+    forward, and what the sums are made into.
 
     `fo.value_and_grad` finds the products of a loss with its parameters and gives each a tap. A kind says what a tap
     returns (`collect`), and what becomes of a parameter's sums (`finish`). Only these two have to be written; the
@@ -61,9 +62,10 @@ class StatisticsKind(Protocol):
         ...
 
     def unavailable(self, sites: tuple[Site, ...]) -> str:
-        """Why the sites of a parameter have no such statistics, or nothing."""
-        del sites
-        return ""
+        """Why the sites of a parameter have no such statistics, or nothing. Rows of experts are for kinds that say so,
+        by a method of their own: `collect` has to tell them apart by ``tapped.groups``.
+        """
+        return "experts, whose rows this kind does not tell apart" if sites[0].groups is not None else ""
 
     def unavailable_for(self, plan: LeafPlan, fisher: str) -> str:
         """Why this kind of Fisher has no such statistics, or nothing."""
