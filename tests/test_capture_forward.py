@@ -193,6 +193,16 @@ def test_devices_add_up_their_inputs(check_vma: bool, types: AxisType) -> None:
         assert_near(found[name], H)
 
 
+@pytest.mark.parametrize("name", ["while", "integers alone", "stack"])
+def test_report_of_inputs_asks_for_no_gradient(name: str) -> None:
+    """Of a model as it is: of its layers, those that a batch reaches."""
+    report = fo.report(lambda p, x: PROGRAMS[name](p, x, unshown), PARAMS, X, statistics=fo.InputGram())
+    rows = {row.path: row for row in report.rows}
+    assert rows["in"].statistics == ((3, 3),)
+    assert rows["mid"].statistics == (() if name == "integers alone" else ((5, 5),))
+    assert rows["stack"].statistics == (() if name == "integers alone" else ((3, 5, 5),))
+
+
 def test_integer_parameters_pass_through() -> None:
     """No gradient is asked for, so a tree may hold what has none."""
     params = {"w": jnp.asarray(RNG.normal(size=(3, 4))), "steps": jnp.arange(3), "key": jax.random.key(0)}

@@ -76,7 +76,7 @@ def value_and_grad(
       batch_axis: which axis of a dense layer's positions counts examples. Of layers without that axis, the first does.
       mask: a function of ``*args, **kwargs``: True for the positions (or examples) that count. Others drop out of the
         inputs too. None: those whose weight in `fo.losses` is not 0. Layers whose positions are no such axes (after
-        pooling, say) are not masked.
+        pooling, say) are not masked, nor are experts of ragged products, of which a warning says so.
       n_samples: draws of labels for "mc".
       strict: a ValueError where a parameter of two axes or more is used in a way that is not captured.
 
