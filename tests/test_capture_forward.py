@@ -143,6 +143,22 @@ def test_second_moments_are_those_of_all_inputs(name: str) -> None:
     assert layers
 
 
+def test_a_while_loop_under_vmap_counts_each_example_while_it_runs() -> None:
+    """As the loop of one example after another does; inputs of those that have finished would be others."""
+
+    def one(p: Any, x: Any) -> Any:
+        goes_on = lambda h: jnp.sum((h @ p["mid"]) ** 2) > 0.3  # noqa: E731
+        h = jax.lax.while_loop(goes_on, lambda h: jnp.tanh(0.8 * h @ p["stack"][1]), x @ p["in"])
+        return h @ p["out"]
+
+    together = lambda p, x: jax.vmap(lambda x: one(p, x))(x)  # noqa: E731
+    wanted = find_layers(one, PARAMS, X[0], lambda path: True)
+    layers = find_layers(together, PARAMS, X, lambda path: True)
+    assert [layer.name for layer in layers] == [layer.name for layer in wanted]
+    for layer in layers:
+        assert_near(input_gram(together, PARAMS, [X], layer), input_gram(one, PARAMS, list(X), layer))
+
+
 @pytest.mark.parametrize("name", ["stopped", "rounded", "twice, once detached", "stack", "branch taken"])
 def test_gradients_and_inputs_come_from_one_call(name: str) -> None:
     """``fo.InputGram`` beside gradients, which are those of the loss as it is."""

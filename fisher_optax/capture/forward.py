@@ -182,25 +182,43 @@ def _cond(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], st
 
 
 def _while(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], state: State, watch: Watch) -> Results:
-    """The condition is asked once before each step, and once more at the end."""
+    """The condition is asked before the first step and after each. Under a `jax.vmap` it has an answer for each
+    example: steps go on as long as any does, and leave those that have finished as they are, without counting them.
+    """
     del entries
     condition, body = jaxprs.bodies(eqn)
     of_condition, fixed, first = jaxprs.while_operands(eqn, values)
 
-    def asked(values: list[Value], sums: list[list[Sums]]) -> State:
-        if plans[0].is_plain():
-            return _named(sums, state)
-        return run(condition, plans[0], [*of_condition, *values], _named(sums, state), watch)[1]
+    def asked(values: list[Value], sums: list[list[Sums]], mask: Array | None) -> tuple[Array, list[list[Sums]]]:
+        operands, inner = [*of_condition, *values], watch._replace(mask=mask)
+        (goes_on,), sums = _in_lists(run(condition, plans[0], operands, _named(sums, state), inner))
+        return jnp.asarray(goes_on), sums
 
-    def step(carried: tuple[list[Value], list[list[Sums]]]) -> PyTree:
-        return _in_lists(run(body, plans[1], [*fixed, *carried[0]], asked(*carried), watch))
+    def step(carried: tuple[list[Value], list[list[Sums]], Array]) -> PyTree:
+        values, sums, goes_on = carried
+        inner = watch._replace(mask=_among(goes_on, watch.mask))
+        out, sums = _in_lists(run(body, plans[1], [*fixed, *values], _named(sums, state), inner))
+        if goes_on.ndim:
+            out = [_where(goes_on, new, old) for new, old in zip(out, values, strict=True)]
+        goes_on, sums = asked(out, sums, inner.mask)
+        return out, sums, goes_on
 
-    def goes_on(carried: tuple[list[Value], list[list[Sums]]]) -> Value:
-        plain = watch._replace(leaves={})
-        return run(condition, Plan(), [*of_condition, *carried[0]], {}, plain)[0][0]
+    goes_on, sums = asked(list(first), list(state.values()), watch.mask)
+    out, sums, _ = jax.lax.while_loop(lambda carried: jnp.any(carried[2]), step, (list(first), sums, goes_on))
+    return out, _named(sums, state)
 
-    out, sums = jax.lax.while_loop(goes_on, step, (list(first), list(state.values())))
-    return out, asked(out, sums)
+
+def _among(goes_on: Array, mask: Array | None) -> Array | None:
+    """The positions that count among the examples that go on."""
+    if not goes_on.ndim or mask is None:
+        return goes_on if goes_on.ndim else mask
+    if mask.shape[: goes_on.ndim] != goes_on.shape:
+        return mask
+    return mask.astype(bool) & goes_on.reshape(*goes_on.shape, *[1] * (mask.ndim - goes_on.ndim))
+
+
+def _where(goes_on: Array, new: Any, old: Any) -> Value:
+    return jnp.where(goes_on.reshape(*goes_on.shape, *[1] * (jnp.ndim(new) - goes_on.ndim)), new, old)
 
 
 def _shard_map(
