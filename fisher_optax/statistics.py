@@ -41,7 +41,7 @@ class LayerFactors:
     left: PyTree  # (*batch, m, m); of an embedding, its diagonal (V,); or `LowRank`
     right: PyTree  # (*batch, n, n), `LowRank` or `Logits`
     squares: PyTree  # (*batch, m, n): mean of ((a Q_A)ᵀ (δ Q_B))², the Fisher's diagonal in given bases
-    weight: PyTree  # (): how many inputs ``left`` is the mean of
+    weight: PyTree  # (): how many inputs ``left`` is the mean of; of experts each one's, (*batch,)
     bias: str | None = None
     axes: MatrixAxes | None = None
     # (): what the loss was divided by, which ``right`` and ``squares`` are means over; None: as many as ``weight``

@@ -85,7 +85,7 @@ def test_memory_grows_by_the_statistics_alone(make: Callable[[], Model]) -> None
     arguments = shapes(model)
     plain = peak(jax.value_and_grad(model.loss_fn), arguments)
     assert plain > nbytes(arguments[0])  # the compiler has counted: the gradients alone are as much
-    for statistics in (fo.KroneckerFactors(), fo.LayerSamples(64)):
+    for statistics in (fo.KroneckerFactors(), fo.LayerSamples(64), fo.InputGram()):
         grad_fn = fo.value_and_grad(model.loss_fn, statistics)
         kept = nbytes(jax.eval_shape(grad_fn, *arguments)[2])
         assert peak(grad_fn, arguments) <= 1.15 * plain + kept, statistics

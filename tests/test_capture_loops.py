@@ -147,3 +147,18 @@ def test_matrix_of_a_stack_met_again_and_again_is_one_in_a_loop() -> None:
     assert captured(loss, W, x).weight == 20
     with pytest.raises(ValueError, match="used in a loop: samples do not add up"):
         captured(loss, W, x, kind=capture.LayerSamples(4))
+
+
+@pytest.mark.parametrize("split", [list, jnp.unstack])
+def test_stack_taken_apart_by_iteration(split: Any) -> None:
+    """``for W in stack`` is matrix after matrix, as by their numbers."""
+    params, x = {"kernel": normal(0, LAYERS, 4, 4), "bias": normal(2, LAYERS, 4)}, normal(1, 5, 4)
+
+    def loss(params: Any, x: Any, see: Any) -> Any:
+        return by_hand({name: split(leaf) for name, leaf in params.items()}, x, see)
+
+    stats = captured(loss, params, x)["kernel"]
+    wanted = captured(by_hand, params, x)["kernel"]
+    assert_near(stats.left, wanted.left)
+    assert_near(stats.right, wanted.right)
+    assert stats.bias == wanted.bias == "bias"

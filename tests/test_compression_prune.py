@@ -133,6 +133,50 @@ def test_a_method_is_one_registered_function() -> None:
         prune(*mlp(), [X], "random rows", 0.25, sed=3)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "fisher"])
+@pytest.mark.parametrize("batches", [[], [jax.ShapeDtypeStruct(X.shape, X.dtype)], [X * jnp.nan]], ids=str)
+def test_methods_without_data_take_none(method: str, batches: Any) -> None:
+    """The same weights go; errors are unknown, and the order of layers plays no part."""
+    apply_fn, params = mlp()
+    known = dict(fisher=jax.tree.map(jnp.square, params)) if method == "fisher" else {}
+    for scope in (None, "global"):
+        wanted = prune(apply_fn, params, [X], method, 0.5, scope=scope, **known)
+        pruned, masks, report = prune(apply_fn, params, batches, method, 0.5, scope=scope, **known)
+        assert_same_bits((pruned, masks), (wanted.params, wanted.masks))
+        assert [row.removed for row in report.layers] == [row.removed for row in wanted.report.layers]
+        assert np.isnan([report.error, *(row.relative_error for row in report.layers)]).all()
+        assert "nan" not in str(report)
+        assert wanted.report.error > 0
+
+
+def test_what_cannot_be_told_without_a_batch_is_named() -> None:
+    params = {"experts": jnp.ones((3, 4, 2)), "up": jnp.arange(8.0).reshape(4, 2)}
+    with pytest.warns(UserWarning, match="'experts' of shape .*Pass one batch"):
+        pruned = prune(lambda p, x: x, params, [], "magnitude", 0.5)
+    assert [row.name for row in pruned.report.layers] == ["up"]
+    with pytest.raises(ValueError, match="layers='down' is no layer of this model"):
+        prune(lambda p, x: x, params, [], "magnitude", 0.5, layers="down")
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "obs"])
+def test_a_layer_without_inputs_is_said_and_keeps_its_largest_weights(method: str) -> None:
+    """Of a stack, the matrix that no data reach: outputs on them do not change, so its error is 0."""
+    W = jax.random.normal(jax.random.key(0), (3, 4, 4))
+
+    def apply_fn(p: Any, x: Any) -> Any:
+        def step(x: Any, operands: Any) -> Any:
+            i, W = operands
+            return jax.lax.cond(i == 1, lambda x: x, lambda x: jnp.tanh(x @ W), x), ()
+
+        return jax.lax.scan(step, x, (jnp.arange(3), p["w"]))[0]
+
+    with pytest.warns(UserWarning, match=r"no input but 0 to 'w\[1\]'.*independent and of size 1"):
+        _, masks, report = prune(apply_fn, {"w": W}, [X], method, 0.5)
+    assert_same_bits(masks["w"][1], fo.compression.mask(jnp.abs(W[1]), 0.5, scope="output"))
+    row = {row.name: row for row in report.layers}["w[1]"]
+    assert (row.error, row.relative_error, row.dead) == (0.0, 0.0, 4)
+
+
 ERRORS = [
     (dict(method="random"), ValueError, "method must be one of .*'sparsegpt'.*got 'random'"),
     (dict(sparsity=1.0), ValueError, "at least 0 and below 1"),

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fisher_optax.matrices.flat import read_by_names
 from flax import nnx
 
 import fisher_optax as fo
@@ -108,14 +107,14 @@ def test_names_with_dots_say_what_nested_ones_say() -> None:
     dotted = {"lm_head.weight": nested["lm_head"]["weight"]}
     dotted |= {f"h.0.c_fc.{name}": x for name, x in layer.items()}
     wanted = {leaf.path.replace("/", "."): leaf for leaf in resolve_axes(nested)}
-    found = read_by_names(dotted)
+    found = resolve_axes(dotted)
     assert [leaf.path for leaf in found] == sorted(dotted)
     for leaf in found:
         other = wanted[leaf.path]
         assert leaf[1:-1] == other[1:-1]
         assert leaf.bias == (other.bias and other.bias.replace("/", "."))
     both = {"a.b": X, "a": {"b": X}}
-    assert [leaf.path for leaf in read_by_names(both)] == [leaf.path for leaf in resolve_axes(both)]
+    assert [leaf.path for leaf in resolve_axes(both)] == ["a/b", "a.b"]
 
 
 class Grouped(nn.Module):

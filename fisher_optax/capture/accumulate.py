@@ -12,15 +12,16 @@ from jaxtyping import Array, PyTree
 from ..linalg.eigenbasis import LowRank
 from ..matrices.axes import path_names
 from ..statistics import LayerFactors, LayerStatistics, Logits, Samples, Side, is_statistics
+from .kinds.sums import times
 
 AxisNames = Hashable | tuple[Hashable, ...]  # of a mapped axis, or several
 
 
 def accumulate_statistics(so_far: PyTree, new: PyTree) -> PyTree:
     """The statistics of both batches together, as if they had been one: ``left`` a mean weighted by the number of
-    positions behind each, ``right`` and ``squares`` by what each loss was divided by, the sum of its weights. With a
-    ``normalizer`` that does not grow with the batch, as 1 for sums, or a loss that is divided by the number of batches
-    already, multiply them by the number of batches besides.
+    positions behind each (of experts, by each one's), ``right`` and ``squares`` by what each loss was divided by, the
+    sum of its weights. With a ``normalizer`` that does not grow with the batch, as 1 for sums, or a loss that is
+    divided by the number of batches already, multiply them by the number of batches besides.
 
     `optax.MultiSteps` hands on only the last micro-batch's extra arguments, so gather the others' here and pass the
     result with the last one. Rows and samples, which stand for the whole, are those of both, one after the other.
@@ -92,8 +93,8 @@ def all_reduce_statistics(statistics: PyTree, axis: AxisNames) -> PyTree:
             if isinstance(side, Logits):
                 return jax.tree.map(lambda y: gather(y, 0), _shared(side, share))
             if isinstance(side, LowRank):
-                return LowRank(gather(side.rows * share**0.5, -2))
-            return None if side is None else jax.lax.psum(share * side, axis)
+                return LowRank(gather(times(side.rows, share**0.5), -2))
+            return None if side is None else jax.lax.psum(times(side, share), axis)
 
         left, right = mean(x.left, of_inputs), mean(x.right, of_gradients)
         squares = mean(x.squares, of_gradients)
@@ -131,8 +132,8 @@ def _both(path: KeyPath, a: Any, b: Any) -> Any:
         if isinstance(x, Logits):
             return jax.tree.map(lambda *pair: jnp.concatenate(pair), _shared(x, share_a), _shared(y, share_b))
         if isinstance(x, LowRank):
-            return LowRank(jnp.concatenate([x.rows * share_a**0.5, y.rows * share_b**0.5], -2))
-        return share_a * x + share_b * y
+            return LowRank(jnp.concatenate([times(x.rows, share_a**0.5), times(y.rows, share_b**0.5)], -2))
+        return times(x, share_a) + times(y, share_b)
 
     of_inputs, of_gradients = b.weight / _or_one(total), _divisor(b) / _or_one(divisor)
     left, right = mean(a.left, b.left, of_inputs), mean(a.right, b.right, of_gradients)

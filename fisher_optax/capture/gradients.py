@@ -11,7 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._xla import on_mesh
 from ..statistics import LayerFactors, Samples
-from . import losses
+from . import forward, losses
 from .bases import bases_of
 from .devices import check_devices, check_normalizer, check_weighing
 from .heads import marked_heads, tokens_of, with_tokens
@@ -21,8 +21,8 @@ from .kinds.sums import check_counts
 from .marked import Counted, losses_in
 from .program import jaxprs
 from .program.leaves import LeafPlan
-from .taps import Watch, run, zeros
-from .traced import Normalizer, Traced, check, check_losses, checked_kind, trace
+from .taps import Watch, run, watching, zeros
+from .traced import Normalizer, Traced, check, check_losses, checked_kind, trace, warn_of_experts
 
 FISHERS = ("empirical", "mc", "true")
 SEEN_AGAIN = ("left", "count", "inputs")  # what each backward pass sums up anew
@@ -78,7 +78,7 @@ def value_and_grad(
       batch_axis: which axis of a dense layer's positions counts examples. Of layers without that axis, the first does.
       mask: a function of ``*args, **kwargs``: True for the positions (or examples) that count. Others drop out of the
         inputs too. None: those whose weight in `fo.losses` is not 0. Layers whose positions are no such axes (after
-        pooling, say) are not masked.
+        pooling, say) are not masked, nor are experts of ragged products, of which a warning says so.
       n_samples: draws of labels for "mc".
       strict: a ValueError where a parameter of two axes or more is used in a way that is not captured.
 
@@ -133,18 +133,19 @@ def _evaluate(
         if why := kind.unavailable_for(leaf, fisher):
             raise ValueError(f"{leaf.path!r} has no such statistics: {why}.")
     N = _normalizer(settings, parameters, args, kwargs)
-    keep = counted.mask if mask is None else jnp.asarray(mask(*args, **kwargs))
+    keep = counted.mask if mask is None else _told_mask(mask(*args, **kwargs), watched)
     pairs = bases_of(bases, watched, kind)
     probes = on_mesh(
         lambda _: [zeros(kind, leaf, x, keep, Q) for (leaf, x), Q in zip(parameters, pairs, strict=True)],
         traced.operands,
     )
-    by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
-    slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
     labels = _labels(settings, counted, watched, N)
-    watch = Watch(kind, by_site, slots, keep, labels, n_samples, key, None, [], value_type)
+    watch = watching(kind, watched, keep)._replace(
+        fisher=labels, samples=n_samples, key=key, at_losses=[], value=value_type
+    )
     (value, aux), grads, raw, at_losses, factors = _differentiate(traced, counted, watched, probes, pairs, watch)
-    if known := labels is not None or (N is None and counted.total is not None):
+    own = N is None and counted.total is not None and not kind.inputs_alone()
+    if known := labels is not None or own:
         N = _scale(kind, labels, counted, factors)
     found = {leaf.number: kind.finish(leaf, sums, N) for leaf, sums in zip(watched, raw, strict=True)}
     if known:
@@ -158,6 +159,11 @@ def _evaluate(
     stats = [_with_path(found.get(leaf.number), leaf, traced.leaves) for leaf in traced.leaves]
     value = (value, aux[0]) if has_aux else value
     return value, traced.treedef.unflatten(grads), traced.treedef.unflatten(stats)
+
+
+def _told_mask(mask: ArrayLike, watched: list[LeafPlan]) -> Array:
+    warn_of_experts(watched)
+    return jnp.asarray(mask)
 
 
 def _check_key(fisher: str, key: PRNGKeyArray | None) -> None:
@@ -182,6 +188,8 @@ def _labels(settings: Settings, counted: Counted, watched: list[LeafPlan], N: Ar
     those of its examples.
     """
     kind, several = settings.kind, len(counted.calls) > 1
+    if kind.inputs_alone():
+        return None
     if settings.fisher != "empirical":
         return settings.fisher
     # What does not add up over passes is of the sum of several losses.
@@ -221,18 +229,25 @@ def _differentiate(
     count = len(traced.leaves)
 
     def loss(values: list[Any], probes: list[list[Sums]], shifts: dict[int, Array]) -> PyTree:
-        scope = {(leaf.number, ()): (p, b) for leaf, p, b in zip(watched, probes, pairs, strict=True)}
-        operands = [*values, *traced.operands[count:]]
-        out, pseudo = run(traced.program, traced.plan, operands, scope, watch._replace(shifts=shifts or None))
+        operands, pseudo, sums = [*values, *traced.operands[count:]], {}, []
+        if forwards:
+            state = {(leaf.number, ()): p for leaf, p in zip(watched, jax.lax.stop_gradient(probes), strict=True)}
+            out, state = forward.run(traced.program, traced.plan, operands, state, watch)
+            sums = [state[leaf.number, ()] for leaf in watched]
+        else:
+            scope = {(leaf.number, ()): (p, b) for leaf, p, b in zip(watched, probes, pairs, strict=True)}
+            out, pseudo = run(traced.program, traced.plan, operands, scope, watch._replace(shifts=shifts or None))
         value, *aux = out
-        at_losses = {number: xs for number, xs in (watch.at_losses or ()) if number in wanted}
-        return (value, pseudo), (aux, at_losses)
+        logits = {number: xs for number, xs in (watch.at_losses or ()) if number in wanted}
+        return (value, pseudo), (aux, logits, sums)
 
+    forwards = watch.kind.inputs_alone()
     wanted = {leaf.head for leaf in watched if leaf.head is not None}
-    shifts = {} if counted.hidden else dict(enumerate(losses.no_shifts(counted.results, watch.value)))
+    shifts = {} if counted.hidden or forwards else dict(enumerate(losses.no_shifts(counted.results, watch.value)))
     primals = traced.operands[:count], probes, shifts
-    (value, pseudo), pull, (aux, at_losses) = jax.vjp(loss, *primals, has_aux=True)
+    (value, pseudo), pull, (aux, at_losses, sums) = jax.vjp(loss, *primals, has_aux=True)
     grads, raw, factors = pull((jnp.ones_like(value), jax.tree.map(jnp.zeros_like, pseudo)))
+    raw = sums if forwards else raw
     if watch.fisher is not None:
         raw = _over_passes(lambda cts: pull((jnp.zeros_like(value), cts))[1], pseudo, factors, watch.fisher)
     structure = jax.tree.unflatten(traced.outputs, [value, *aux])

@@ -1,6 +1,7 @@
 """What capture makes of each parameter: a table for people, and axes for optimizers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,6 +10,8 @@ from jaxtyping import Array, PyTree
 
 from .._tables import table
 from ..matrices.axes import MatrixAxes
+from ..statistics import LayerFactors
+from .forward import input_sums
 from .gradients import value_and_grad
 from .kinds.kronecker import KroneckerFactors
 from .kinds.protocol import StatisticsKind
@@ -90,11 +93,16 @@ def _shapes(
         for i, x in zip(arrays, operands, strict=True):
             filled[i] = x
         params, args, kwargs = treedef.unflatten(filled)
+        if kind.inputs_alone():
+            sums = input_sums(functools.partial(loss_fn, **kwargs), kind, params, args)
+            found = {leaf.number: kind.finish(leaf, slots, None) for leaf, slots in sums}
+            return [found.get(i) for i in range(structure.num_leaves)]
         first = lambda *args, **kwargs: jax.tree.leaves(loss_fn(*args, **kwargs))[0]  # noqa: E731  a pair has aux
-        return value_and_grad(first, kind)(params, *args, **kwargs)[2]
+        return structure.flatten_up_to(value_and_grad(first, kind)(params, *args, **kwargs)[2])
 
-    found = jax.eval_shape(statistics, *(values[i] for i in arrays))
-    each = jax.tree.structure(params).flatten_up_to(found)
+    structure = jax.tree.structure(params)
+    each = jax.eval_shape(statistics, *(values[i] for i in arrays))
+    each = [dataclasses.replace(s, weight=None) if isinstance(s, LayerFactors) else s for s in each]
     return [tuple(x.shape for x in jax.tree.leaves(s) if x.ndim) for s in each]
 
 

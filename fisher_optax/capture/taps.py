@@ -6,8 +6,8 @@ yields both, and loops, remat and data-parallel sums treat a statistic as the gr
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PRNGKeyArray
 
-from .._xla import automatic, in_scope
+from .._xla import automatic, explicit_mesh, in_scope
 from . import losses
 from .devices import Split, counted_over, devices_along
 from .kinds.protocol import Bases, StatisticsKind, Sums, Tapped
@@ -33,9 +33,10 @@ Scope = dict[tuple[int, Steps], tuple[list[Sums], Bases | None]]
 
 Pseudo = dict[int, Array]  # pseudo-losses, by the numbers of the losses
 Results = tuple[list[Value], Pseudo]  # of a program
-Operands = tuple[Value, Array | None, Bases | None]  # of a tap: a product's input, mask, bases
+Operands = tuple[Value, Array | None, Bases | None, Array | None]  # of a tap: a product's input, mask, bases, groups
 Plans = Sequence[Plan]
 Entries = dict[int, View]
+E = TypeVar("E")
 
 
 class Watch(NamedTuple):
@@ -45,12 +46,19 @@ class Watch(NamedTuple):
     leaves: dict[int, LeafPlan]  # by number of the site
     slots: dict[int, int]
     mask: Array | None
-    fisher: str | None  # whose labels pseudo-losses are of; None: there are none
-    samples: int
-    key: PRNGKeyArray | None
+    fisher: str | None = None  # whose labels pseudo-losses are of; None: there are none
+    samples: int = 1
+    key: PRNGKeyArray | None = None
     shifts: dict[int, Array] | None = None  # zeros added to losses, by their numbers: their gradients are factors
     at_losses: list[tuple[int, list[Value]]] | None = None  # operands of losses, by their numbers
     value: Any = None  # the loss, or its type
+
+
+def watching(kind: StatisticsKind, watched: Sequence[LeafPlan], mask: Array | None) -> Watch:
+    """All products with these parameters."""
+    by_site = {site.number: leaf for leaf in watched for site in leaf.sites}
+    slots = {number: min(k, kind.slots(leaf) - 1) for leaf in watched for number, k in leaf.turns.items()}
+    return Watch(kind, by_site, slots, mask)
 
 
 def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], scope: Scope, watch: Watch) -> Results:
@@ -71,7 +79,7 @@ def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], scope: S
         if i in plan.sites and plan.sites[i].number in watch.leaves:
             site = plan.sites[i]
             with eqn.ctx.manager:
-                out[site.y] = _tapped(site, out[site.y], values[site.x], scope, watch)
+                out[site.y] = _tapped(site, out[site.y], values, scope, watch)
         if i in plan.losses and watch.fisher is not None:
             name, number = plan.losses[i]
             with eqn.ctx.manager:
@@ -97,18 +105,23 @@ def _drawn(name: str, number: int, result: ShapedArray, values: list[Value], wat
     return automatic(pseudo, in_scope(watch.key), *values)
 
 
-def _tapped(site: Site, y: Value, x: Value, scope: Scope, watch: Watch) -> Value:
-    plan = watch.leaves[site.number]
-    slots, bases = _entry(scope, site.leaf, site.steps)
+def operands_of(site: Site, values: Sequence[Any]) -> tuple[Value, Array | None]:
+    """A product's input, and how many rows of it each expert has."""
+    return values[site.x], None if site.groups is None else jnp.asarray(values[site.groups.operand])
+
+
+def _tapped(site: Site, y: Value, values: Sequence[Value], scope: Scope, watch: Watch) -> Value:
+    plan, (x, groups) = watch.leaves[site.number], operands_of(site, values)
+    slots, bases = entry(scope, site.leaf, site.steps)
     probe, mask, bases = in_scope((slots[watch.slots[site.number]], watch.mask, bases))
     own = jaxprs.varying(*jax.tree.leaves(probe))
     split = tuple(axis for axis in jaxprs.split_over(y, x, mask) if axis[0] not in own)
-    collect = functools.partial(_collected, watch.kind, plan, site, split)
+    collect = functools.partial(collected, watch.kind, plan, site, split)
     probe = jax.tree.map(lambda p: jaxprs.varying_as(p, y, x, mask), probe)
-    return _tap(collect, y, jax.lax.stop_gradient((x, mask, bases)), probe)
+    return _tap(collect, y, jax.lax.stop_gradient((x, mask, bases, groups)), probe)
 
 
-def _collected(kind: StatisticsKind, plan: LeafPlan, site: Site, split: Split, tapped: Tapped) -> Sums:
+def collected(kind: StatisticsKind, plan: LeafPlan, site: Site, split: Split, tapped: Tapped) -> Sums:
     """The statistics of one tap, to be added up over the devices along these axes of a shard_map."""
     device = jax.lax.axis_index(tuple(name for name, _ in split)) if split else 0
     return kind.collect(plan, site, tapped._replace(devices=devices_along(split), device=device))
@@ -130,13 +143,13 @@ def _forwards(
 def _backwards(
     collect: Callable[[Tapped], Sums], residuals: tuple[Operands, Sums], delta: Array
 ) -> tuple[Array, None, Sums]:
-    (x, mask, bases), probe = residuals
+    (x, mask, bases, groups), probe = residuals
 
-    def collected(x: Array, delta: Array, mask: Array | None, bases: Bases | None) -> Sums:
+    def collected(x: Array, delta: Array, mask: Array | None, bases: Bases | None, groups: Array | None) -> Sums:
         # Of a complex output, a cotangent is the real part's gradient less i times the imaginary part's.
-        return collect(Tapped(in_parts(x), in_parts(delta.conj()), mask, bases))
+        return collect(Tapped(in_parts(x), in_parts(delta.conj()), mask, bases, groups=groups))
 
-    statistics = automatic(collected, x, delta, mask, bases)
+    statistics = automatic(collected, x, delta, mask, bases, groups)
     like = lambda s, p: jaxprs.varying_as(s.astype(p.dtype).reshape(p.shape), p)  # noqa: E731
     return delta, None, jax.tree.map(like, statistics, probe)
 
@@ -144,14 +157,14 @@ def _backwards(
 _tap.defvjp(_forwards, _backwards)
 
 
-def _entry(scope: Scope, leaf: int, steps: Steps) -> tuple[list[Sums], Bases | None]:
+def entry(scope: Mapping[tuple[int, Steps], E], leaf: int, steps: Steps) -> E:
     """What the scope holds of a parameter, at the places that indices have taken since it was entered."""
     for k in range(len(steps), -1, -1):
         if (leaf, steps[:k]) in scope:
-            entry = scope[leaf, steps[:k]]
+            found = scope[leaf, steps[:k]]
             for item in steps[k:]:
-                entry = jax.tree.map(lambda x, i=item[2]: x[i], entry)
-            return entry
+                found = jax.tree.map(lambda x, i=item[2]: x[i], found)
+            return found
     raise AssertionError(f"parameter {leaf} is not in scope after {steps}")
 
 
@@ -175,11 +188,7 @@ def _remat(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], s
 def _scan(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch) -> Results:
     consts, carry = jaxprs.scan_counts(eqn)
     fixed, first, over = values[:consts], values[consts : consts + carry], values[consts + carry :]
-    stacked = {}
-    for k, view in entries.items():
-        before = _before(view)
-        if k >= consts + carry and before is not None and _has(scope, view.root[1]):
-            stacked[view.root[1], view.steps] = _entry(scope, view.root[1], before)
+    stacked = stacked_entries(entries, consts + carry, scope)
 
     def body(carried: list[Value], step: tuple[list[Value], list[Any]]) -> tuple[list[Value], list[Value]]:
         xs, slices = step
@@ -195,13 +204,14 @@ def _scan(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], sc
     return [*carried, *ys], {}
 
 
-def _before(view: View) -> Steps | None:
-    """What was taken of a parameter before a loop ran over it; None where the loop took nothing."""
-    return view.steps[:-1] if view.steps and view.steps[-1][0] == "scan" else None
-
-
-def _has(scope: Scope, leaf: int) -> bool:
-    return any(key[0] == leaf for key in scope)
+def stacked_entries(entries: Entries, first: int, scope: Mapping[tuple[int, Steps], E]) -> dict[tuple[int, Steps], E]:
+    """What the scope holds of the parameters that a loop runs over; its operands from ``first`` on are what it does."""
+    stacked = {}
+    for k, view in entries.items():
+        leaf, is_stack = view.root[1], bool(view.steps) and view.steps[-1][0] == "scan"
+        if k >= first and is_stack and any(key[0] == leaf for key in scope):
+            stacked[leaf, view.steps] = entry(scope, leaf, view.steps[:-1])
+    return stacked
 
 
 def _cond(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], scope: Scope, watch: Watch) -> Results:
@@ -211,7 +221,7 @@ def _cond(eqn: JaxprEqn, plans: Plans, entries: Entries, values: list[Value], sc
     def branch(program: jaxprs.Program, plan: Plan) -> Callable[..., list[Value]]:
         return lambda *rest: run(program, plan, rest, scope, watch)[0]
 
-    made = [branch(program, plan) for program, plan in zip(jaxprs.branches(eqn), plans, strict=True)]
+    made = [branch(program, plan) for program, plan in zip(jaxprs.bodies(eqn), plans, strict=True)]
     return jax.lax.switch(choice, made, *rest), {}
 
 
@@ -226,7 +236,7 @@ def _shard_map(
         return run(jaxprs.body(eqn), plans[0], values, dict(zip(keys, entries, strict=True)), inner)[0]
 
     whole = jax.tree.map(lambda _: PartitionSpec(), list(scope.values()))
-    split = None if watch.mask is None else _like(watch.mask, values, p["in_specs"])
+    mask, split = split_mask(watch.mask, values, p["in_specs"])
     shared = jax.shard_map(
         again,
         mesh=p["mesh"],
@@ -235,14 +245,19 @@ def _shard_map(
         axis_names=set(p["newly_manual_axes"]),
         check_vma=p["check_vma"],
     )
-    return shared(list(values), list(scope.values()), watch.mask), {}
+    return shared(list(values), list(scope.values()), mask), {}
 
 
-def _like(mask: Array, values: Sequence[Any], specs: Sequence[PartitionSpec]) -> PartitionSpec:
-    """How a mask is split over devices: as the first operand that begins with its axes."""
+def split_mask(
+    mask: Array | None, values: Sequence[Any], specs: Sequence[PartitionSpec]
+) -> tuple[Array | None, PartitionSpec | None]:
+    """A mask split over devices as the first operand that begins with its axes, and how."""
+    if mask is None:
+        return None, None
     for x, spec in zip(values, specs, strict=True):
         if jnp.shape(x)[: mask.ndim] == mask.shape:
-            return PartitionSpec(*spec[: mask.ndim])
+            like = PartitionSpec(*spec[: mask.ndim])
+            return (jax.sharding.reshard(mask, like) if explicit_mesh(x) else mask), like
     raise ValueError(
         f"no operand of the shard_map in loss_fn begins with the axes {mask.shape} of mask, so that it cannot be split "
         "like one: give mask the leading axes of the inputs."
@@ -275,8 +290,9 @@ def zeros(
     def shapes(site: Site) -> dict[str, jax.ShapeDtypeStruct]:
         split = dict(site.split) | dict(() if mask is None else jaxprs.split_over(mask))
         devices = devices_along(tuple(axis for axis in split.items() if axis[0] not in own))
-        collect = lambda x, d, m, b: kind.collect(plan, site, Tapped(x, d, m, b, devices))  # noqa: E731
-        return jax.eval_shape(collect, *site.avals, marks, some)
+        groups = None if site.groups is None else site.groups.aval
+        collect = lambda x, d, m, b, g: kind.collect(plan, site, Tapped(x, d, m, b, devices, groups=g))  # noqa: E731
+        return jax.eval_shape(collect, *site.avals, marks, some, groups)
 
     first = [next(site for site in plan.sites if plan.turns[site.number] == k) for k in range(kind.slots(plan))]
     zero = lambda x: jaxprs.varying_as(jnp.zeros((*stack, *x.shape), x.dtype), parameter)  # noqa: E731

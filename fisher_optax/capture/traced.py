@@ -1,5 +1,6 @@
 """A loss function's program, and errors for what cannot be captured of it."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ def trace(loss_fn: Callable[..., PyTree], kind: StatisticsKind, params: PyTree, 
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths, values = ["/".join(path_names(path)) for path, _ in flat], [x for _, x in flat]
     for path, x in zip(paths, jax.tree.leaves(shapes(params)), strict=True):
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
+        if not (kind.inputs_alone() or jnp.issubdtype(x.dtype, jnp.inexact)):
             raise TypeError(f"gradients need floating-point parameters; {path!r} is {x.dtype}.")
     others, others_def = jax.tree.flatten((args, kwargs))
     arrays = [i for i, x in enumerate(others) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)]
@@ -69,7 +70,7 @@ def trace(loss_fn: Callable[..., PyTree], kind: StatisticsKind, params: PyTree, 
 
     operands = [*values, *(others[i] for i in arrays)]
     program = jaxprs.program(jax.make_jaxpr(flat_loss)(*operands))
-    uses = Uses([tuple(jnp.shape(x)) for x in values])
+    uses = Uses([tuple(jnp.shape(x)) for x in values], forward=kind.inputs_alone())
     views = [whole(("leaf", i), shape) for i, shape in enumerate(uses.shapes)] + [None] * len(arrays)
     plan, _ = walk(program.jaxpr, views, uses)
     leaves = leaf_plans(uses, paths, [jnp.result_type(x) for x in values], kind.unavailable)
@@ -91,6 +92,17 @@ def check(traced: Traced, kind: StatisticsKind, has_aux: bool, strict: bool) -> 
     if strict and (bad := [leaf for leaf in traced.leaves if leaf.reason and len(leaf.shape) > 1]):
         listed = "; ".join(f"{leaf.path!r} ({leaf.use}): {leaf.reason}" for leaf in bad)
         raise ValueError(f"strict=True, and not all parameters are captured: {listed}.")
+
+
+def warn_of_experts(leaves: list[LeafPlan]) -> None:
+    """Says which layers a mask of positions does not reach."""
+    if experts := [leaf.path for leaf in leaves if leaf.sites and leaf.sites[0].groups is not None]:
+        warnings.warn(
+            f"mask= does not reach {', '.join(map(repr, experts))}: rows of experts are in another order than "
+            "positions, and all that an expert gets count. To leave positions out, sort them behind all others, and "
+            "count them in no entry of group_sizes.",
+            stacklevel=3,
+        )
 
 
 def check_losses(counted: Counted, fisher: str, normalizer: Normalizer) -> None:

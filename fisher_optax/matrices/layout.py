@@ -267,7 +267,7 @@ def sides_to_stacks(
                     None if s.squares is None else block_of(s.squares[:, r.span, c.span], r, c),
                 )
                 key = stack_key((r.size, c.size), jnp.promote_types(x.dtype, jnp.float32))
-                weight = jnp.broadcast_to(s.weight, (math.prod(grid),))
+                weight = jnp.broadcast_to(jnp.reshape(s.weight, (-1, 1, 1)), grid).reshape(-1)
                 members.setdefault(key, []).append(type(s)(*piece, weight))
     return {key: jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces) for key, pieces in members.items()}
 
@@ -286,7 +286,7 @@ def _of_parts(s: PyTree, shape: tuple[int, ...], axes: MatrixAxes) -> Iterator[P
             _diagonal_blocks(left, Cut(i, rows, own[1]), grid, 1),
             _diagonal_blocks(right, Cut(j, columns, own[2]), grid, 2),
             None if square is None else to_matrices(square, part.axes)[0].reshape(own),
-            s.weight,
+            jnp.broadcast_to(jnp.reshape(s.weight, (-1, 1, 1)), grid).reshape(-1),
         )
 
 

@@ -29,6 +29,7 @@ from ...statistics import LayerFactors
 from ..program.leaves import LeafPlan, in_leaf_order
 from ..program.sites import Site
 from . import rows
+from .experts import expert_sums, total_rows
 from .protocol import Bases, StatisticsKind, Sums, Tapped
 from .sums import accumulator, check_counts, joined, times
 
@@ -79,7 +80,11 @@ class KroneckerFactors(StatisticsKind):
 
     def unavailable(self, sites: tuple[Site, ...]) -> str:
         """Why the sites of a parameter have no such statistics, or nothing."""
+        if self.mode == "reduce" and sites[0].groups is not None:
+            return "experts, whose rows are in no order of examples: use mode='expand'"
         long = max(s.m for s in sites) + 1 > self.max_dim or max(s.n for s in sites) > self.max_dim
+        if long and sites[0].groups is not None:
+            return f"experts longer than max_dim={self.max_dim}, whose rows differ in number: raise max_dim"
         if long and any(s.repeated for s in sites):
             return f"used in a loop and longer than max_dim={self.max_dim}, or in a shard_map with check_vma=False"
         if long and rows.differ_in_a_stack(sites):
@@ -112,8 +117,11 @@ class KroneckerFactors(StatisticsKind):
 
     def collect(self, plan: LeafPlan, site: Site, tapped: Tapped) -> Sums:
         """The sums over one product's positions."""
-        X, D, weights, scale = self._rows(plan, site, tapped)
         dtype, by_rows = accumulator(plan.dtype), self._row_sides(plan)
+        if site.groups is not None:
+            sides = (*self._sides(plan), *(("squares",) if self.squares else ()))
+            return expert_sums(plan, site, tapped, sides, tapped.bases, self.max_examples, dtype)
+        X, D, weights, scale = self._rows(plan, site, tapped)
         count = X.shape[-2] if weights is None else jnp.sum(weights)
         out = {"count": jnp.asarray(count * scale, dtype)}
         D = D if weights is None else D * weights[:, None].astype(D.dtype)
@@ -122,7 +130,7 @@ class KroneckerFactors(StatisticsKind):
             ones = jnp.ones(X.shape[:-1], dtype) if weights is None else weights.astype(dtype)
             out["left"] = scale * jnp.zeros(site.m, dtype).at[X[..., 0]].add(ones)
         elif "left" in by_rows:
-            sample = chosen.own(_with_ones(plan, X[..., chosen.places, :].astype(dtype)), -2)
+            sample = chosen.own(rows.with_ones(plan, X[..., chosen.places, :].astype(dtype)), -2)
             sample = sample * math.sqrt(scale * chosen.share)
             out["left"] = sample if weights is None else sample * chosen.of(weights, 0)[:, None].astype(dtype)
         else:
@@ -161,13 +169,20 @@ class KroneckerFactors(StatisticsKind):
             D = rows.as_rows(site, tapped.delta, site.y_axes, site.n)
             positions, scale = site.positions, 1.0
         if self.mode == "reduce" and len(positions) > 1 and site.how != "embedding":
-            X, D, weights = _reduced(X, D, weights, positions, batch)
+            X, D, weights = rows.reduced(X, D, weights, positions, batch)
         total = X.shape[-2]
         if self.max_examples is not None and site.how != "convolution" and total > self.max_examples:
             chosen = rows.spread(total, self.max_examples)
             X, D = X[..., chosen, :], D[..., chosen, :]
             weights, scale = None if weights is None else weights[chosen], total / len(chosen)
         return X, D, weights, scale
+
+    def _positions(self, plan: LeafPlan, count: Array) -> Array:
+        """Of one use, as examples: what a loss is taken to be divided by."""
+        uses = plan.uses.clip(1)
+        if plan.sites[0].groups is not None:
+            count, uses = total_rows(plan.sites[0], count), uses[..., None]
+        return count / uses / self._each(plan)
 
     def _each(self, plan: LeafPlan) -> float:
         """How many of the rows that are counted belong to one example."""
@@ -207,7 +222,7 @@ class KroneckerFactors(StatisticsKind):
             if Q_A is None:
                 return jnp.zeros((site.m, site.n), D.dtype).at[X[..., 0]].add(jnp.square(D))
             return rows.product(jnp.square(jnp.take(Q_A, X[..., 0], axis=0)), jnp.square(D))
-        X = _with_ones(plan, X.astype(accumulator(X.dtype)))
+        X = rows.with_ones(plan, X.astype(accumulator(X.dtype)))
         X = X if Q_A is None else jnp.matmul(X, Q_A.astype(X.dtype), precision=Precision.HIGHEST)
         return rows.product(jnp.square(X), jnp.square(D))
 
@@ -217,7 +232,7 @@ class KroneckerFactors(StatisticsKind):
         by_rows = self._row_sides(plan)
         raw = {k: joined([slot[k] for slot in slots], -2 if k in by_rows else None) for k in slots[0]}
         count = jnp.maximum(raw["count"], 1)
-        N = raw["count"] / plan.uses.clip(1) / self._each(plan) if normalizer is None else normalizer
+        N = self._positions(plan, raw["count"]) if normalizer is None else normalizer
         found: dict[str, Any] = {}
         for side, atoms, ends, scale in (
             ("left", site.inputs, extra, 1 / count),
@@ -238,11 +253,12 @@ class KroneckerFactors(StatisticsKind):
         if "squares" in raw:
             found["squares"] = in_leaf_order(times(raw["squares"], N), plan)
         sides = found.get("left"), found.get("right"), found.get("squares")
-        weight = jnp.mean(raw["count"])
+        experts = site.groups is not None
+        weight = in_leaf_order(raw["count"], plan) if experts else jnp.mean(raw["count"])
         if not self.of_gradients():
             return LayerFactors(*sides, weight)
         # A loss without anything that counts is divided by 1.
-        divisor = jnp.where(weight > 0, jnp.mean(jnp.asarray(N, weight.dtype)), 0)
+        divisor = jnp.where(jnp.any(weight > 0), jnp.mean(jnp.asarray(N, weight.dtype)), 0)
         return LayerFactors(*sides, weight, divisor=divisor)
 
 
@@ -263,25 +279,6 @@ class InputGram(KroneckerFactors):
     max_dim: int = 2**31
     sides = ("left",)
 
-
-def _with_ones(plan: LeafPlan, X: Array) -> Array:
-    return X if plan.bias is None else jnp.concatenate([X, jnp.ones((*X.shape[:-1], 1), X.dtype)], -1)
-
-
-def _reduced(
-    X: Array, D: Array, weights: Array | None, positions: tuple[int, ...], batch: int
-) -> tuple[Array, Array, Array | None]:
-    """Means of inputs and sums of gradients over the positions of each example, which axis ``batch`` of them counts."""
-
-    def by_example(x: Array, first: int) -> Array:
-        x = x.reshape(*x.shape[:first], *positions, *x.shape[first + 1 :])
-        x = jnp.moveaxis(x, first + batch, first).astype(accumulator(x.dtype))
-        return x.reshape(*x.shape[:first], positions[batch], -1, *x.shape[first + len(positions) :])
-
-    X, D = by_example(X, X.ndim - 2), by_example(D, D.ndim - 2)
-    if weights is None:
-        return jnp.mean(X, -2), jnp.sum(D, -2), None
-    w = by_example(weights, 0).astype(X.dtype)
-    size = jnp.sum(w, -1)
-    mean = jnp.einsum("...btd,bt->...bd", X, w, precision=Precision.HIGHEST) / jnp.maximum(size, 1)[:, None]
-    return mean, jnp.sum(D * w[..., None].astype(D.dtype), -2), (size > 0).astype(jnp.float32)
+    def inputs_alone(self) -> bool:
+        """No gradient is asked for."""
+        return True

@@ -17,11 +17,12 @@ class Tapped(NamedTuple):
     """What a tap hands to `StatisticsKind.collect`: a product's input, the loss's gradient at its output, and more."""
 
     x: Array
-    delta: Array
+    delta: Array  # zeros where the kind takes inputs alone
     mask: Array | None  # of the positions that count
     bases: Bases | None  # where the kind needs them
     devices: int = 1  # whose sums are added up
     device: Array | int = 0  # the number of this one
+    groups: Array | None = None  # of a ragged product, how many rows each expert has
 
 
 Sums = dict[str, Array]  # of one product; those of several, of loops' steps and of devices are added up
@@ -29,7 +30,8 @@ Sums = dict[str, Array]  # of one product; those of several, of loops' steps and
 
 @runtime_checkable
 class StatisticsKind(Protocol):
-    """What is summed up at each product with a parameter on the way back, and what the sums are made into.
+    """What is summed up at each product with a parameter on the way back, or where it is of inputs alone on the way
+    forward, and what the sums are made into.
 
     `fo.value_and_grad` finds the products of a loss with its parameters and gives each a tap. A kind says what a tap
     returns (`collect`), and what becomes of a parameter's sums (`finish`). Only these two have to be written; the
@@ -61,9 +63,10 @@ class StatisticsKind(Protocol):
         ...
 
     def unavailable(self, sites: tuple[Site, ...]) -> str:
-        """Why the sites of a parameter have no such statistics, or nothing."""
-        del sites
-        return ""
+        """Why the sites of a parameter have no such statistics, or nothing. Rows of experts are for kinds that say so,
+        by a method of their own: `collect` has to tell them apart by ``tapped.groups``.
+        """
+        return "experts, whose rows this kind does not tell apart" if sites[0].groups is not None else ""
 
     def unavailable_for(self, plan: LeafPlan, fisher: str) -> str:
         """Why this kind of Fisher has no such statistics, or nothing."""
@@ -93,6 +96,10 @@ class StatisticsKind(Protocol):
     def adds_up(self) -> bool:
         """Whether the sums of several backward passes are those of all their gradients."""
         return True
+
+    def inputs_alone(self) -> bool:
+        """Whether it looks at inputs alone: they are then collected on the way forward, whatever gradients reach."""
+        return False
 
     def needs_bases(self) -> bool:
         """Whether `collect` is to get bases."""

@@ -13,8 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ... import linalg
 from ...statistics import Window
+from ..program.leaves import LeafPlan
 from ..program.sites import Site
 from ..program.views import Atom
+from .sums import accumulator
 
 
 def as_rows(site: Site, x: Array, axes: tuple[tuple[int, ...], ...], width: int) -> Shaped[Array, "*E P d"]:
@@ -156,3 +158,27 @@ def _regrouped(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether one shape merges axes of the other."""
     ends_a, ends_b = (set(itertools.accumulate(shape, operator.mul)) | {1} for shape in (a, b))
     return ends_a <= ends_b or ends_b <= ends_a
+
+
+def with_ones(plan: LeafPlan, X: Array) -> Array:
+    """Inputs with the 1 that a bias is the weight of, if the parameter has one."""
+    return X if plan.bias is None else jnp.concatenate([X, jnp.ones((*X.shape[:-1], 1), X.dtype)], -1)
+
+
+def reduced(
+    X: Array, D: Array, weights: Array | None, positions: tuple[int, ...], batch: int
+) -> tuple[Array, Array, Array | None]:
+    """Means of inputs and sums of gradients over the positions of each example, which axis ``batch`` of them counts."""
+
+    def by_example(x: Array, first: int) -> Array:
+        x = x.reshape(*x.shape[:first], *positions, *x.shape[first + 1 :])
+        x = jnp.moveaxis(x, first + batch, first).astype(accumulator(x.dtype))
+        return x.reshape(*x.shape[:first], positions[batch], -1, *x.shape[first + len(positions) :])
+
+    X, D = by_example(X, X.ndim - 2), by_example(D, D.ndim - 2)
+    if weights is None:
+        return jnp.mean(X, -2), jnp.sum(D, -2), None
+    w = by_example(weights, 0).astype(X.dtype)
+    size = jnp.sum(w, -1)
+    mean = jnp.einsum("...btd,bt->...bd", X, w, precision=Precision.HIGHEST) / jnp.maximum(size, 1)[:, None]
+    return mean, jnp.sum(D * w[..., None].astype(D.dtype), -2), (size > 0).astype(jnp.float32)

@@ -45,6 +45,8 @@ class LayerSamples(StatisticsKind):
         """Why the sites of a parameter have no such statistics, or nothing."""
         if any(s.repeated for s in sites):
             return "used in a loop: samples do not add up, nor in a shard_map with check_vma=False"
+        if sites[0].groups is not None:
+            return "experts, whose rows differ in number: samples do not stack; use fo.KroneckerFactors"
         if sites[0].how == "embedding":
             return "an embedding: it has counts, not inputs"
         if len({s.window for s in sites}) > 1 or (sites[0].window and len({s.positions[1:] for s in sites}) > 1):

@@ -11,6 +11,7 @@ from ...statistics import LayerFactors
 from ..program.leaves import LeafPlan, in_leaf_order
 from ..program.sites import Site
 from . import rows
+from .experts import expert_sums
 from .kronecker import KroneckerFactors
 from .protocol import Sums, Tapped
 from .sums import accumulator, joined
@@ -25,9 +26,12 @@ class PositionSquares(KroneckerFactors):
 
     def collect(self, plan: LeafPlan, site: Site, tapped: Tapped) -> Sums:
         """The sums over one product's positions."""
+        dtype = accumulator(plan.dtype)
+        if site.groups is not None:
+            sums = expert_sums(plan, site, tapped, ("squares",), None, self.max_examples, dtype)
+            return {"squares": sums["squares"]}
         X, D, _, scale = self._rows(plan, site, tapped)
-        squares = scale * self._squares(plan, site, X, D, (None, None))
-        return {"squares": squares.astype(accumulator(plan.dtype))}
+        return {"squares": (scale * self._squares(plan, site, X, D, (None, None))).astype(dtype)}
 
     def finish(self, plan: LeafPlan, slots: list[Sums], normalizer: ArrayLike | None) -> LayerFactors:
         """The statistics from what the taps returned."""

@@ -122,7 +122,7 @@ def _results(eqn: JaxprEqn, i: int, plan: Plan | None, operands: list[Tags], fou
         _walk(body, inner[0] if inner else None, starts, found)
         return nothing
     if name == "cond":
-        for branch, of_branch in zip(jaxprs.branches(eqn), inner, strict=False):
+        for branch, of_branch in zip(jaxprs.bodies(eqn), inner, strict=False):
             _walk(branch.jaxpr, of_branch, operands[1:], found)
         return nothing
     return [_moved(eqn, operands)] if len(nothing) == 1 else nothing

@@ -61,8 +61,8 @@ class _Flow(NamedTuple):
         if name == "scan":
             return self._scan(eqn, inner[0] if inner else None, operands)
         if name == "cond":
-            plans = inner or [None] * len(jaxprs.branches(eqn))
-            branches = zip(jaxprs.branches(eqn), plans, strict=True)
+            plans = inner or [None] * len(jaxprs.bodies(eqn))
+            branches = zip(jaxprs.bodies(eqn), plans, strict=True)
             found = [self.walk(branch.jaxpr, p, operands[1:]) for branch, p in branches]
             return [_merged([operands[0], *results]) for results in zip(*found, strict=True)]
         if name in jaxprs.CALLS | jaxprs.REMAT or name == "shard_map":

@@ -19,6 +19,7 @@ Operand = Var | Literal
 Value = ArrayLike | np.generic | jax.Ref  # of an operand; a literal may be NumPy's
 Typed = Value | ShapedArray  # an array, or the type of one
 T = TypeVar("T", bound=Value)
+O = TypeVar("O")
 
 
 class Program(NamedTuple):
@@ -40,9 +41,19 @@ def body(eqn: JaxprEqn) -> Program:
     return program(eqn.params["call_jaxpr" if "call_jaxpr" in eqn.params else "jaxpr"])
 
 
-def branches(eqn: JaxprEqn) -> list[Program]:
-    """The programs of a ``cond``."""
-    return [program(inner) for inner in eqn.params["branches"]]
+def bodies(eqn: JaxprEqn) -> list[Program]:
+    """All programs inside an equation: the branches of a ``cond``; of a ``while``, its condition and a step."""
+    if eqn.primitive.name == "cond":
+        return [program(inner) for inner in eqn.params["branches"]]
+    if eqn.primitive.name == "while":
+        return [program(eqn.params[name]) for name in ("cond_jaxpr", "body_jaxpr")]
+    return [body(eqn)]
+
+
+def while_operands(eqn: JaxprEqn, operands: Sequence[O]) -> tuple[Sequence[O], Sequence[O], Sequence[O]]:
+    """The operands of a ``while``: constants of its condition, of a step, and what is carried."""
+    condition, end = eqn.params["cond_nconsts"], eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+    return operands[:condition], operands[condition:end], operands[end:]
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:

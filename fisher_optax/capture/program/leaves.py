@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ...matrices.axes import MatrixAxes
-from .sites import Site, sources
+from .sites import NOT_EXPERTS, Site, sources
 from .views import Step
 from .walk import Uses
 
@@ -21,7 +20,7 @@ class LeafPlan(NamedTuple):
     number: int
     path: str
     shape: tuple[int, ...]
-    dtype: DTypeLike
+    dtype: Any  # a key's too
     sites: tuple[Site, ...]
     axes: MatrixAxes | None
     bias: int | None  # the parameter that is added to its outputs
@@ -69,7 +68,7 @@ def _place(site: Site) -> tuple[int | slice, ...]:
 def leaf_plans(
     uses: Uses,
     paths: Sequence[str],
-    dtypes: Sequence[DTypeLike],
+    dtypes: Sequence[Any],
     unavailable: Callable[[tuple[Site, ...]], str],
 ) -> list[LeafPlan]:
     """A plan for every parameter; ``unavailable(sites)`` says why these sites cannot be captured, or nothing."""
@@ -84,11 +83,12 @@ def leaf_plans(
     return plans
 
 
-def _leaf(i: int, path: str, dtype: DTypeLike, uses: Uses, unavailable: Callable[[tuple[Site, ...]], str]) -> LeafPlan:
+def _leaf(i: int, path: str, dtype: Any, uses: Uses, unavailable: Callable[[tuple[Site, ...]], str]) -> LeafPlan:
     shape, sites, others = uses.shapes[i], tuple(uses.sites[i]), uses.others[i]
     plan = LeafPlan(i, path, shape, dtype, (), None, None, ", ".join(others) or "nothing", "")
     if not sites:
-        return plan._replace(reason="" if len(shape) < 2 else "no product with it was found")
+        missing = NOT_EXPERTS if "ragged_dot_general" in others else "no product with it was found"
+        return plan._replace(reason="" if len(shape) < 2 else missing)
     first = next((s for s in sites if s.how != "embedding"), sites[0])
     alike = tuple(site for site in sites if _roles(site) == _roles(first))
     notes = [] if len(alike) == len(sites) else ["also used the other way round, which is left out"]
@@ -145,6 +145,14 @@ def in_leaf_order(x: Array, plan: LeafPlan) -> Array:
     axes = plan.sites[0].batch_axes
     x = x.reshape(*plan.batch_shape, *x.shape[_merged_rank(plan) :])
     return jnp.moveaxis(x, range(len(axes)), [sorted(axes).index(a) for a in axes])
+
+
+def matrix_counts(plan: LeafPlan, counts: Array) -> Array:
+    """Counts of a stack's matrices, or of each that a product takes at once, for all matrices in the leaf's order."""
+    merged = plan.batch_shape[len(plan.stack_shape) :]
+    own = counts.ndim == len(plan.stack_shape)
+    counts = jnp.broadcast_to(counts[..., None], (*counts.shape, math.prod(merged))) if own and merged else counts
+    return in_leaf_order(counts, plan).reshape(-1)
 
 
 def in_product_order(x: Array, plan: LeafPlan) -> Array:

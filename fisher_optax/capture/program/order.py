@@ -49,8 +49,7 @@ def _uses(program: jaxprs.Program, plan: Plan, loops: tuple[int, ...]) -> Iterat
             for step in reversed(range(length)) if eqn.params["reverse"] else range(length):
                 yield from _uses(jaxprs.body(eqn), plan.inner[i][0], (*loops, step))
         else:
-            inner = jaxprs.branches(eqn) if eqn.primitive.name == "cond" else [jaxprs.body(eqn)]
-            for inside, its_plan in zip(inner, plan.inner[i], strict=True):
+            for inside, its_plan in zip(jaxprs.bodies(eqn), plan.inner[i], strict=True):
                 yield from _uses(inside, its_plan, loops)
 
 

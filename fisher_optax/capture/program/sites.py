@@ -18,6 +18,14 @@ Axes = tuple[int, ...]
 A = TypeVar("A", bound=Array | np.ndarray)
 
 
+class Groups(NamedTuple):
+    """How many rows each expert of a ragged product has: an operand of the equation."""
+
+    operand: int
+    number: int  # of experts
+    aval: jax.ShapeDtypeStruct
+
+
 class Site(NamedTuple):
     """One product with one parameter. Its input is operand ``x`` of the equation, its output result ``y``.
 
@@ -27,7 +35,7 @@ class Site(NamedTuple):
     """
 
     leaf: int
-    how: str  # "dense", "convolution" or "embedding"
+    how: str  # "dense", "convolution", "embedding" or "experts"
     x: int
     y: int
     x_axes: tuple[Axes, Axes, Axes]
@@ -43,6 +51,7 @@ class Site(NamedTuple):
     number: int = -1  # among all sites of the program
     parts: int = 1  # of a number: 2 where they are complex
     split: tuple[tuple[str, int], ...] = ()  # axes of a shard_map over whose devices they differ, with sizes
+    groups: Groups | None = None  # of experts, which the last axes of ``batch`` count, and their input's do not
 
     @property
     def batch_axes(self) -> list[int]:
@@ -102,7 +111,40 @@ def _embedding(eqn: JaxprEqn, views: Sequence[View | None]) -> tuple[Site, Dims]
     return _site(eqn, views, "embedding", (1, 0), x_axes, y_axes, ((), (0,), tuple(range(1, len(shape)))))
 
 
-FINDERS = {"dot_general": _dense, "conv_general_dilated": _convolution, "gather": _embedding}
+def _experts(eqn: JaxprEqn, views: Sequence[View | None]) -> tuple[Site, Dims] | None:
+    """A ragged product of rows, sorted by expert, with the experts' matrices."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    contracting, batch = jax.tree.map(int, numbers.dot_dimension_numbers)  # NumPy's, of a vmap
+    ragged, *experts = map(int, (*numbers.lhs_ragged_dimensions, *numbers.rhs_group_dimensions))
+    X, W, sizes = (jaxprs.aval(v) for v in eqn.invars[:3])
+    free = [a for a in range(X.ndim) if a not in (*contracting[0], *batch[0])]
+    one_size = sizes.ndim == 1 or (sizes.ndim == 1 + len(batch[0]) and len(free) == 1)
+    if not is_leaf(views[1]) or ragged not in free or not one_size or eqn.params["group_offset"] is not None:
+        return None
+    outputs = tuple(a for a in range(W.ndim) if a not in (*contracting[1], *batch[1], *experts))
+    nb, before = len(batch[0]), len(free)
+    # The ragged axis first, so that rows of an expert are neighbours.
+    order = sorted(range(before), key=lambda i: free[i] != ragged)
+    x_axes = (batch[0], tuple(free[i] for i in order), contracting[0])
+    y_axes = (tuple(range(nb)), tuple(nb + i for i in order), tuple(range(nb + before, nb + before + len(outputs))))
+    w_axes = (batch[1], contracting[1], outputs)
+    site, dims = _site(eqn, views, "experts", (0, 1), x_axes, y_axes, w_axes)
+    view = views[1]
+    assert view is not None
+    groups = Groups(2, W.shape[experts[0]], jax.ShapeDtypeStruct(sizes.shape, sizes.dtype))
+    return site._replace(batch=(*site.batch, *view.dims[experts[0]]), groups=groups), dims
+
+
+FINDERS = {
+    "dot_general": _dense,
+    "conv_general_dilated": _convolution,
+    "gather": _embedding,
+    "ragged_dot_general": _experts,
+}
+NOT_EXPERTS = (
+    "of ragged products, jax.lax.ragged_dot(rows, parameter, group_sizes) is captured, with the parameter as (experts, "
+    "inputs, outputs) in any order, one size for each expert and no group_offset"
+)
 
 
 def _site(

@@ -62,9 +62,20 @@ def through(view: View, name: str, params: dict[str, Any], shape: tuple[int, ...
         return None if new is None else view._replace(dims=new)
     if name == "broadcast_in_dim":
         return view._replace(dims=_broadcast(dims, shape, tuple(map(int, params["broadcast_dimensions"]))))
-    if name == "slice" and params["strides"] is None:
+    if name == "slice" and all(stride == 1 for stride in params["strides"] or ()):
         return _sliced(view, params["start_indices"], params["limit_indices"])
     return None
+
+
+def unstacked(view: View, axis: int) -> list[View | None]:
+    """The views at each place of an axis, without the axis."""
+    lengths, found = sizes(view.dims), []
+    for place in range(lengths[axis]):
+        start, stop = [0] * len(lengths), list(lengths)
+        start[axis], stop[axis] = place, place + 1
+        part = _sliced(view, start, stop)
+        found.append(part and part._replace(dims=part.dims[:axis] + part.dims[axis + 1 :]))
+    return found
 
 
 def sizes(dims: Dims) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from . import jaxprs
 from .sites import FINDERS, Site, completed, is_leaf
-from .views import REPEATED, Dims, Step, View, sizes, through, whole
+from .views import REPEATED, Dims, Step, View, sizes, through, unstacked, whole
 
 LOSS = "fisher_optax_loss_"  # the name of a jitted loss begins with this
 
@@ -37,6 +37,7 @@ class Uses:
     """What was found of every parameter, by its number."""
 
     shapes: list[tuple[int, ...]]
+    forward: bool = False  # whether inputs alone are asked for: where gradients cannot follow, too
     sites: dict[int, list[Site]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
     biases: dict[int, list[tuple[Site, tuple[Step, ...]]]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(list)
@@ -45,8 +46,9 @@ class Uses:
     count: int = 0
     losses: int = 0
     heads: dict[int, int] = dataclasses.field(default_factory=dict)  # by number of the site: the loss it gives logits
-    # By number of the site: which operand of the program its input is, unchanged, and the axes of its result.
-    products: dict[int, tuple[int, Dims] | None] = dataclasses.field(default_factory=dict)
+    # By number of the site: which operands of the program its input and its groups are, unchanged, and the axes of its
+    # result.
+    products: dict[int, tuple[list[int], Dims] | None] = dataclasses.field(default_factory=dict)
 
     def other(self, views: Sequence[View | None], what: str) -> None:
         """Parameters among ``views`` are used for something that is no product."""
@@ -98,10 +100,8 @@ class _Step:
         if name in jaxprs.CALLS or name in jaxprs.REMAT:
             return self._enter(jaxprs.body(self.eqn), self.views)
         if name in ("scan", "cond", "while", "shard_map") or name in jaxprs.CUSTOM:
-            if any(map(is_leaf, self.views)) or name != "while":
-                kind = "custom" if name in jaxprs.CUSTOM else name
-                return getattr(self, f"_{kind}")()
-            return []
+            kind = "custom" if name in jaxprs.CUSTOM else name
+            return getattr(self, f"_{kind}")()
         if not any(self.views):
             return []
         if name in FINDERS and any(map(is_leaf, self.views)) and (site := self._site()):
@@ -113,6 +113,10 @@ class _Step:
     def _moved(self) -> list[View | None]:
         """A view moved about, or the end of what is known."""
         view, rest = self.views[0], self.views[1:]
+        if view is not None and self.eqn.primitive.name == "unstack":
+            found = unstacked(view, self.eqn.params["axis"])
+            self.uses.other([view] if None in found else [], "unstack")
+            return found
         shape = jaxprs.shape(self.eqn.outvars[0])
         moved = None if view is None else through(view, self.eqn.primitive.name, self.eqn.params, shape)
         self.uses.other(rest if moved else self.views, self.eqn.primitive.name)
@@ -131,9 +135,10 @@ class _Step:
 
     def _found(self, site: Site, dims: Dims) -> View:
         """Note a site and return the view that its result is."""
-        x = self.views[site.x]
-        identity = x is not None and x.root[0] == "input" and x.dims == whole(x.root, sizes(x.dims)).dims
-        self.uses.products[site.number] = (x.root[1], dims) if x is not None and identity else None
+        operands = [site.x] if site.groups is None else [site.x, site.groups.operand]
+        views = [v for v in (self.views[k] for k in operands) if v is not None and _is_operand(v)]
+        known = [v.root[1] for v in views]
+        self.uses.products[site.number] = (known, dims) if len(known) == len(operands) else None
         self.uses.count += 1
         self.uses.sites[site.leaf].append(site)
         self.plan.sites[self.i] = site
@@ -155,9 +160,7 @@ class _Step:
 
     def _enter(self, inner: jaxprs.Program, views: Sequence[View | None], loops: int = 0) -> list[View | None]:
         plan, results = walk(inner.jaxpr, views, self.uses, self.loops + loops)
-        if not plan.is_plain():
-            self.plan.inner[self.i] = [plan]
-            self.plan.entries[self.i] = {k: v for k, v in enumerate(views) if v is not None and v.root[0] == "leaf"}
+        self._note([plan], views)
         return results
 
     def _scan(self) -> list[View | None]:
@@ -190,15 +193,28 @@ class _Step:
 
     def _cond(self) -> list[View | None]:
         views = [v if v is not None and v.root[0] == "leaf" else None for v in self.views[1:]]
-        plans = [walk(branch.jaxpr, views, self.uses, self.loops)[0] for branch in jaxprs.branches(self.eqn)]
-        if not all(plan.is_plain() for plan in plans):
-            self.plan.inner[self.i] = plans
-            self.plan.entries[self.i] = {k: v for k, v in enumerate(views) if v is not None}
+        plans = [walk(branch.jaxpr, views, self.uses, self.loops)[0] for branch in jaxprs.bodies(self.eqn)]
+        self._note(plans, views)
         return []
 
     def _while(self) -> list[View | None]:
-        self.uses.other(self.views, "a while loop")
+        if not self.uses.forward:
+            self.uses.other(self.views, "a while loop")
+            return []
+        *fixed, carry = jaxprs.while_operands(self.eqn, self.views)
+        self.uses.other(carry, "carried through a loop")
+        plans = []
+        for program, views in zip(jaxprs.bodies(self.eqn), fixed, strict=True):
+            leaves = [*(v if is_leaf(v) else None for v in views), *(None for _ in carry)]
+            plans.append(walk(program.jaxpr, leaves, self.uses, self.loops + 1)[0])
+        self._note(plans, self.views)
         return []
+
+    def _note(self, plans: list[Plan], views: Sequence[View | None]) -> None:
+        """The plans of several programs inside, unless there is nothing to do."""
+        if not all(plan.is_plain() for plan in plans):
+            self.plan.inner[self.i] = plans
+            self.plan.entries[self.i] = {k: v for k, v in enumerate(views) if v is not None and is_leaf(v)}
 
     def _shard_map(self) -> list[View | None]:
         views: list[View | None] = []
@@ -212,7 +228,11 @@ class _Step:
         return []
 
     def _custom(self) -> list[View | None]:
-        """A function with its own derivative stays whole; its result is a site if it is a product of its operands."""
+        """A function with its own derivative stays whole, and its result is a site if it is a product of its operands;
+        where no gradient is asked for, it is a function like any other.
+        """
+        if self.uses.forward:
+            return self._enter(jaxprs.body(self.eqn), self.views)
         if not any(map(is_leaf, self.views)):
             return []
         shapes = [jaxprs.shape(v) for v in self.eqn.invars]
@@ -226,7 +246,16 @@ class _Step:
         if site is None or known is None or out is None or out.root != ("product", site) or out.dims != known[1]:
             self.uses.other(self.views, f"{self.eqn.primitive.name} of more than a product")
             return []
-        return [self._found(site._replace(x=known[0], number=self.uses.count), out.dims)]
+        x, *groups = known[0]
+        site = site._replace(x=x, number=self.uses.count)
+        if site.groups is not None:
+            site = site._replace(groups=site.groups._replace(operand=groups[0]))
+        return [self._found(site, out.dims)]
+
+
+def _is_operand(view: View) -> bool:
+    """Whether a view is of a whole operand, as it comes."""
+    return view.root[0] == "input" and view.dims == whole(view.root, sizes(view.dims)).dims
 
 
 def _logits_of(view: View | None) -> Site | None:

@@ -1,4 +1,7 @@
-"""What a layer sees: second moments of its inputs and summaries of its gradients, streamed over batches."""
+"""What a layer sees: second moments of its inputs and summaries of its gradients, streamed over batches.
+
+Inputs are summed up on the way forward: what lies between a layer and the outputs changes nothing.
+"""
 
 import dataclasses
 import functools
@@ -11,11 +14,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from ..._arguments import hashable
-from ...capture import InputGram, value_and_grad
+from ...capture import InputGram
+from ...capture.forward import input_sums
+from ...capture.kinds.protocol import Sums
+from ...capture.kinds.sums import joined
+from ...capture.program.leaves import LeafPlan, matrix_counts
 from ...capture.program.sites import Site
 from ...matrices.axes import MatrixAxes
 from ...matrices.blocks import to_matrices
-from .layers import Layer, outputs_of
+from .layers import Layer
 
 Mask: TypeAlias = Callable[[PyTree], ArrayLike] | None  # of a batch: True for the positions that count
 
@@ -29,30 +36,43 @@ class OneGram(InputGram):
     def unavailable(self, sites: tuple[Site, ...]) -> str:
         return super().unavailable(sites) if sites[0].leaf == self.leaf else "another layer"
 
+    def of_matrices(self, plan: LeafPlan, slots: list[Sums]) -> tuple[Array, Array]:
+        """``Σ a aᵀ`` over the inputs of each matrix, and their number, which loops and branches need not give alike."""
+        counts = matrix_counts(plan, joined([slot["count"] for slot in slots], None))
+        means = self.finish(plan, slots, None).left.reshape(-1, *[plan.sites[0].m + (plan.bias is not None)] * 2)
+        return means * counts[:, None, None], counts
+
 
 def input_gram(
     apply_fn: Callable[..., PyTree], params: PyTree, batches: Iterable[PyTree], layer: Layer, mask: Mask = None
 ) -> Float[Array, "members m m"]:
-    """The mean of x xᵀ over all inputs x of a layer: one pass over the batches, one layer's sums in memory.
+    """The mean of x xᵀ over all inputs x of each of a layer's matrices, 0 where it has none: one pass over the batches,
+    one layer's sums in memory.
 
     Raises:
-      ValueError: for no batches, inputs that are not finite, and where ``mask`` leaves no position.
+      ValueError: for no batches, and where ``mask`` leaves no position.
     """
     apply_fn, members = hashable(apply_fn), jnp.asarray(layer.members)
-    total, weight = None, jnp.zeros([])
+    sums = None
     for batch in batches:
-        part, w = _input_sum(apply_fn, layer.leaf, layer.shape[0], mask, params, batch, members)
-        total, weight = part if total is None else total + part, weight + w
-    if total is None:
+        new = _input_sum(apply_fn, layer.leaf, layer.shape[0], mask, params, batch, members)
+        sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+    if sums is None:
         raise ValueError("batches is empty: an iterator that was read before has nothing left. Pass a list.")
-    if not float(weight) > 0:
+    total, count = sums
+    if mask is not None and not bool(jnp.any(count > 0)):
         raise ValueError(f"mask= leaves no input of {layer.name!r}.")
-    if not bool(jnp.isfinite(total).all()):
+    return total / jnp.where(count == 0, 1, count)[:, None, None]
+
+
+def finite(H: Float[Array, "members m m"], layer: Layer) -> Float[Array, "members m m"]:
+    """The second moments of a layer's inputs, or a ValueError where they are not finite."""
+    if not bool(jnp.isfinite(H).all()):
         raise ValueError(
             f"inputs of {layer.name!r} are not finite on the calibration data: look for NaN or infinity in the "
             "batches, or in what an earlier layer makes of them."
         )
-    return total / weight
+    return H
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -65,10 +85,10 @@ def _input_sum(
     batch: PyTree,
     members: Array,
 ) -> tuple[Array, Array]:
-    grad_fn = value_and_grad(outputs_of(apply_fn), OneGram(leaf=leaf), mask=mask)
-    found = jax.tree.structure(params).flatten_up_to(grad_fn(params, batch)[2])[leaf]
-    left = found.left.reshape(-1, *found.left.shape[-2:])[members, :inputs, :inputs]  # without the bias's input, 1
-    return left * found.weight, found.weight
+    kind, positions = OneGram(leaf=leaf), None if mask is None else jnp.asarray(mask(batch))
+    ((plan, slots),) = input_sums(apply_fn, kind, params, (batch,), positions)
+    sums, counts = kind.of_matrices(plan, slots)
+    return sums[members, :inputs, :inputs], counts[members]  # without the bias's input, 1
 
 
 def gradient_summary(
@@ -131,3 +151,14 @@ def rereadable(batches: object) -> Iterable[PyTree]:
             f"{type(batches).__name__}."
         )
     return batches
+
+
+def first_of(batches: Iterable[PyTree]) -> PyTree:
+    """The first batch.
+
+    Raises:
+      ValueError: where there is none.
+    """
+    for batch in batches:
+        return batch
+    raise ValueError("batches is empty: pass calibration data, one batch at least; methods of weights alone need none.")

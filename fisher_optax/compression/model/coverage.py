@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ...capture.roles import Role, read_roles
+from ...matrices.axes import LeafAxes
 from .layers import Layer
 from .reports import LeftDense, PrunedLayer
 from .uses import no_layer, places
@@ -41,6 +42,34 @@ def _of_leaf(role: Role, pruned: Sequence[np.ndarray]) -> list[LeftDense]:
     if role.named.kind == "matrix" or role.named.is_ambiguous:
         return [LeftDense(leaf.path, leaf.shape, size, no_layer(leaf), False)]
     return []
+
+
+def left_by_rule(leaves: Sequence[LeafAxes], layers: Sequence[Layer]) -> list[LeftDense]:
+    """The same by names and shapes, where no program is known."""
+    pruned = {layer.path for layer in layers}
+    rest = [leaf for leaf in leaves if leaf.path not in pruned and sum(d > 1 for d in leaf.shape) >= 2]
+    return [
+        LeftDense(leaf.path, leaf.shape, math.prod(leaf.shape), _by_rule(leaf), not leaf.is_ambiguous)
+        for leaf in rest
+        if leaf.axes is not None or leaf.is_ambiguous or leaf.kind in ("embedding", "head")
+    ]
+
+
+def _by_rule(leaf: LeafAxes) -> str:
+    return "left out by layers=" if leaf.kind == "matrix" else leaf.reason if leaf.is_ambiguous else leaf.kind
+
+
+def warn_of_unclear(layers: Sequence[PrunedLayer], left: Sequence[LeftDense]) -> None:
+    """Warns of what names and shapes leave open."""
+    if unclear := [leaf for leaf in left if not leaf.is_meant]:
+        share = sum(leaf.size for leaf in unclear) / sum(x.size for x in (*layers, *left))
+        warnings.warn(
+            f"prune: without a batch layers are found by names and shapes, and {share:.0%} of the weights of all "
+            f"matrices may be read in more ways than one and stay dense: "
+            f"{_listed([f'{leaf.name!r}, {leaf.reason}' for leaf in unclear])}. Pass one batch, with which the model "
+            "is traced; arrays may be jax.ShapeDtypeStruct.",
+            stacklevel=3,
+        )
 
 
 def warn_of_left(layers: Sequence[PrunedLayer], left: Sequence[LeftDense]) -> None:

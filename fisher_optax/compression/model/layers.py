@@ -5,17 +5,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
 from ...capture import InputGram
 from ...capture.program.leaves import LeafPlan
 from ...capture.program.order import in_order
-from ...capture.roles import Role, read_roles
-from ...capture.traced import Traced, trace
-from ...matrices.axes import MatrixAxes
+from ...capture.roles import read_roles
+from ...capture.traced import trace
+from ...matrices.axes import LeafAxes, MatrixAxes
 from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
 from .uses import no_layer, places
 
@@ -49,39 +47,44 @@ class Layer(NamedTuple):
         return len(self.members) * self.shape[0] * self.shape[1]
 
 
-def outputs_of(apply_fn: Callable[..., PyTree]) -> Callable[..., Array]:
-    """A scalar that depends on all that a model returns: what is traced to find its layers."""
-
-    def total(params: PyTree, batch: PyTree) -> Array:
-        leaves = [
-            x for x in jax.tree.leaves(apply_fn(params, batch)) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-        ]
-        if not leaves:
-            raise TypeError("apply_fn(params, batch) returned no floating-point array: return the model's outputs.")
-        return sum((jnp.sum(x.astype(jnp.promote_types(x.dtype, jnp.float32))) for x in leaves), jnp.zeros([]))
-
-    return total
-
-
 def find_layers(apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Layers = None) -> list[Layer]:
     """The layers to prune, in the order in which the model uses them.
 
     Args:
-      apply_fn, params, batch: as for `prune`.
+      apply_fn, params, batch: as for `prune`; of a batch only shapes are read.
       layers: None, all kernels of dense and convolutional layers but heads and embeddings, as `read_roles` tells them;
         patterns of paths, where "*" stands for anything and a module for all below it; or a function of a path.
 
     Raises:
       ValueError: for a pattern without a layer, and where none is left.
     """
-    traced = trace(outputs_of(apply_fn), InputGram(), params, (batch,), {})
-    roles = read_roles(apply_fn, params, batch)
+    traced = trace(apply_fn, InputGram(), params, (batch,), {})
+    kinds = {role.path: role.kind for role in read_roles(apply_fn, params, batch)}
     met = [m for m in in_order(traced) if m.leaf.use != "embedding" and m.leaf.axes is not None]
     paths = list(dict.fromkeys(m.leaf.path for m in met))
-    chosen = _chosen(layers, paths, roles, traced)
+    by_rank = sorted(traced.leaves, key=lambda leaf: -len(leaf.shape))
+    chosen = _chosen(layers, paths, kinds, {leaf.path: no_layer(leaf) for leaf in by_rank})
     if not chosen:
         raise ValueError(f"no layer to prune: found {_listed(paths)}, and layers={layers!r} leaves none of them.")
     return [_layer(m.leaf, m.members) for m in met if m.leaf.path in chosen]
+
+
+def layers_by_rule(leaves: list[LeafAxes], layers: Layers = None) -> list[Layer]:
+    """The layers to prune by the names and shapes of the parameters, in their order, where there is no batch to trace
+    the model with; stacks as a whole. Arguments and errors are those of `find_layers`.
+    """
+    matrices = [(i, leaf, leaf.axes) for i, leaf in enumerate(leaves) if leaf.axes is not None]
+    paths = [leaf.path for _, leaf, _ in matrices if leaf.kind != "embedding"]
+    uses = {leaf.path: leaf.reason for leaf in leaves}
+    chosen = _chosen(layers, paths, {leaf.path: leaf.kind for leaf in leaves}, uses)
+    if not chosen:
+        raise ValueError(f"no layer to prune: found {_listed(paths)}, and layers={layers!r} leaves none of them.")
+    found = []
+    for i, leaf, axes in matrices:
+        if leaf.path in chosen:
+            *stack, m, n = canonical_shape(leaf.shape, axes)
+            found.append(Layer(leaf.path, leaf.path, i, axes, np.arange(math.prod(stack)), (m, n)))
+    return found
 
 
 def _layer(leaf: LeafPlan, members: np.ndarray) -> Layer:
@@ -94,19 +97,17 @@ def _layer(leaf: LeafPlan, members: np.ndarray) -> Layer:
     return Layer(name, leaf.path, leaf.number, leaf.axes, members, (m, n), note)
 
 
-def _chosen(layers: Layers, paths: list[str], roles: list[Role], traced: Traced) -> set[str]:
+def _chosen(layers: Layers, paths: list[str], kinds: dict[str, str], uses: dict[str, str]) -> set[str]:
     if layers is None:
-        kinds = {role.path: role.kind for role in roles}
         return {path for path in paths if kinds[path] not in ("head", "embedding")}
     if callable(layers):
         return {path for path in paths if layers(path)}
     chosen: set[str] = set()
     for pattern in [layers] if isinstance(layers, str) else layers:
-        fits = [leaf for leaf in traced.leaves if _fits(leaf.path, pattern)]
-        matched = set(paths) & {leaf.path for leaf in fits}
+        fits = {path: use for path, use in uses.items() if _fits(path, pattern)}
+        matched = set(paths) & set(fits)
         if not matched:
-            first = sorted(fits, key=lambda leaf: -len(leaf.shape))[:1]
-            why = "".join(f": {leaf.path!r} is {no_layer(leaf)}" for leaf in first)
+            why = "".join(f": {path!r} is {use}" for path, use in list(fits.items())[:1])
             raise ValueError(f"layers={pattern!r} is no layer of this model{why}. It has {_listed(paths)}.")
         chosen |= matched
     return chosen

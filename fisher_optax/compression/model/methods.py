@@ -32,6 +32,11 @@ class Method(NamedTuple):
     scores: Scores | None = None
     damping: float | None = None  # asked for
 
+    @property
+    def needs_batches(self) -> bool:
+        """Whether it looks at data."""
+        return self.needs == "inputs" or callable(self.needs)
+
 
 _FACTORIES: dict[str, Callable[..., Method]] = {}
 

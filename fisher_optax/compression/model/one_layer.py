@@ -1,5 +1,6 @@
 """One layer pruned by one method: what the method is told, what it returns, and what that did to the outputs."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from jaxtyping import Array, PyTree
 from ..matrix.checking import kernel
 from ..matrix.masks import ReadSparsity
 from ..matrix.pruned import output_error
-from .calibration import Mask, gradient_summary, input_gram
+from .calibration import Mask, finite, gradient_summary, input_gram
 from .layers import Layer
 from .methods import Method
 from .reports import PrunedLayer
@@ -25,26 +26,35 @@ class Calibration(NamedTuple):
 
     apply_fn: Callable[..., PyTree]
     loss_fn: Callable[..., Array] | None
-    batches: Iterable[PyTree]
+    batches: Iterable[PyTree] | None  # None: no data, of which no method is told and no error is measured
     mask: Mask
     fisher: list[ArrayLike | None] | None  # leaves
     upper: list[ArrayLike | None] | None
 
 
-def knowledge(method: Method, data: Calibration, params: PyTree, layer: Layer, H: Array) -> list[tuple[PyTree, ...]]:
+def second_moments(data: Calibration, params: PyTree, layer: Layer) -> Array | None:
+    """Those of a layer's inputs; None without data."""
+    return None if data.batches is None else input_gram(data.apply_fn, params, data.batches, layer, data.mask)
+
+
+def knowledge(
+    method: Method, data: Calibration, params: PyTree, layer: Layer, H: Array | None
+) -> list[tuple[PyTree, ...]]:
     """What the method is told of each of a layer's matrices besides its weights."""
     if method.needs == "weights":
         return [()] * len(layer.members)
     if method.needs == "inputs":
+        assert H is not None
         # Where nothing is known of the inputs they count as independent and of one size.
         return [
             (jnp.eye(len(moment), dtype=moment.dtype) if dead else moment,)
-            for moment, dead in zip(H, unreached(H), strict=True)
+            for moment, dead in zip(finite(H, layer), unreached(H), strict=True)
         ]
     if method.needs == "fisher":
         return [(F,) for F in _read("fisher", data.fisher, layer)]
     assert callable(method.needs)
     assert data.loss_fn is not None
+    assert data.batches is not None
     return [(summary,) for summary in gradient_summary(data.loss_fn, params, data.batches, layer, method.needs)]
 
 
@@ -59,9 +69,10 @@ def unreached(H: Array) -> np.ndarray:
     return np.asarray(jnp.all(jnp.diagonal(H, axis1=-2, axis2=-1) == 0, -1))
 
 
-def _note(layer: Layer, leaf: Array, H: Array) -> str:
+def _note(layer: Layer, leaf: Array, H: Array | None) -> str:
     """What a report adds to a layer's figures."""
-    notes, dead = [layer.note] if layer.note else [], unreached(H)
+    notes = [layer.note] if layer.note else []
+    dead = np.zeros(1, bool) if H is None else unreached(H)
     if dead.any():
         stack = tuple(leaf.shape[a] for a in layer.axes.batch)
         where = "it" if dead.all() else places(layer.members[dead], stack)
@@ -80,7 +91,7 @@ def prune_layer(
 ) -> tuple[Array, Array, PrunedLayer]:
     began = time.perf_counter()
     W = kernel(f"{method.name} on {layer.name!r}", layer.read(leaf))
-    H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
+    H = second_moments(data, params, layer)
     if stays is not None:
         new, mask, damping = jnp.where(stays, W, 0), stays, None
     else:
@@ -90,15 +101,17 @@ def prune_layer(
         each, masks, dampings = zip(*pieces, strict=True)
         new, mask = jnp.stack(each), jnp.stack(masks)
         damping = max((x for x in dampings if x is not None), default=None)
-    error, whole = (float(jnp.sum(output_error(W, x, H))) for x in (new, jnp.zeros_like(W)))
-    dead = int(jnp.sum(jnp.diagonal(H, axis1=-2, axis2=-1) == 0))
+    error, whole, dead = math.nan, math.nan, None
+    if H is not None:
+        error, whole = (float(jnp.sum(output_error(W, x, H))) for x in (new, jnp.zeros_like(W)))
+        dead = int(jnp.sum(jnp.diagonal(H, axis1=-2, axis2=-1) == 0))
     row = PrunedLayer(
         layer.name,
         layer.shape,
         layer.size,
         layer.size - int(jnp.sum(mask)),
         error,
-        error / whole if whole > 0 else 0.0,
+        error / whole if whole != 0 else 0.0,
         dead,
         damping,
         time.perf_counter() - began,

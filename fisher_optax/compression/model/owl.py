@@ -19,7 +19,7 @@ from ...matrices.floats import on_whole, without_rest
 from ..matrix import checking
 from ..matrix.masks import Pattern, Sparsity, as_sparsity
 from ..matrix.scores import wanda_scores
-from .calibration import Mask, input_gram, rereadable
+from .calibration import Mask, finite, first_of, input_gram, rereadable
 from .layers import Layers, find_layers
 
 
@@ -81,16 +81,14 @@ def owl(
     if not spread >= 0 or (spread and not (S - spread >= 0 and S + spread < 1)):
         raise ValueError(f"spread must leave every layer a share in [0, 1): {S} ± {spread} does not.")
     batches = rereadable(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("batches is empty: pass calibration data, one batch at least.")
     floats, whole = without_rest(params)
     apply_fn, params = on_whole(apply_fn, params, whole), floats
-    found, leaves = find_layers(apply_fn, params, first, layers), jax.tree.leaves(params)
+    found, leaves = find_layers(apply_fn, params, first_of(batches), layers), jax.tree.leaves(params)
     outliers, sizes = {}, {}
     for layer in tqdm(found, "outliers", disable=not progress, unit="layer"):
         W = layer.read(jnp.asarray(leaves[layer.leaf]))
-        share = float(outlier_share(W, input_gram(apply_fn, params, batches, layer, mask), M))
+        H = finite(input_gram(apply_fn, params, batches, layer, mask), layer)
+        share = float(outlier_share(W, H, M))
         key = layer.name if group is None else group(layer.path)
         outliers[key] = outliers.get(key, 0.0) + share * layer.size
         sizes[key] = sizes.get(key, 0) + layer.size

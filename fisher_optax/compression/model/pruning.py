@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from ...fisher import DiagonalFisher
 from ...matrices.floats import is_floating, on_whole, without_rest
+from ...matrices.rules import resolve_axes
 from ..matrix.masks import Pattern, ReadSparsity, Sparsity, as_sparsity, check_pattern, global_masks
-from .calibration import Mask, input_gram, rereadable
-from .coverage import left_dense, warn_of_left, warn_of_unknown
-from .layers import Layer, Layers, find_layers
+from .calibration import Mask, first_of, rereadable
+from .coverage import left_by_rule, left_dense, warn_of_left, warn_of_unclear, warn_of_unknown
+from .layers import Layer, Layers, find_layers, layers_by_rule
 from .methods import Method, find_method
-from .one_layer import Calibration, knowledge, prune_layer
+from .one_layer import Calibration, knowledge, prune_layer, second_moments
 from .reports import PruningReport
 
 
@@ -53,12 +54,15 @@ def prune(
     The model needs no change: its layers are found in the program that ``apply_fn`` traces to. Each is a matrix of
     inputs by outputs (of a convolution, window and channels by channels; a scanned stack layer by layer). What a method
     needs is taken for one layer at a time, in one pass over the batches: memory holds one ``inputs x inputs`` matrix
-    besides the model. The errors in the report take that matrix whatever the method.
+    besides the model. The errors in the report take that matrix whatever the method. Inputs are those of the forward
+    pass: what outputs do with a layer (`stop_gradient`, rounding, an index) changes nothing.
 
     Args:
       apply_fn: ``apply_fn(params, batch)`` -> the model's outputs, any tree.
       params: a Flax dictionary or any tree of arrays; integers and random states pass through as they are.
       batches: calibration data, read once a layer: a list, or what can be read again. One shape, or each is compiled.
+        Methods of weights alone, or of a Fisher, take none: with ``[]`` layers are found by the names and shapes of the
+        parameters, with one batch of `jax.ShapeDtypeStruct` in the program. Data serve to measure their errors.
       method: "magnitude", "wanda", "sparsegpt", "obs", "fisher" (with ``fisher=``), "obert" (with ``loss_fn=``), or
         what was registered by `register`.
       sparsity: a share of each layer's weights in [0, 1); "N:M", to keep N of every M inputs; or one of these for each
@@ -69,7 +73,7 @@ def prune(
       sequential: take a layer's inputs from the model as pruned so far, rather than from the model as given.
       progress: show a progress bar.
       scope: where k of n are counted: "matrix" or "output" (a method's own by default), or "global": over all layers,
-        for methods with scores (magnitude, wanda, fisher), with ``sequential=False``.
+        for methods with scores (magnitude, wanda, fisher); of those that look at data, with ``sequential=False``.
       mask: of a batch, True for the positions that count (as in `fo.value_and_grad`), to leave padding out.
       loss_fn: ``loss_fn(params, example)`` -> a scalar, of one example of a batch; for methods that need gradients.
       fisher: a tree of F like params, or a `fo.fisher.DiagonalFisher` of single parameters.
@@ -87,8 +91,8 @@ def prune(
 
     Warns:
       UserWarning: where a damping had to be raised; for matrices that stay dense since the program shows no layer
-        there, unless ``layers`` says what is meant; for weights that no input has reached, which then go by size, and
-        for uses of a layer whose inputs are not known.
+        there, or since names and shapes alone do not tell what they are, unless ``layers`` says what is meant; for
+        weights that no input has reached, which then go by size, and for uses of a layer whose inputs are not known.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, fisher_optax as fo
@@ -98,26 +102,30 @@ def prune(
       >>> round(report.sparsity, 3), float(jnp.mean(pruned["params"]["layers_0"]["kernel"] == 0))
       (0.5, 0.5)
     """
-    batches = rereadable(batches)
-    first = next(iter(batches), None)
-    if first is None:
-        raise ValueError("batches is empty: pruning needs calibration data, one batch at least.")
+    if scope not in (None, "global"):
+        options["scope"] = scope
+    batches, chosen = rereadable(batches), find_method(method, options)
     if scope == "global" and upper is not None:
         raise ValueError(
             "upper= decides weight by weight, and scope='global' by rank over all layers: give one of them."
         )
-    if scope == "global" and sequential:
+    if scope == "global" and sequential and chosen.needs_batches:
         raise ValueError("scope='global' ranks all layers at once, by the model as given: pass sequential=False.")
-    if scope not in (None, "global"):
-        options["scope"] = scope
     trees = [_like_params(name, x, params) for name, x in (("fisher", fisher), ("upper", upper))]
     floats, whole = without_rest(params)
     apply_fn = on_whole(apply_fn, params, whole)
     loss_fn = None if loss_fn is None else on_whole(loss_fn, params, whole)
-    chosen, found = find_method(method, options), find_layers(apply_fn, floats, first, layers)
+    first = None if not chosen.needs_batches and next(iter(batches), None) is None else first_of(batches)
+    if first is None:
+        named = resolve_axes(floats)
+        found = layers_by_rule(named, layers)
+        left = left_by_rule(named, found)
+    else:
+        found = find_layers(apply_fn, floats, first, layers)
+        left = left_dense(apply_fn, floats, first, found)
     shares = sparsities(sparsity, found)
     leaves, structure = jax.tree.flatten(floats)
-    data = Calibration(apply_fn, loss_fn, batches, mask, *trees)
+    data = Calibration(apply_fn, loss_fn, _data(chosen, batches, first), mask, *trees)
     _check(chosen, data)
     ranked = _ranked(chosen, data, floats, found, shares, progress) if scope == "global" else None
 
@@ -132,13 +140,18 @@ def prune(
         before = jnp.ones(jnp.shape(leaves[layer.leaf]), bool) if before is None else before
         masks[layer.leaf] = layer.written(before, mask_here)
         rows.append(row)
-    left = left_dense(apply_fn, floats, first, found)
     if layers is None:
-        warn_of_left(rows, left)
+        (warn_of_unclear if first is None else warn_of_left)(rows, left)
     if chosen.needs != "weights":
         warn_of_unknown(rows)
     report = PruningReport(method, tuple(rows), tuple(left))
     return PrunedModel(whole(structure.unflatten(values)), structure.unflatten(masks), report)
+
+
+def _data(method: Method, batches: Iterable[PyTree], first: PyTree | None) -> Iterable[PyTree] | None:
+    """The data; None where there are none and the method needs none."""
+    shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(first))
+    return None if first is None or (shapes and not method.needs_batches) else batches
 
 
 def sparsities(sparsity: Sparsity | Mapping[str, Sparsity], layers: Sequence[Layer]) -> dict[str, ReadSparsity]:
@@ -208,9 +221,7 @@ def _ranked(
         raise ValueError("scope='global' takes one sparsity for all layers together.")
     found, leaves = {}, jax.tree.leaves(params)
     for layer in tqdm(layers, f"{method.name} scores", disable=not progress, unit="layer"):
-        H = jnp.zeros([len(layer.members)])
-        if method.needs == "inputs":
-            H = input_gram(data.apply_fn, params, data.batches, layer, data.mask)
+        H = second_moments(data, params, layer) if method.needs == "inputs" else None
         known = knowledge(method, data, params, layer, H)
         W = layer.read(jnp.asarray(leaves[layer.leaf]))
         found[layer.name] = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])

@@ -1,5 +1,6 @@
 """What `prune` did to each layer."""
 
+import math
 from typing import NamedTuple
 
 from ..._tables import table
@@ -12,9 +13,9 @@ class PrunedLayer(NamedTuple):
     shape: tuple[int, int]  # inputs, outputs of one matrix
     size: int  # weights
     removed: int
-    error: float  # ½ tr(Δᵀ H Δ): half the squared change of its outputs, a mean over its inputs
+    error: float  # ½ tr(Δᵀ H Δ): half the squared change of its outputs, a mean over its inputs; NaN without data
     relative_error: float  # ... over ½ tr(Wᵀ H W)
-    dead: int  # inputs that are always 0
+    dead: int | None  # inputs that are always 0; None without data
     damping: float | None  # taken, over the mean of H's diagonal; None: the method does not damp
     seconds: float
     note: str = ""  # matrices that no input reached, and uses beside this layer's, of which nothing is known
@@ -66,7 +67,7 @@ class PruningReport(NamedTuple):
     def __str__(self) -> str:
         columns = 9 if any(layer.note for layer in self.layers) else 8
         head = ("layer", "matrix", "gone", "error", "relative", "dead", "damping", "s", "note")
-        total = ("all", "", f"{self.sparsity:.2%}", f"{self.error:.3g}", "", "", "", f"{self.seconds:.1f}", "")
+        total = ("all", "", f"{self.sparsity:.2%}", _number(self.error), "", "", "", f"{self.seconds:.1f}", "")
         text = table(head[:columns], [_cells(layer)[:columns] for layer in self.layers], total[:columns])
         if not self.left:
             return text
@@ -80,10 +81,14 @@ def _cells(layer: PrunedLayer) -> tuple[str, ...]:
         layer.name,
         "x".join(map(str, layer.shape)),
         f"{layer.sparsity:.2%}",
-        f"{layer.error:.3g}",
-        f"{layer.relative_error:.3g}",
-        str(layer.dead),
+        _number(layer.error),
+        _number(layer.relative_error),
+        "" if layer.dead is None else str(layer.dead),
         "" if layer.damping is None else f"{layer.damping:.3g}",
         f"{layer.seconds:.2f}",
         layer.note,
     )
+
+
+def _number(x: float) -> str:
+    return "" if math.isnan(x) else f"{x:.3g}"

@@ -229,8 +229,8 @@ def _input_and_output_factors(rows: LayerRows, mode: str) -> list[tuple[Array, A
     def factors(batch: PyTree, key: PRNGKeyArray | None, share: Array | float) -> list[tuple[Array, Array, Array]]:
         found = jax.tree.structure(rows.params).flatten_up_to(grad_fn(rows.params, *batch, fisher_key=key)[2])
         statistics = [found[layer.kernel] for layer in rows.layers]
-        sides = [[x.reshape(-1, *x.shape[-2:]) for x in (f.left, f.right)] for f in statistics]
-        return [(f.weight * A, share * B, f.weight) for f, (A, B) in zip(statistics, sides, strict=True)]
+        each = [[f.left, f.right, f.weight[..., None, None]] for f in statistics]  # experts have a weight each
+        return [(w * A, share * B, w) for A, B, w in ((y.reshape(-1, *y.shape[-2:]) for y in x) for x in each)]
 
     if s.batch_size is None:
         found = factors(rows.batch, rows.key, 1.0)
