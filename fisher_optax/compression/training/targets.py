@@ -142,13 +142,13 @@ class Pruning(NamedTuple):
         return jax.tree.structure(params).unflatten(read)
 
     def read(self, params: PyTree) -> list[LeafAxes]:
-        """What each leaf is: by ``axes=``, under which heads and embeddings stay what their names say, or the rules."""
+        """What each leaf is: by the rules, or by ``axes=``, under which only names make heads and embeddings."""
         named = read_by_names(params)
         if self.axes is None:
             return named
         special = {"head", "embedding"}
         return [
-            leaf._replace(kind=name.kind) if name.kind in special and leaf.axes is not None else leaf
+            leaf if leaf.axes is None else leaf._replace(kind=name.kind if name.kind in special else "matrix")
             for leaf, name in zip(resolve_axes(params, self.axes), named, strict=True)
         ]
 
