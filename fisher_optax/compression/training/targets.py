@@ -130,7 +130,8 @@ class Pruning(NamedTuple):
                     "prune=, or say by axes= how it is one."
                 )
             if isinstance(self.sparsity, Pattern):
-                check_pattern(self.sparsity, canonical_shape(leaf.shape, leaf.axes)[-2])
+                for m in {shape[-2] for shape in matrix_shapes(leaf.shape, leaf.axes)}:
+                    check_pattern(self.sparsity, m)
         by_output = isinstance(self.sparsity, Pattern) or self.scope == "output" or self.by_blocks
         if by_output and (untold := [leaf for leaf in pruned if not is_told(leaf)]):
             raise ValueError(
@@ -141,13 +142,13 @@ class Pruning(NamedTuple):
         return jax.tree.structure(params).unflatten(read)
 
     def read(self, params: PyTree) -> list[LeafAxes]:
-        """What each leaf is: by ``axes=``, under which heads and embeddings stay what their names say, or the rules."""
+        """What each leaf is: by the rules, or by ``axes=``, under which only names make heads and embeddings."""
         named = resolve_axes(params)
         if self.axes is None:
             return named
         special = {"head", "embedding"}
         return [
-            leaf._replace(kind=name.kind) if name.kind in special and leaf.axes is not None else leaf
+            leaf if leaf.axes is None else leaf._replace(kind=name.kind if name.kind in special else "matrix")
             for leaf, name in zip(resolve_axes(params, self.axes), named, strict=True)
         ]
 
