@@ -206,6 +206,6 @@ def test_what_has_no_samples_is_left_to_the_fallback_as_the_error_says() -> None
     with pytest.raises(ValueError, match=r"no statistics for 'loop'.*batch, statistics=fo\.LayerSamples\(\.\.\.\)"):
         fo.frog(0.1).update(grads, fo.frog(0.1).init(q), q, statistics=stats)
     axes = fo.infer_axes(looped, q, x, statistics=kind)
-    assert axes == {"loop": None, "out": fo.MatrixAxes(1, 0)}
+    assert axes == {"loop": None, "out": fo.MatrixAxes(1, 0, head=True)}
     tx = fo.frog(0.1, axes=axes)
     jax.eval_shape(lambda: tx.update(grads, tx.init(q), q, statistics=stats))

@@ -147,7 +147,7 @@ def test_plain_tuples_by_inferred_axes() -> None:
         return loss({"first": {"kernel": W, "bias": b}, "second": {"kernel": V}})
 
     axes = fo.infer_axes(plain_loss, plain)
-    assert axes == [(fo.MatrixAxes(0, 1, bias="0/1"), None), (fo.MatrixAxes(0, 1),)]
+    assert axes == [(fo.MatrixAxes(0, 1, bias="0/1"), None), (fo.MatrixAxes(0, 1, head=True),)]
     tx, named = fo.kfac(0.1, axes=axes), fo.kfac(0.1)
     _, grads, stats = fo.value_and_grad(plain_loss)(plain)
     updates = tx.update(grads, tx.init(plain), plain, statistics=stats)[0]

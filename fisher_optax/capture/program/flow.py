@@ -8,6 +8,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from . import jaxprs
 from .walk import Plan
 
+UNKNOWN = -1  # the number of a product with parameters that is not understood
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
 
 
@@ -55,8 +56,9 @@ class _Flow(NamedTuple):
             self.followed.update(everything.sites)
             self.following.update({site.number} if everything.sites else ())
             return [Source(frozenset({site.number}), data=True)] * len(eqn.outvars)
-        if name in PRODUCTS and any(x.is_weight for x in operands):  # that is not understood
+        if name in PRODUCTS and any(x.is_weight for x in operands):
             self.followed.update(everything.sites)
+            return [Source(frozenset({UNKNOWN}), data=True)]
         inner = plan.inner.get(i, []) if plan else []
         if name == "scan":
             return self._scan(eqn, inner[0] if inner else None, operands)
