@@ -66,9 +66,9 @@ def value_and_grad(
       statistics: `fo.KroneckerFactors` (the default), `fo.LayerSamples`, `fo.InputGram` or one of your own, see
         `fo.StatisticsKind`.
       fisher: which labels: "empirical" (the data's; costs no further pass where `fo.losses` is called once, with no
-        weights or booleans, else one for each loss), "mc" (drawn from the model with
-        ``fisher_key``; one more backward pass a sample) or "true" (all of them; one pass a class or output). The last
-        two need the logits to pass through `fo.losses`, outside of loops.
+        weights or booleans, else one for each loss), "mc" (drawn from the model with ``fisher_key``; one more backward
+        pass a sample) or "true" (all of them; one pass a class or output). The last two need the logits to pass through
+        `fo.losses`, outside of loops.
       has_aux: as in `jax.value_and_grad`.
       normalizer: what the loss was divided by, a number or a function of ``*args, **kwargs``. None: `fo.losses` know
         it; else the positions of each dense layer (steps of a loop are positions), and the examples for convolutions
@@ -144,8 +144,7 @@ def _evaluate(
         fisher=labels, samples=n_samples, key=key, at_losses=[], value=value_type
     )
     (value, aux), grads, raw, at_losses, factors = _differentiate(traced, counted, watched, probes, pairs, watch)
-    own = N is None and counted.total is not None and not kind.inputs_alone()
-    if known := labels is not None or own:
+    if known := labels is not None or (N is None and counted.total is not None and not kind.inputs_alone()):
         N = _scale(kind, labels, counted, factors)
     found = {leaf.number: kind.finish(leaf, sums, N) for leaf, sums in zip(watched, raw, strict=True)}
     if known:

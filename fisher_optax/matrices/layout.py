@@ -248,27 +248,18 @@ def split(layers: list[Layer], matrices: Sequence[Array], like: Sequence[Array])
 
 
 def sides_to_stacks(
-    statistics: Sequence[PyTree], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None = None
+    statistics: Sequence[PyTree], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None
 ) -> dict[str, PyTree]:
-    """Statistics of the leaves (with ``left``, ``right``, ``squares``), one entry a matrix, stacked as by `to_stacks`.
-
-    A matrix that is a block gets the blocks on the diagonals that belong to its rows and columns.
-    """
+    """Statistics of the leaves, one entry a matrix, stacked as by `to_stacks`: of a block, those of its rows, columns."""
     members: dict[str, list[PyTree]] = {}
     for x, a, whole in zip(leaves, axes, statistics, strict=True):
         for part, s in zip(parts_of(x.shape, a), _of_parts(whole, x.shape, a), strict=True):
             *batch, m, n = canonical_shape(part.shape, part.axes)
             N = math.prod(batch)
             for r, c in itertools.product(cuts(m, block_size), cuts(n, block_size)):
-                grid = (N, r.count, c.count)
-                piece = (
-                    _diagonal_blocks(s.left, r, grid, 1),
-                    _diagonal_blocks(s.right, c, grid, 2),
-                    None if s.squares is None else block_of(s.squares[:, r.span, c.span], r, c),
-                )
+                squares = None if s.squares is None else block_of(s.squares[:, r.span, c.span], r, c)
                 key = stack_key((r.size, c.size), jnp.promote_types(x.dtype, jnp.float32))
-                weight = jnp.broadcast_to(jnp.reshape(s.weight, (-1, 1, 1)), grid).reshape(-1)
-                members.setdefault(key, []).append(type(s)(*piece, weight))
+                members.setdefault(key, []).append(_of_blocks(s, r, c, N, squares))
     return {key: jax.tree.map(lambda *xs: jnp.concatenate(xs), *pieces) for key, pieces in members.items()}
 
 
@@ -281,19 +272,19 @@ def _of_parts(s: PyTree, shape: tuple[int, ...], axes: MatrixAxes) -> Iterator[P
     for part, square in itertools.zip_longest(parts_of((N, m, n), matrix), squares):
         own, (i, j) = canonical_shape(part.shape, part.axes), (part.span[1].start, part.span[2].start)
         rows, columns = ((span.stop - span.start) // d for span, d in zip(part.span[1:], own[1:], strict=True))
-        grid = (N, rows, columns)
-        yield type(s)(
-            _diagonal_blocks(left, Cut(i, rows, own[1]), grid, 1),
-            _diagonal_blocks(right, Cut(j, columns, own[2]), grid, 2),
-            None if square is None else to_matrices(square, part.axes)[0].reshape(own),
-            jnp.broadcast_to(jnp.reshape(s.weight, (-1, 1, 1)), grid).reshape(-1),
-        )
+        square = None if square is None else to_matrices(square, part.axes)[0].reshape(own)
+        yield _of_blocks(type(s)(left, right, None, s.weight), Cut(i, rows, own[1]), Cut(j, columns, own[2]), N, square)
+
+
+def _of_blocks(s: PyTree, r: Cut, c: Cut, N: int, squares: Array | None) -> PyTree:
+    """The statistics of a grid of blocks of each of N matrices."""
+    grid = (N, r.count, c.count)
+    weight = jnp.broadcast_to(jnp.reshape(s.weight, (-1, 1, 1)), grid).reshape(-1)
+    return type(s)(_diagonal_blocks(s.left, r, grid, 1), _diagonal_blocks(s.right, c, grid, 2), squares, weight)
 
 
 def _diagonal_blocks(A: PyTree, cut: Cut, grid: tuple[int, int, int], along: int) -> PyTree:
-    """The blocks of a cut on the diagonal of each ``A: (N, d, d)``, for every matrix of a grid of blocks; a side of low
-    rank is whole.
-    """
+    """The blocks of a cut on the diagonal of each ``A: (N, d, d)``, for every matrix of a grid of blocks."""
     whole = A is None or jax.tree.leaves(A)[0].shape[-1] == cut.size
     if A is None or (grid[1:] == (1, 1) and whole):
         return A

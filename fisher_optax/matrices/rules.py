@@ -1,4 +1,14 @@
-"""Which axes of each parameter are inputs, outputs and batch of a matrix: by the rules, or as the user says."""
+"""Which axes of each parameter are inputs, outputs and batch of a matrix: by the rules, or as the user says.
+
+The canonical matrix of a leaf is ``in x out``, as Flax stores kernels (``y = x W``); every leaf is a batch of such
+matrices or none at all. Nothing is guessed: a leaf for which two readings fit is no matrix, and its reason says so.
+
+A reading rests on the bias beside a kernel, whose axes are the kernel's last (Dense, DenseGeneral, attention, Conv); on
+the stack around it (`stacks.Stacks`); and on whole names. A ``weight``, as PyTorch and Equinox store it, has its
+outputs first unless biases say otherwise; an embedding has its tokens there.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +16,12 @@ from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from .axes import GIVEN, INFERRED, LeafAxes, MatrixAxes, how_many, listed, made, path_names
-from .names import Leaf, bias_name, split_names
-from .readings import Rules, no_matrix
+from .axes import AMBIGUOUS, GIVEN, INFERRED, LeafAxes, MatrixAxes, how_many, listed, made, path_names
+from .names import ATTENTION_INPUTS, ATTENTION_OUTPUTS, EINSUMS, Leaf, bias_name, lora_side, split_names
+from .stacks import Stacks
 
 STRICT, OUT_IN = "strict", "out_in"
+WINDOWS = (1, 2, 3, 4, 5, 7)  # of a convolution that nothing names
 
 
 def resolve_axes(params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.floating) -> list[LeafAxes]:
@@ -130,3 +141,146 @@ def is_told(leaf: LeafAxes) -> bool:
     [True, False]
     """
     return leaf.bias is not None or "outputs first" in leaf.reason or "2-D leaf" not in leaf.reason
+
+
+# How a leaf is read, by its own name, its shape and the leaves around it.
+
+
+def no_matrix(leaf: Leaf, dtypes: DTypeLike = jnp.floating) -> LeafAxes | None:
+    """The verdict on a leaf that is no matrix of these dtypes whatever its name, or None."""
+    if not jnp.issubdtype(leaf.dtype, dtypes):
+        return leaf.as_("other", None, f"{leaf.dtype}, not real floating point")
+    small = "empty" if 0 in leaf.shape else {0: "scalar", 1: "vector"}.get(len(leaf.shape))
+    return leaf.as_("other", None, small) if small else None
+
+
+class Rules:
+    """The rules, for leaves that are seen together; ``outputs_first`` says that all matrices are stored so."""
+
+    def __init__(self, leaves: list[Leaf], outputs_first: bool = False):
+        self.stacks = Stacks(leaves, outputs_first)
+        # What is stacked along its second axis is read as one layer of the stack.
+        self.layers = {
+            module: Rules([_without_second_axis(x) for x in self.stacks.below[module]], outputs_first)
+            for module in self.stacks.along_second
+        }
+
+    def read(self, leaf: Leaf) -> LeafAxes:
+        """What the leaf is."""
+        if settled := no_matrix(leaf):
+            return settled
+        first, second = self.stacks.outermost(leaf)
+        if second is None or (first is not None and len(first) < len(second)):
+            return self._read(leaf)
+        found = _with_second_axis(self.layers[second].read(_without_second_axis(leaf)), leaf)
+        if first != second or found.axes is None:
+            return found
+        other = self._read(leaf)
+        if other.axes is None or other.axes.same_matrix(found.axes, leaf.shape):
+            return other
+        return _ambiguous(leaf, "stacked along its first axis or its second")
+
+    def _read(self, leaf: Leaf) -> LeafAxes:
+        """What the leaf is, stacked along leading axes alone."""
+        stacks = self.stacks
+        depth = stacks.depth(leaf)
+        rank = len(leaf.shape) - depth
+        if stacks.is_vector(leaf) or rank < 2:
+            if rank > 1 and not depth and stacks.is_vector_by_module(leaf):
+                return _ambiguous(leaf, "a normalisation by its module's name, a matrix by its shape")
+            return leaf.as_("other", None, ("stacked scalar", "stacked vector", "bias or normalisation")[min(rank, 2)])
+        outputs_first = stacks.is_outputs_first(leaf)
+        if outputs_first is None:
+            return _ambiguous(leaf, "outputs first by its name, inputs first by its neighbours' biases")
+        bias, fits = stacks.bias_of(leaf)
+        if bias:
+            # Neighbours show at least ``depth`` stacked axes; where the bias fits more as well, those may be true.
+            known = depth == max(fits, default=-1) and not stacks.may_be_along_second(leaf, depth)
+            inputs = tuple(range(len(leaf.shape) - len(bias))) if not outputs_first else tuple(range(1, rank))
+            doubt = "its bias fits stacked and unstacked" if fits else "its bias does not fit"
+            inputs = inputs if known else ()
+        elif stacks.is_expert(leaf, depth):
+            depth, inputs, doubt = depth + 1, (1,) if outputs_first else (0,), ""
+        else:
+            inputs, doubt = self._inputs_by_name(leaf, depth, outputs_first)
+        return self._verdict(leaf, depth, inputs, doubt)
+
+    def _inputs_by_name(self, leaf: Leaf, depth: int, outputs_first: bool) -> tuple[tuple[int, ...], str]:
+        """Which axes of one layer are inputs for a leaf without a bias, or none and what is in doubt."""
+        if self.stacks.may_be_stacked(leaf, depth):
+            return (), "perhaps stacked"
+        shape, kernel = leaf.shape[depth:], leaf.name == "kernel"
+        rank, window = len(shape), shape[2:] if outputs_first else shape[:-2]
+        square = rank == 4 and window[0] == window[1] in WINDOWS
+        convolution = (2 < rank < 6 and leaf.is_convolution) or square
+        if outputs_first:
+            return (tuple(range(1, rank)), "") if rank == 2 or convolution else ((), "no bias and no telling name")
+        einsum = EINSUMS.get(leaf.module if leaf.name in ("w", "kernel") else leaf.name)
+        if einsum is not None and einsum[0] == rank:
+            return einsum[1], ""
+        if rank == 2:
+            return (0,), ""
+        if rank == 3 and (kernel or leaf.name == "w") and leaf.module in ATTENTION_INPUTS | ATTENTION_OUTPUTS:
+            return ((0,) if leaf.module in ATTENTION_INPUTS else (0, 1)), ""
+        if (axis := self.stacks.gated_input(leaf, depth)) is not None:
+            return (axis,), ""
+        if kernel and convolution:
+            return tuple(range(rank - 1)), ""
+        return (), "no bias and no telling name"
+
+    def _verdict(self, leaf: Leaf, depth: int, inputs: tuple[int, ...], doubt: str) -> LeafAxes:
+        """The leaf as ``depth`` batch axes, then one layer with these input axes; without inputs, ambiguous."""
+        embedding = self.stacks.is_table(leaf)
+        if not inputs:
+            return _ambiguous(leaf, doubt, "embedding" if embedding else "other")
+        outputs = tuple(a for a in range(len(leaf.shape) - depth) if a not in inputs)
+        axes = MatrixAxes([depth + a for a in inputs], [depth + a for a in outputs], range(depth))
+        stack = f", stacked {' x '.join(map(str, leaf.shape[:depth]))}" if depth else ""
+        if embedding:
+            return leaf.as_("embedding", axes, f"embedding{stack}")
+        reason = _layer(leaf, axes) + stack
+        if self.stacks.is_router(leaf):
+            return leaf.as_("other", axes, f"router: {reason}")
+        return leaf.as_("head", axes, f"head: {reason}") if leaf.is_head else leaf.as_("matrix", axes, reason)
+
+
+def _ambiguous(leaf: Leaf, doubt: str, kind: str = "other") -> LeafAxes:
+    noun = leaf.name if leaf.name in ("kernel", "embedding") else "leaf"
+    return leaf.as_(kind, None, f"{AMBIGUOUS} {len(leaf.shape)}-D {noun}: pass axes= ({doubt})")
+
+
+def _layer(leaf: Leaf, axes: MatrixAxes) -> str:
+    """What kind of layer a matrix is, for the report."""
+    inputs, outputs = len(axes.inputs), len(axes.outputs)
+    first = ", outputs first" if axes.outputs < axes.inputs else ""
+    if (inputs, outputs) == (1, 1):
+        lora = lora_side(leaf)
+        return (f"LoRA's {lora}" if lora else "Dense kernel" if leaf.name == "kernel" else "2-D leaf") + first
+    if leaf.module in ATTENTION_INPUTS and (inputs, outputs) == (1, 2):
+        return f"attention {leaf.module}: (in, heads x features)"
+    if leaf.module in ATTENTION_OUTPUTS and (inputs, outputs) == (2, 1):
+        return f"attention {leaf.module}: (heads x features, out)"
+    if leaf.is_convolution:
+        return f"Conv kernel{first}"
+    return f"kernel: {inputs} input and {outputs} output axes{first}"
+
+
+# A stack along the second axis, as `nn.scan(variable_axes={"params": 1})` makes it.
+
+
+def _without_second_axis(leaf: Leaf) -> Leaf:
+    """One layer's share of it."""
+    return leaf._replace(shape=(*leaf.shape[:1], *leaf.shape[2:]))
+
+
+def _with_second_axis(layer: LeafAxes, leaf: Leaf) -> LeafAxes:
+    """What is read of one layer, for the stack of them along the second axis."""
+    stack = f", stacked {leaf.shape[1]} along axis 1"
+    if layer.axes is None:
+        reason = {"vector": "stacked vector", "scalar": "stacked scalar"}.get(layer.reason, layer.reason)
+        return layer._replace(shape=leaf.shape, reason=reason)
+    inputs, outputs, batch = (
+        [a + (a > 0) for a in group] for group in (layer.axes.inputs, layer.axes.outputs, layer.axes.batch)
+    )
+    axes = dataclasses.replace(layer.axes, inputs=inputs, outputs=outputs, batch=sorted([*batch, 1]))
+    return layer._replace(shape=leaf.shape, axes=axes, reason=layer.reason + stack)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ..._arguments import value_at
 from ...matrices.axes import LeafAxes, MatrixAxes, how_many, listed, made, path_names
-from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
+from ...matrices.blocks import from_matrices, matrix_shapes, to_matrices
 from ...matrices.rules import is_told, resolve_axes
 from ...transforms.fallback import AxesWarning, level_outside
 from ..matrix.masks import SCOPES, Pattern, Sparsity, as_sparsity, check_pattern, global_masks, mask
@@ -193,14 +193,23 @@ def _chosen(scores: PyTree, share: Array, constant: float | Pattern | None, scop
 
 
 def as_matrices(leaves: PyTree, axes: PyTree) -> PyTree:
-    """The leaves that have axes as ``(*batch, inputs, outputs)``, in float32 at least; None for the others."""
+    """The leaves that have axes as ``(*batch, inputs, outputs)``, in float32 at least, a tuple of these where they are
+    divided; None for the others.
+    """
 
-    def as_matrix(x: Array, axes: MatrixAxes | None) -> Array | None:
-        return None if axes is None else to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes)[0]
+    def as_matrix(x: Array, axes: MatrixAxes | None) -> PyTree:
+        if axes is None:
+            return None
+        matrices = to_matrices(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axes)
+        return matrices if axes.parts else matrices[0]
 
     return jax.tree.map(as_matrix, leaves, axes)
 
 
 def as_leaves(matrices: PyTree, like: PyTree, axes: PyTree) -> PyTree:
     """The leaves again, shaped as in ``like``: the inverse of `as_matrices`."""
-    return jax.tree.map(lambda x, A, M: None if A is None else from_matrices((M,), x.shape, A), like, axes, matrices)
+
+    def as_leaf(x: Array, A: MatrixAxes | None, M: PyTree) -> Array | None:
+        return None if A is None else from_matrices(M if A.parts else (M,), x.shape, A)
+
+    return jax.tree.map(as_leaf, like, axes, matrices)
