@@ -72,11 +72,12 @@ class MaxText(nn.Module):
 def maxtext() -> Layout:
     model = MaxText()
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(TOKENS.shape, int))["params"]
-    return Layout(
-        "as MaxText: layers scanned along axis 1, experts",
-        params,
-        lambda p, tokens: next_token(model.apply({"params": p}, tokens), tokens),
-    )
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, tokens)
+        return next_token(logits, tokens)
+
+    return Layout("as MaxText: layers scanned along axis 1, experts", params, loss)
 
 
 def zeros(shapes: Any) -> Any:

@@ -250,7 +250,7 @@ def split(layers: list[Layer], matrices: Sequence[Array], like: Sequence[Array])
 def sides_to_stacks(
     statistics: Sequence[PyTree], leaves: list[Array], axes: list[MatrixAxes], block_size: int | None
 ) -> dict[str, PyTree]:
-    """Statistics of the leaves, one entry a matrix, stacked as by `to_stacks`: of a block, those of its rows, columns."""
+    """Statistics of the leaves, one entry a matrix, stacked as by `to_stacks`; of a block, its part of the sides."""
     members: dict[str, list[PyTree]] = {}
     for x, a, whole in zip(leaves, axes, statistics, strict=True):
         for part, s in zip(parts_of(x.shape, a), _of_parts(whole, x.shape, a), strict=True):
