@@ -92,3 +92,18 @@ def test_names_and_biases_tell_inputs(make: Any) -> None:
     W = apply_updates(params, tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0])
     for kernel in (W["dense"]["kernel"], W["linear"]["w"], W["square"]["weight"].T):
         assert (np.count_nonzero(np.asarray(kernel).reshape(-1, 4, 4), 1) == 2).all()
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_each_part_of_a_divided_kernel_is_pruned_by_itself(make: Any) -> None:
+    """However small its weights are beside the others'."""
+    rng, sizes = np.random.default_rng(0), (6, 3, 3)
+    scales = np.repeat([1.0, 10.0, 100.0], sizes)
+    params = {"qkv": {"kernel": jnp.asarray(rng.normal(size=(6, 12)) * scales, jnp.float32)}}
+    grads = {"qkv": {"kernel": jnp.asarray(rng.normal(size=(6, 12)) / scales, jnp.float32)}}
+    for parts, left in (({1: sizes}, [18, 9, 9]), ({}, None)):
+        tx = make(0.5, axes={"qkv": {"kernel": fo.MatrixAxes(0, 1, parts=parts)}})
+        masks = masks_of(tx.update(grads, tx.init(params), params)[1])["qkv"]["kernel"]
+        counts = [int(m.sum()) for m in np.split(np.asarray(masks), np.cumsum(sizes)[:-1], 1)]
+        assert sum(counts) == 36
+        assert counts == left if left else counts != [18, 9, 9]
