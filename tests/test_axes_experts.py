@@ -34,7 +34,16 @@ def gated(p: Any, x: jax.Array) -> jax.Array:
 WEIGHTS = {"wi": leaf(E, D, H), "wo": leaf(E, H, D)}
 
 
-@pytest.mark.parametrize("act", [jnp.tanh, jax.nn.gelu, jax.nn.silu, jax.jit(jax.nn.relu), lambda h: 2 * h], ids=str)
+ACTIVATIONS = {
+    "tanh": jnp.tanh,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+    "jitted": jax.jit(jax.nn.relu),
+    "linear": lambda h: 2 * h,
+}
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS.values(), ids=ACTIVATIONS)
 def test_one_matrix_an_expert_through_every_activation(act: Callable[[jax.Array], jax.Array]) -> None:
     """Where the next product keeps experts apart. Summed over them, it has the inputs of all."""
 
