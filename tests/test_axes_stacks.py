@@ -59,7 +59,7 @@ def test_scans_of_scans_read_as_the_block_alone(make: Callable[[], nn.Module]) -
     assert {x.kind for x in resolve_axes(params["between"])} == {"other"}
     whole = {"between": params["between"], **next(v for k, v in params.items() if k != "between")}
     read = [x for x in resolve_axes(whole) if x.path.startswith("Block_0")]
-    alone = resolve_axes(params_of(make(), X))
+    alone = resolve_axes({"Block_0": params_of(make(), X)})
     assert [without_stack(x) for x in read] == [without_stack(x) for x in alone]
     assert {x.axes.batch for x in read if x.axes} == {(0, 1)}
 
@@ -211,10 +211,14 @@ def inserted(shape: tuple[int, ...], length: int, at: tuple[int, ...]) -> tuple[
     return shape[: at[0]] + (2, length)[-len(at) :] + shape[at[0] :]
 
 
-@pytest.mark.parametrize("names", ["query key value out", "q k v proj"])
 @pytest.mark.parametrize(
-    ("bias", "norm", "module"),
-    [*itertools.product([True, False], [True, False], ["h"]), (False, False, "layers")],
+    ("bias", "norm", "module", "names"),
+    [
+        *itertools.product([True, False], [True, False], ["h"], ["query key value out"]),
+        (False, False, "layers", "query key value out"),
+        (False, True, "h", "q k v proj"),
+        (False, False, "layers", "q k v proj"),
+    ],
     ids=str,
 )
 def test_small_sizes_that_collide_are_never_misread(bias: bool, norm: bool, module: str, names: str) -> None:

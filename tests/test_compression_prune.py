@@ -151,7 +151,7 @@ def test_methods_without_data_take_none(method: str, batches: Any) -> None:
 
 def test_what_cannot_be_told_without_a_batch_is_named() -> None:
     params = {"experts": jnp.ones((3, 4, 2)), "up": jnp.arange(8.0).reshape(4, 2)}
-    with pytest.warns(UserWarning, match="'experts' of shape .*Pass one batch"):
+    with pytest.warns(UserWarning, match="'experts', ambiguous 3-D leaf.*Pass one batch"):
         pruned = prune(lambda p, x: x, params, [], "magnitude", 0.5)
     assert [row.name for row in pruned.report.layers] == ["up"]
     with pytest.raises(ValueError, match="layers='down' is no layer of this model"):
@@ -170,7 +170,7 @@ def test_a_layer_without_inputs_is_said_and_keeps_its_largest_weights(method: st
 
         return jax.lax.scan(step, x, (jnp.arange(3), p["w"]))[0]
 
-    with pytest.warns(UserWarning, match=r"no input but 0 to 'w\[1\]'.*independent and of size 1"):
+    with pytest.warns(UserWarning, match=r"'w\[1\]': no input has reached it"):
         _, masks, report = prune(apply_fn, {"w": W}, [X], method, 0.5)
     assert_same_bits(masks["w"][1], fo.compression.mask(jnp.abs(W[1]), 0.5, scope="output"))
     row = {row.name: row for row in report.layers}["w[1]"]

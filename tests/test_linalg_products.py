@@ -70,5 +70,5 @@ def test_flops_in_blocks_are_counted(n: int) -> None:
         return count_matmul_flops(lambda X: orthogonalize(X, **options), X).most
 
     assert counted(method="direct") == direct_flops(rows, 3 * n, 5)
-    assert counted(method="gram") == counted() == gram_flops(rows, 3 * n, 5)
+    assert counted(method="gram") == gram_flops(rows, 3 * n, 5)
     assert symmetric_flops(rows) <= (0.625 if n % 4 == 0 else 0.63) * symmetric_flops((n,))

@@ -288,7 +288,7 @@ def _divided_by(total: ArrayLike | None, statistics: PyTree) -> PyTree:
     """By the sum of a loss's weights; of several losses, whose weights nobody adds up, by their positions."""
     if not isinstance(statistics, LayerFactors) or statistics.divisor is None:
         return statistics
-    weight = statistics.weight
+    weight = jnp.sum(statistics.weight)
     divisor = weight if total is None else jnp.where(weight > 0, total, 0).astype(weight.dtype)
     return dataclasses.replace(statistics, divisor=divisor)
 

@@ -137,7 +137,7 @@ def _read_given(tree: PyTree, leaves: list[Leaf], dtypes: DTypeLike) -> list[Lea
 def is_told(leaf: LeafAxes) -> bool:
     """Whether a matrix's inputs are known by more than the order of its axes: by a user, a name or a bias.
 
-    >>> [is_told(leaf) for leaf in resolve_axes({"kernel": jax.numpy.ones((3, 5)), "table": jax.numpy.ones((3, 5))})]
+    >>> [is_told(leaf) for leaf in resolve_axes({"kernel": jax.numpy.ones((3, 5)), "w1": jax.numpy.ones((3, 5))})]
     [True, False]
     """
     return leaf.bias is not None or "outputs first" in leaf.reason or "2-D leaf" not in leaf.reason

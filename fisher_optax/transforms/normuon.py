@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from .._arguments import in_range, injectable
-from ..matrices.axes import MatrixAxes
+from ..matrices.axes import MatrixAxes, Typed
 from ..matrices.blocks import from_matrices, matrix_shapes, to_matrices
 from .decay import scheduled
 from .fallback import with_fallback
@@ -80,7 +80,7 @@ def _per_neuron(leaf_axes: list[MatrixAxes], b2: ArrayLike, eps: ArrayLike) -> o
     return optax.GradientTransformation(init, update)
 
 
-def _moments(x: Array, axes: MatrixAxes) -> PyTree:
+def _moments(x: Typed, axes: MatrixAxes) -> PyTree:
     """Zeros for each output neuron; several arrays where a leaf is divided."""
     dtype = jnp.finfo(jnp.promote_types(x.dtype, jnp.float32)).dtype
     zeros = tuple(jnp.zeros((*s[:-2], 1, s[-1]), dtype) for s in matrix_shapes(x.shape, axes))

@@ -16,6 +16,7 @@ from tests.optimizers_table import (
     FACTORIES,
     METHODS,
     ROWS,
+    SHAPES,
     SOME,
     STATES,
     STEPS,
@@ -39,7 +40,7 @@ def test_unknown_arguments_are_accepted_and_nothing_compiles_twice(row: Row) -> 
     assert len(compiled(row).traces) == 1
 
 
-@each()
+@each(SHAPES)
 def test_jitted_equals_eager(row: Row) -> None:
     """And of what an eager step leaves in the state, nothing is there twice or belongs to the caller."""
     c = compiled(row)

@@ -124,7 +124,7 @@ def diagonal(
         # A key an example, by its place in all batches, so that labels do not depend on how these are cut.
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, read))
         if state is None:
-            check_example(settings.loss_fn, params, jax.tree.map(lambda x: x[0], batch))
+            check_example(settings.loss_fn, params, automatic(lambda batch: jax.tree.map(lambda x: x[0], batch), batch))
             state = _start(settings, params, batch, keys)
         state = _step(settings, state, params, batch, keys)
         if on_batch is not None:
