@@ -177,8 +177,8 @@ class Stacks:
     def may_be_along_second(self, leaf: Leaf, depth: int) -> bool:
         """Whether a stack along the second axis explains some module of several layers, and nothing else does."""
         return not depth and any(
-            sum(len(x.shape) > 2 for x in self.below[module]) > 1
-            and module in self.sharing_second
+            module in self.sharing_second
+            and sum(len(x.shape) > 2 for x in self.below[module]) > 1
             and not all(_is_axis_explained(x, depth, second=True) for x in self.below[module])
             for module in leaf.ancestors
         )
