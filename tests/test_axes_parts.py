@@ -84,10 +84,11 @@ def separated(params: Any) -> Any:
         lambda axes: fo.kfac(
             0.05, damping=0.1, precondition_frequency=1, **grouped(decomposition="inverse"), axes=axes
         ),
+        lambda axes: fo.kfac(0.05, damping=0.1, precondition_frequency=1, axes=axes),
         lambda axes: fo.kfac(0.05, damping=0.1, precondition_frequency=1, grafting="adam", axes=axes),
         lambda axes: fo.kfac_soap(0.05, precondition_frequency=2, axes=axes),
     ],
-    ids=["inverse", "grafted", "kfac_soap"],
+    ids=["kfac", "inverse", "grafted", "kfac_soap"],
 )
 def test_statistics_of_a_layer_are_those_of_its_parts(make: Callable[[Any], Any]) -> None:
     """K-FAC on one product with three parts is K-FAC on three products, biases included."""
@@ -167,3 +168,16 @@ def test_a_report_lists_the_parts() -> None:
     (row,) = fo.report(fo.soap(0.1, axes={"qkv": QKV}), params).rows
     assert row.matrices == ((1, 6, 6), (2, 6, 3))
     assert "parts={1: (6, 3, 3)}" in repr(row.axes)
+
+
+def test_a_start_from_adam_is_that_of_the_parts() -> None:
+    kernel, grads = normal(0, D, 12), normal(1, D, 12)
+
+    def started(params: Any, axes: Any, cut: Any) -> Any:
+        adam, soap = optax.adam(0.1), fo.soap(0.1, precondition_frequency=2, axes=axes)
+        _, state = adam.update(cut(grads), adam.init(params), params)
+        return soap.update(cut(grads), fo.from_adam(soap, state, params), params)[0]
+
+    whole = started({"qkv": kernel}, {"qkv": QKV}, lambda g: {"qkv": g})
+    parts = started(apart(kernel), dict.fromkeys("qkv", fo.MatrixAxes(0, 1)), apart)
+    np.testing.assert_allclose(whole["qkv"], jnp.concatenate([parts[k] for k in "qkv"], 1), rtol=2e-5, atol=2e-5)

@@ -58,7 +58,7 @@ def test_the_polar_factor_in_blocks_in_single_precision() -> None:
         np.testing.assert_allclose(got, direct(X, polar_express(5)), atol=error)
 
 
-@pytest.mark.parametrize("n", [8, 11])
+@pytest.mark.parametrize("n", [8, 11, 32, 35])
 @pytest.mark.usefixtures("blocked")
 def test_flops_in_blocks_are_counted(n: int) -> None:
     """Exactly, and at most five eighths of the whole, plus what an odd size adds."""
@@ -71,4 +71,5 @@ def test_flops_in_blocks_are_counted(n: int) -> None:
 
     assert counted(method="direct") == direct_flops(rows, 3 * n, 5)
     assert counted(method="gram") == gram_flops(rows, 3 * n, 5)
+    assert counted() == (gram_flops if n >= 32 else direct_flops)(rows, 3 * n, 5)
     assert symmetric_flops(rows) <= (0.625 if n % 4 == 0 else 0.63) * symmetric_flops((n,))

@@ -61,8 +61,7 @@ def input_sums(
 
 def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], state: State, watch: Watch) -> Results:
     """The results of a program, and the sums with those of its products added."""
-    env = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    env.update(zip(program.jaxpr.invars, operands, strict=True))
+    env = jaxprs.environment(program, operands)
     for i, eqn in enumerate(program.jaxpr.eqns):
         values = [jaxprs.read(env, v) for v in eqn.invars]
         if i in plan.inner:

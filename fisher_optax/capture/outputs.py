@@ -119,8 +119,7 @@ def _run(
     result_of: Callable[[int, Array], Array],
 ) -> list[Any]:
     """The results of a program whose losses are given other operands, and give other results."""
-    env = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    env.update(zip(program.jaxpr.invars, operands, strict=True))
+    env = jaxprs.environment(program, operands)
     for i, eqn in enumerate(program.jaxpr.eqns):
         values = [jaxprs.read(env, v) for v in eqn.invars]
         inner = plan.inner.get(i, [])

@@ -63,8 +63,7 @@ def watching(kind: StatisticsKind, watched: Sequence[LeafPlan], mask: Array | No
 
 def run(program: jaxprs.Program, plan: Plan, operands: Sequence[Value], scope: Scope, watch: Watch) -> Results:
     """The results of a program, and its pseudo-losses."""
-    env = dict(zip(program.jaxpr.constvars, program.consts, strict=True))
-    env.update(zip(program.jaxpr.invars, operands, strict=True))
+    env = jaxprs.environment(program, operands)
     pseudo: Pseudo = {}
     for i, eqn in enumerate(program.jaxpr.eqns):
         values = [jaxprs.read(env, v) for v in eqn.invars]

@@ -16,7 +16,6 @@ from tests.optimizers_table import (
     FACTORIES,
     METHODS,
     ROWS,
-    SHAPES,
     SOME,
     STATES,
     STEPS,
@@ -40,7 +39,7 @@ def test_unknown_arguments_are_accepted_and_nothing_compiles_twice(row: Row) -> 
     assert len(compiled(row).traces) == 1
 
 
-@each(SHAPES)
+@each()
 def test_jitted_equals_eager(row: Row) -> None:
     """And of what an eager step leaves in the state, nothing is there twice or belongs to the caller."""
     c = compiled(row)

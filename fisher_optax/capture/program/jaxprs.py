@@ -104,6 +104,12 @@ def _type(x: Typed) -> ShapedArray:
     return x if isinstance(x, ShapedArray) else jax.typeof(x)
 
 
+def environment(program: Program, operands: Sequence[Value]) -> dict[Var, Any]:
+    """The values of a program's variables before its first equation."""
+    names = (*program.jaxpr.constvars, *program.jaxpr.invars)
+    return dict(zip(names, (*program.consts, *operands), strict=True))
+
+
 def read(env: dict[Var, Value], atom: Operand) -> Any:
     """The value of a literal or a variable."""
     return atom.val if isinstance(atom, Literal) else env[atom]

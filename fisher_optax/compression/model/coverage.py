@@ -59,29 +59,23 @@ def _by_rule(leaf: LeafAxes) -> str:
     return "left out by layers=" if leaf.kind == "matrix" else leaf.reason if leaf.is_ambiguous else leaf.kind
 
 
-def warn_of_unclear(layers: Sequence[PrunedLayer], left: Sequence[LeftDense]) -> None:
-    """Warns of what names and shapes leave open."""
-    if unclear := [leaf for leaf in left if not leaf.is_meant]:
-        share = sum(leaf.size for leaf in unclear) / sum(x.size for x in (*layers, *left))
-        warnings.warn(
-            f"prune: without a batch layers are found by names and shapes, and {share:.0%} of the weights of all "
-            f"matrices may be read in more ways than one and stay dense: "
-            f"{_listed([f'{leaf.name!r}, {leaf.reason}' for leaf in unclear])}. Pass one batch, with which the model "
-            "is traced; arrays may be jax.ShapeDtypeStruct.",
-            stacklevel=3,
-        )
-
-
-def warn_of_left(layers: Sequence[PrunedLayer], left: Sequence[LeftDense]) -> None:
-    """Warns of what stays dense though nobody asked for that."""
-    if silent := [leaf for leaf in left if not leaf.is_meant]:
-        share = sum(leaf.size for leaf in silent) / sum(x.size for x in (*layers, *left))
-        warnings.warn(
-            f"prune: {share:.0%} of the weights of all matrices stay dense, as the program shows no layer there: "
-            f"{_listed([f'{leaf.name!r}, {leaf.reason}' for leaf in silent])}. The report lists them; layers= that "
-            "names what to prune says that this is meant.",
-            stacklevel=3,
-        )
+def warn_of_left(layers: Sequence[PrunedLayer], left: Sequence[LeftDense], by_program: bool) -> None:
+    """Warns of what stays dense though nobody asked for that: the program shows no layer there, or names and shapes
+    leave open what it is.
+    """
+    silent = [leaf for leaf in left if not leaf.is_meant]
+    if not silent:
+        return
+    share = sum(leaf.size for leaf in silent) / sum(x.size for x in (*layers, *left))
+    listed = _listed([f"{leaf.name!r}, {leaf.reason}" for leaf in silent])
+    why = (
+        f"as the program shows no layer there: {listed}. The report lists them; layers= that names what to prune says "
+        "that this is meant."
+        if by_program
+        else f"as without a batch only names and shapes are known, which may be read in more ways than one: {listed}. "
+        "Pass one batch, with which the model is traced; arrays may be jax.ShapeDtypeStruct."
+    )
+    warnings.warn(f"prune: {share:.0%} of the weights of all matrices stay dense, {why}", stacklevel=3)
 
 
 def warn_of_unknown(layers: Sequence[PrunedLayer]) -> None:

@@ -17,7 +17,7 @@ from ...matrices.floats import is_floating, on_whole, without_rest
 from ...matrices.rules import resolve_axes
 from ..matrix.masks import Pattern, ReadSparsity, Sparsity, as_sparsity, check_pattern, global_masks
 from .calibration import Mask, first_of, rereadable
-from .coverage import left_by_rule, left_dense, warn_of_left, warn_of_unclear, warn_of_unknown
+from .coverage import left_by_rule, left_dense, warn_of_left, warn_of_unknown
 from .layers import Layer, Layers, find_layers, layers_by_rule
 from .methods import Method, find_method
 from .one_layer import Calibration, knowledge, prune_layer, second_moments
@@ -141,7 +141,7 @@ def prune(
         masks[layer.leaf] = layer.written(before, mask_here)
         rows.append(row)
     if layers is None:
-        (warn_of_unclear if first is None else warn_of_left)(rows, left)
+        warn_of_left(rows, left, by_program=first is not None)
     if chosen.needs != "weights":
         warn_of_unknown(rows)
     report = PruningReport(method, tuple(rows), tuple(left))
