@@ -144,6 +144,8 @@ def parts_of(shape: tuple[int, ...], axes: MatrixAxes) -> list[Part]:
     >>> [part.shape for part in parts_of((8, 64), MatrixAxes(parts=((1, (32, 16, 16)),)))]
     [(8, 1, 32), (8, 2, 16)]
     """
+    if not axes.parts:
+        return [Part(tuple(slice(0, d) for d in shape), shape, axes)]
     divided = [a for a in axes.inputs + axes.outputs if a in dict(axes.parts)]
     place = [a + sum(b <= a for b in divided) for a in range(len(shape))]  # of what is left of each axis
     inputs, outputs, batch = (tuple(place[a] for a in group) for group in (axes.inputs, axes.outputs, axes.batch))
