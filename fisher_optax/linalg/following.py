@@ -99,7 +99,7 @@ def _later(P: Array, Q: Array, alone: Array, size: Array) -> _Start:
     """Columns of ``A Q``, but Q's where A makes nothing of them."""
     # Exact axes come first, where nothing that rounding leaves in other columns takes part of them away.
     axes = jnp.sum(jnp.where(alone[:, None], Q * Q, 0), axis=0) > 0.5
-    null = ~axes & ~known(column_lengths(P), size)
+    null = ~axes & ~known(column_lengths(P), size, units=FAINT)
     key = sort_key(jnp.where(axes, jnp.inf, rayleigh(Q, P)), null, size)
     return _Start(Q, jnp.zeros([], bool), jnp.where((null | axes)[None], Q, P), key, ~null)
 
@@ -214,19 +214,26 @@ def _columns(M: Array, places: Array) -> Array:
 # In units of ``finfo.eps``, two roundings: of a matrix's norm, below which an eigenvalue is unknown; a null space that
 # was computed from a product of side 3072 has some 2 of the largest.
 UNKNOWN = 16
+# Likewise, of a column of A Q: rounding is a hundredth of one that is as faint, so it stays as it was. The others then
+# leave more than UNKNOWN of all that are kept, and one QR does.
+FAINT = 256
 # Of a column of length one: entries below are the rounding of a factorisation, which leaves 2 and less.
 DUST = 8
 
 
 def known(
-    values: Float[Array, "*batch d"], size: Float[Array, "..."], least: Float[Array, ""] | float = 0.0
+    values: Float[Array, "*batch d"],
+    size: Float[Array, "..."],
+    least: Float[Array, ""] | float = 0.0,
+    *,
+    units: int = UNKNOWN,
 ) -> Bool[Array, "*batch d"]:
-    """Which eigenvalues of a matrix of that norm stand out from ``least``; all of those that are NaN.
+    """Which eigenvalues of a matrix of that norm stand out from ``least`` by ``units`` of rounding; NaN does.
 
     >>> print(known(jnp.array([2.0, 1e-3, 1e-9]), jnp.array(2.0)))
     [ True  True False]
     """
-    return ~(values <= least + UNKNOWN * jnp.finfo(values.dtype).eps * size)
+    return ~(values <= least + units * jnp.finfo(values.dtype).eps * size)
 
 
 def diagonal(A: Float[Array, "d d"]) -> Float[Array, " d"]:
