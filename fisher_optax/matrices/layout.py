@@ -13,32 +13,28 @@ from jaxtyping import Array, PyTree
 
 from .._xla import sharding_of
 from .axes import LeafAxes, MatrixAxes, Typed, parts_of
-from .blocks import (
-    Cut,
-    block_of,
-    canonical_shape,
-    cuts,
-    divide,
-    from_matrices,
-    matrix_shapes,
-    stack_key,
-    to_matrices,
-)
+from .blocks import Cut, block_of, canonical_shape, cuts, divide, from_matrices, matrix_shapes, stack_key, to_matrices
+
+Entry = str | tuple[str, ...] | None  # of a `PartitionSpec`
 
 
 class Layout(NamedTuple):
     """Where the matrices of a leaf live: how their rows and columns are spread over a mesh."""
 
     mesh: Mesh | AbstractMesh
-    rows: object  # of the mesh: an entry of a `PartitionSpec`
-    columns: object
+    rows: Entry
+    columns: Entry
 
-    def of(self, kind: str, ndim: int) -> NamedSharding:
-        """For a stacked ``ndim``-array of kind "matrix", "left" or "right"; a factor's rows are laid out like the side
-        they belong to, its columns are whole.
+    def of(self, kind: str, shape: tuple[int, ...]) -> NamedSharding:
+        """For a stack of kind "matrix", "left" or "right"; a factor's rows are laid out like the side they belong to,
+        its columns are whole, as is a side that zeros have made too long to be divided.
         """
         sides = {"matrix": (self.rows, self.columns), "left": (self.rows, None), "right": (self.columns, None)}[kind]
-        return NamedSharding(self.mesh, PartitionSpec(None, *sides) if ndim == 3 else PartitionSpec())
+        if len(shape) != 3:
+            return NamedSharding(self.mesh, PartitionSpec())
+        parts = [math.prod(self.mesh.shape[a] for a in ((s,) if isinstance(s, str) else s or ())) for s in sides]
+        fits = [side if d % k == 0 else None for d, side, k in zip(shape[1:], sides, parts, strict=True)]
+        return NamedSharding(self.mesh, PartitionSpec(None, *fits))
 
 
 def matrix_layout(x: Typed, axes: MatrixAxes, whole: bool) -> Layout | None:
@@ -52,7 +48,7 @@ def matrix_layout(x: Typed, axes: MatrixAxes, whole: bool) -> Layout | None:
         return None
     spec = tuple(sharding.spec) + (None,) * (len(x.shape) - len(sharding.spec))
 
-    def merged(group: tuple[int, ...]) -> object:
+    def merged(group: tuple[int, ...]) -> Entry:
         return spec[group[0]] if whole and all(spec[a] is None for a in group[1:]) else None
 
     return Layout(sharding.mesh, merged(axes.inputs), merged(axes.outputs))
@@ -88,9 +84,9 @@ def place(state: PyTree, layouts: set[Layout | None]) -> PyTree:
 
     def put(x: PyTree, kind: str) -> PyTree:
         if isinstance(x, tuple):  # rows of a side that is too long for a matrix
-            return jax.tree.map(lambda y: jax.device_put(y, layout.of(kind, 0)), x)
+            return jax.tree.map(lambda y: jax.device_put(y, layout.of(kind, ())), x)
         packed = kind != "matrix" and x.shape[-1] != x.shape[-2]
-        return jax.device_put(x, layout.of(kind, 0 if packed else x.ndim))
+        return jax.device_put(x, layout.of(kind, () if packed else x.shape))
 
     def sides(pair: PyTree) -> PyTree:
         """A matrix of each side, and whatever else there is."""
@@ -111,7 +107,7 @@ def place_moments(state: PyTree, layouts: set[Layout | None]) -> PyTree:
     layout = next(iter(layouts)) if len(layouts) == 1 else None
     if layout is None:
         return state
-    return jax.tree.map(lambda x: jax.device_put(x, layout.of("matrix", x.ndim)), state)
+    return jax.tree.map(lambda x: jax.device_put(x, layout.of("matrix", x.shape)), state)
 
 
 def share_out(state: PyTree, mesh_axis: str | None) -> PyTree:

@@ -131,6 +131,6 @@ def _preconditioner(
     one_of("variant", variant, tuple(VARIANTS))
     factors = projector_splitting(decay_of(shampoo_beta, b2), init=init, **VARIANTS[variant])
     inner = (rank1_adam if rank1 else adam)(b1, b2, eps, True, storage.momentum_dtype)
-    return in_bases_of(
-        "dykaf", factors, in_eigenbasis(inner), precondition_frequency, max_precond_dim, refresh, storage
-    )
+    # The moment of rank one starts at eps everywhere.
+    application = in_eigenbasis(inner)._replace(ignores_zeros=not rank1)
+    return in_bases_of("dykaf", factors, application, precondition_frequency, max_precond_dim, refresh, storage)

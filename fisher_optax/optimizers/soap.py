@@ -188,7 +188,8 @@ def adam_in_bases(
     return in_bases_of(
         name,
         factors,
-        in_eigenbasis(inner, precision=products.rotations),
+        # The root mean square is of all entries.
+        in_eigenbasis(inner, precision=products.rotations)._replace(ignores_zeros=not normalize_updates),
         precondition_frequency,
         max_precond_dim,
         refresh,

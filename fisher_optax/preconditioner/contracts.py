@@ -1,9 +1,8 @@
 """What travels between the parts: Kronecker factors, what a decomposition makes of them, and the three contracts of
 a preconditioner.
 
-All three act on one matrix gradient ``G: (m, n)``, ``m`` inputs by ``n`` outputs. Everything about its left (input)
-and right (output) side comes in pairs; a side that is not
-preconditioned is ``None``. In a state, matrices of one shape are stacked along a leading axis.
+All three act on one matrix gradient ``G: (m, n)``, ``m`` inputs by ``n`` outputs. What is of its left (input) and
+right (output) side comes in pairs, None where there is none. In a state, matrices are stacked along a leading axis.
 """
 
 import dataclasses
@@ -17,7 +16,6 @@ from .._arguments import in_range, one_of, whole
 from ..statistics import LayerFactors
 
 PRECISIONS = ("highest", "high", "default")  # of products on an accelerator
-
 
 Factor = Float[Array, "d d"] | None  # of a matrix's side; None: it has none
 
@@ -71,7 +69,8 @@ class FactorRule(NamedTuple):
     side. ``track(G, factors, basis)`` follows the eigenvalues of `Eigenpairs` between two decompositions; a rule that
     has it needs them. ``read(factors)`` is what is decomposed. With ``of_statistics`` both get, in the place of G, the
     layer's `LayerFactors`, and are not called where there are none. ``overwrite(statistics, factors, accept)`` is
-    ``update`` in place and only where ``accept``, for factors that are kept as they come.
+    ``update`` in place and only where ``accept``, for factors that are kept as they come. ``ignores_zeros``: rows and
+    columns of zeros in G change nothing else, so that near shapes may share a stack.
     """
 
     name: str
@@ -81,6 +80,7 @@ class FactorRule(NamedTuple):
     read: Callable[[Kronecker], Kronecker] = lambda factors: factors
     of_statistics: bool = False
     overwrite: Callable[[PyTree, Kronecker, Bool[Array, ""] | None], Kronecker] | None = None
+    ignores_zeros: bool = False
 
 
 class Decomposition(NamedTuple):
@@ -109,6 +109,7 @@ class Application(NamedTuple):
 
     ``accepts`` lists what a decomposition may return for it; ``NoneType`` stands for no decomposition at all.
     ``observe(state, statistics, basis)`` takes in the layer's `LayerFactors`, in the basis they were seen in.
+    ``ignores_zeros`` as in `FactorRule`.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Application(NamedTuple):
     sees_itself: bool = False  # whether a gradient acts on itself, through factors that hold it already
     observe: Callable[[PyTree, LayerFactors, PyTree], PyTree] | None = None
     precision: str = "highest"  # of rotations: of gradients, and of moments when a basis turns
+    ignores_zeros: bool = False
 
 
 class MatrixState(NamedTuple):

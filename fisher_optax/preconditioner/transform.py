@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._xla import dynamic_indices
-from ..matrices.axes import LeafAxes, MatrixAxes
+from ..matrices.axes import LeafAxes, MatrixAxes, Typed
 from ..matrices.blocks import from_stacks, matrix_shapes, to_stacks
-from ..matrices.layout import leaf_layouts, place, share_out, sides_to_stacks, spread
+from ..matrices.layout import StackLayout, leaf_layouts, place, share_out, sides_to_stacks, spread
+from ..matrices.near import Shape, gather, members, near_shapes, scatter
 from ..statistics import LayerFactors
-from ..transforms.fallback import with_fallback
+from ..transforms.fallback import record_zeros, with_fallback
 from ..transforms.skip_nonfinite import Freezable, counted, skip_first_call
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
 from .refresh import KEEP, Policy, renew
@@ -29,7 +30,7 @@ class PreconditionState(NamedTuple):
 
     count: Int[Array, ""]  # calls so far
     failures: Int[Array, ""]  # of decompositions: the last good one stayed
-    matrices: dict[str, MatrixState]  # by shape, e.g. "384x1536"
+    matrices: dict[str, MatrixState]  # by shape, e.g. "384x1536", or by those that share a stack: "9x18+10x20"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +94,36 @@ class Preconditioner:
         zero = lambda: jnp.zeros([], jnp.int32)  # noqa: E731
         if not leaves:  # optax.tree.map_params asks with a placeholder where the parameters would be
             return PreconditionState(zero(), zero(), treedef.unflatten([]))
-        states = {}
-        for key, stack in leaf_layouts(leaves, axes, self.storage.block_size).items():
+        states, own = {}, leaf_layouts(leaves, axes, self.storage.block_size)
+        stacks = self._together(own)
+        record_zeros(sum(map(self._bytes, stacks.values())) - sum(map(self._bytes, own.values())))
+        for key, stack in stacks.items():
             of_matrix = self._start(*stack.shape, stack.dtype)
             state = jax.tree.map(lambda x, n=stack.count: jnp.broadcast_to(x, (n, *x.shape)), of_matrix)
             states[key] = share_out(place(state, stack.layouts), self.mesh_axis)
         return PreconditionState(zero(), zero(), states)
+
+    def _names(self, own: Mapping[str, Typed]) -> tuple[str, ...]:
+        """Of the stacks that the matrices of these ``(N, m, n)`` are in: one a shape, or a few of near ones."""
+        if not (self.factors.ignores_zeros and self.application.ignores_zeros):
+            return tuple(own)
+        wanted = self.storage.wanted
+        return near_shapes(tuple(Shape(k, G.shape, str(G.dtype), all(wanted(*G.shape[1:]))) for k, G in own.items()))
+
+    def _together(self, own: dict[str, StackLayout]) -> dict[str, StackLayout]:
+        """What the state's stacks hold, from what there is of each shape."""
+        stacks = {}
+        for key in self._names({k: jax.ShapeDtypeStruct((s.count, *s.shape), s.dtype) for k, s in own.items()}):
+            parts = [own[name] for name in members(key)]
+            m, n = (max(part.shape[i] for part in parts) for i in (0, 1))
+            layouts = set().union(*(part.layouts for part in parts))
+            stacks[key] = StackLayout((m, n), parts[0].dtype, sum(part.count for part in parts), layouts)
+        return stacks
+
+    def _bytes(self, stack: StackLayout) -> int:
+        """Of the state of so many matrices, counters apart."""
+        state = jax.eval_shape(lambda: self._start(*stack.shape, stack.dtype))
+        return stack.count * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
 
     def _start(self, m: int, n: int, dtype: DTypeLike) -> MatrixState:
         """The state of one matrix."""
@@ -125,7 +150,8 @@ class Preconditioner:
         leaves, treedef = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
-        stacks = to_stacks(leaves, axes, self.storage.block_size)
+        own = to_stacks(leaves, axes, self.storage.block_size)
+        stacks = gather(own, self._names(own))
         sides: dict[str, LayerFactors] = {}
         if self.factors.of_statistics and statistics is not None:
             sides = sides_to_stacks(statistics, leaves, axes, self.storage.block_size)
@@ -136,6 +162,7 @@ class Preconditioner:
         operands = (stacks, state.matrices, sides, self._actions(stacks, state.count, accept))
         result = of_all(*operands) if self.mesh_axis is None else spread(of_all, self.mesh_axis, *operands)
         directions, matrices, failed = result
+        directions = scatter(directions, own)
         longest = max(len(U) for U in directions.values())
         places = dynamic_indices(longest, state.count >= 0 if accept is None else accept)
         out = from_stacks(directions, leaves, axes, self.storage.block_size, places)

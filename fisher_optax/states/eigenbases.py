@@ -1,5 +1,7 @@
 """The bases inside an optimizer's state, by parameter: what capture needs to take squares in them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
@@ -7,6 +9,7 @@ from jaxtyping import PyTree
 from ..matrices.axes import wide_dtype
 from ..matrices.blocks import stack_key
 from ..matrices.layout import layers_of
+from ..matrices.near import members, own_columns
 from ..matrices.rules import resolve_axes
 from ..preconditioner.contracts import Eigenbasis
 from ..preconditioner.transform import PreconditionState
@@ -33,27 +36,34 @@ def eigenbases(state: PyTree, params: PyTree, axes: PyTree = None) -> PyTree:
     found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
     leaves, treedef = jax.tree.flatten(params)
     layers = layers_of(resolve_axes(params, axes), ("matrix", "head"))
+    stacks = {own: key for state in found for key in state.matrices for own in members(key)}
     used: dict[str, int] = {}
     places = []
     for layer in layers:
         *batch, m, n = layer.shape(leaves)
         key = stack_key((m, n), jnp.promote_types(wide_dtype(leaves[layer.kernel].dtype), jnp.float32))
-        if len(found) != 1 or key not in found[0].matrices:
+        if len(found) != 1 or key not in stacks:
             raise ValueError(
                 f"eigenbases: the state has no bases of {m} x {n} matrices, as {layer.path!r} is. Pass the state of "
                 "fo.ekfac (without block_size) with the params and the axes it was made for."
             )
         start = used.get(key, 0)
         used[key] = start + (batch or [1])[0]
-        places.append((key, slice(start, used[key])))
+        places.append((key, start, (m, n)))
     for optimizer_state in found:
         _require_all(used, optimizer_state)
     bases: list[Eigenbasis | None] = [None] * len(leaves)
-    for layer, (key, place) in zip(layers, places, strict=True):
+    for layer, (key, start, sides) in zip(layers, places, strict=True):
         shape = tuple(leaves[layer.kernel].shape[a] for a in layer.axes.batch)
-        basis = found[0].matrices[key].basis
+        shared = members(stacks[key])
+        start += sum(used[own] for own in shared[: shared.index(key)])
+        place = slice(start, start + math.prod(shape))
+        basis = found[0].matrices[stacks[key]].basis
         bases[layer.kernel] = Eigenbasis(
-            *(None if Q is None else Q[place].reshape(*shape, *Q.shape[1:]) for Q in basis[:2])
+            *(
+                None if Q is None else own_columns(Q[place], d).reshape(*shape, d, d)
+                for Q, d in zip(basis[:2], sides, strict=True)
+            )
         )
     return treedef.unflatten(bases)
 
@@ -62,7 +72,7 @@ def _require_all(used: dict[str, int], state: PreconditionState) -> None:
     """A ValueError unless as many matrices of each shape were used as the state has: else some are another layer's."""
     stacks = state.matrices if isinstance(state.matrices, dict) else {}
     for key, leaves in ((key, jax.tree.leaves(stack)) for key, stack in stacks.items()):
-        count = used.get(key, 0)
+        count = sum(used.get(own, 0) for own in members(key))
         have = len(leaves[0]) if leaves else count
         # A stack that is shared out over a mesh is filled up by fewer matrices than there are devices.
         if count != have and not 0 < count < have < count + jax.device_count():

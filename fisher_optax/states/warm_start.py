@@ -12,6 +12,7 @@ from ..capture.to_optimizer import layer_axes
 from ..matrices.axes import arrays, path_names
 from ..matrices.blocks import to_stacks
 from ..matrices.layout import join
+from ..matrices.near import gather
 from ..preconditioner.applications.eigenbasis import AdamState
 from ..preconditioner.contracts import Eigenpairs, Kronecker, MatrixState
 from ..preconditioner.transform import PreconditionState
@@ -89,7 +90,8 @@ def _filled(state: PyTree, adam: _Adam, b1: float, used: list[PyTree], routed: R
             return node._replace(weight=weight, mean=_like(node.mean, mean, routed))
         if not isinstance(node, PreconditionState):
             return node
-        mu, nu = _stacked(adam.mu, routed), _stacked(adam.nu, routed)
+        keys = [key for key, old in node.matrices.items() if isinstance(old, MatrixState)]
+        mu, nu = (gather(_stacked(known, routed), keys) for known in (adam.mu, adam.nu))
         matrices = {
             key: _start(key, old, adam.count, mu[key], nu[key]) if isinstance(old, MatrixState) else old
             for key, old in node.matrices.items()

@@ -8,7 +8,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -257,18 +257,22 @@ class Row(NamedTuple):
     block_size: int | None = None
 
 
+Rows = TypeVar("Rows", list[Row], None)
 _rows: contextvars.ContextVar[list[Row] | None] = contextvars.ContextVar("rows", default=None)
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Row]]:
-    """The rows that inits inside write."""
-    rows: list[Row] = []
-    token = _rows.set(rows)
+def _writing(to: Rows) -> Iterator[Rows]:
+    token = _rows.set(to)
     try:
-        yield rows
+        yield to
     finally:
         _rows.reset(token)
+
+
+def recorded() -> contextlib.AbstractContextManager[list[Row]]:
+    """The rows that inits inside write."""
+    return _writing([])
 
 
 def is_recording() -> bool:
@@ -278,17 +282,18 @@ def is_recording() -> bool:
 
 def record(leaf: LeafAxes, **cells: Any) -> None:
     """Write a row for ``leaf``."""
-    rows = _rows.get()
-    if rows is not None:
+    if (rows := _rows.get()) is not None:
         defaults = {"matrices": (), "refresh_flops": 0, "reason": leaf.reason}
         rows.append(Row(path=leaf.path, shape=leaf.shape, kind=leaf.kind, **(defaults | cells)))
 
 
-@contextlib.contextmanager
-def paused() -> Iterator[None]:
+def record_zeros(state_bytes: int) -> None:
+    """Write a row for what the state holds of no leaf."""
+    if (rows := _rows.get()) is not None and state_bytes:
+        why = "near shapes share a program, by rows and columns of zeros"
+        rows.append(Row("(zeros)", (0,), "-", "other", None, (), state_bytes, 0, why))
+
+
+def paused() -> contextlib.AbstractContextManager[None]:
     """No rows from inits inside."""
-    token = _rows.set(None)
-    try:
-        yield
-    finally:
-        _rows.reset(token)
+    return _writing(None)

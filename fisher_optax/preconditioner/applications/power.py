@@ -48,5 +48,12 @@ def power(
 
     nothing = Moments((), ())
     return Application(
-        "power", (InverseRoot,), init, update, lambda state: nothing, lambda state, _: state, sees_itself=True
+        "power",
+        (InverseRoot,),
+        init,
+        update,
+        lambda state: nothing,
+        lambda state, _: state,
+        sees_itself=True,
+        ignores_zeros=True,
     )

@@ -70,8 +70,8 @@ def outer_product(
         L, R = (None if A is None else A / weight for A in (factors.left, factors.right))
         return _trace_scaled(L, R) if trace_scaling else Kronecker(L, R)
 
-    plain = kind != "mean" and not trace_scaling
-    return FactorRule("outer product", init, update) if plain else FactorRule("outer product", init, update, read=read)
+    rule = FactorRule("outer product", init, update, ignores_zeros=True)
+    return rule if kind != "mean" and not trace_scaling else rule._replace(read=read)
 
 
 def _trace_scaled(L: Float[Array, "m m"] | None, R: Float[Array, "n n"] | None) -> Kronecker:

@@ -80,7 +80,7 @@ def projector_splitting(
         R, L = sequential_step(R, L, G.mT, β)
         return Kronecker(L, R, counted)
 
-    return FactorRule("projector splitting", start, update)
+    return FactorRule("projector splitting", start, update, ignores_zeros=init != "identity")
 
 
 def sequential_step(
