@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from fisher_optax.linalg import orthogonal_iteration
+from fisher_optax.linalg import followed_by_products, orthogonal_iteration
 
 METHODS = ("qr", "cholesky")
 
@@ -111,3 +111,20 @@ def test_cholesky_keeps_directions_without_statistics_apart(dead: slice) -> None
     np.testing.assert_array_equal(np.asarray(basis)[np.ix_(~gone, within)], 0)
     np.testing.assert_array_equal(np.asarray(basis)[np.ix_(gone, ~within)], 0)
     np.testing.assert_allclose(np.asarray(basis)[:, within], start[:, np.abs(start[gone]).sum(0) > 0], atol=1e-6)
+
+
+def test_dead_inputs_take_nothing_from_a_first_basis() -> None:
+    """The smallest eigenvalue that is taken away is of live inputs: zeros beside them change nothing."""
+    rng = np.random.default_rng(0)
+    V = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    A = (V * np.linspace(1, 2, 6)) @ V.T
+    places = [1, 2, 4, 5, 6, 8]
+    padded = np.zeros((9, 9))
+    padded[np.ix_(places, places)] = A
+    alone, _ = followed_by_products(jnp.asarray(A), jnp.eye(6), True)
+    Q, _ = followed_by_products(jnp.asarray(padded), jnp.eye(9), True)
+    dead = np.setdiff1d(np.arange(9), places)
+    columns = np.asarray(np.abs(Q[dead]).sum(0) == 0)
+    assert columns.sum() == 6
+    np.testing.assert_array_equal(np.abs(Q[dead][:, ~columns]).sum(0), 1)
+    np.testing.assert_allclose(Q[np.array(places)][:, columns], alone, atol=2e-5)

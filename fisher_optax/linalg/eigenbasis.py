@@ -129,7 +129,7 @@ def followed_by_products(
 ) -> tuple[Float[Array, "d d"], Int[Array, " d"]]:
     """What `followed` is for, by products and small Cholesky factors alone: one loop of ``rounds`` of "cholesky".
 
-    The first basis is Q after 20 rounds with ``A - λ_min I``, λ_min the least of the columns' `rayleigh` values,
+    The first basis is Q after 20 rounds with ``A - λ_min I``, λ_min the least of live columns' `rayleigh` values,
     whatever ``rounds`` is. A round brings the columns of two eigenvalues apart by their ratio, so that those within a
     tenth of each other still share directions then; later refreshes go on from there. In the first ten of the 20, A is
     shifted by ``√ε |A|`` instead of ``8 ε |A|``: what the rounding of A Q turns in a null space is then that small. A
@@ -144,14 +144,17 @@ def followed_by_products(
     A, Q = unit_scale(at_least_float32(A)), at_least_float32(Q)
     same, ε = jnp.arange(len(A)), float(jnp.finfo(A.dtype).eps)
     limit = jnp.where(first, -1, -1 if tolerance is None else tolerance)
+    live = jnp.any(A != 0, axis=0)
 
     def one_round(carry: tuple[Array, ...]) -> tuple[Array, ...]:
         i, most, Q, order = carry
         P = project(A, Q, precision=precision)
         # A factor that is not finite has no measure; renewing it shows that.
         settled, places = off_diagonal_part(Q, P) <= limit, descending(Q, P)
-        # Less the smallest eigenvalue, a first basis tells the others from it in a few rounds.
-        least = jnp.where(first, jnp.min(rayleigh(Q, P)), 0)
+        # Less the smallest eigenvalue, a first basis tells the others from it in a few rounds; dead inputs, whose axes
+        # are exact in any case, do not count.
+        counted = jnp.logical_and(first, jnp.sum(jnp.where(live[:, None], Q * Q, 0), axis=0) > 0.5)
+        least = jnp.where(counted, jnp.min(jnp.where(counted, rayleigh(Q, P), jnp.inf)), 0)
         # In the first of these rounds a larger shift leaves directions that A makes nothing of where they are.
         floor = jnp.where(jnp.logical_and(first, i < FIRST_ROUNDS // 2), ε**0.5, FLOOR * ε)
         new = cholesky_qr(_spanning(Q, P, places, floor, least), count=jnp.where(settled, 0, len(A)))
@@ -168,7 +171,7 @@ def _spanning(
     P: Float[Array, "*batch d d"],
     order: Int[Array, "*batch d"],
     floor: Float[Array, ""] | float,
-    least: Float[Array, ""] | float = 0,
+    least: Float[Array, " d"] | float = 0,
 ) -> Float[Array, "*batch d d"]:
     """``(A - least I + floor |A| I) Q`` in that order, from ``P = A Q``; Q's own columns where that is rounding."""
     norm = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True)
