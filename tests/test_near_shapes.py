@@ -78,9 +78,7 @@ def test_steps_are_those_of_matrices_that_are_apart(name: str, request: pytest.F
     start = params_of()
     for layer, leaf in together.items():
         x, wanted, old = leaf["kernel"], alone[layer]["kernel"], start[layer]["kernel"]
-        # Rounds of "cholesky" leave a first basis unfinished, and less so where no eigenvalue is zero.
-        tolerance = 1e-4 if name == "soap-cholesky" else 1e-7
-        assert np.linalg.norm(x - wanted) < tolerance * np.linalg.norm(wanted - old)
+        assert np.linalg.norm(x - wanted) < 1e-7 * np.linalg.norm(wanted - old)
 
 
 def random_shapes(seed: int) -> tuple[near.Shape, ...]:
