@@ -21,6 +21,7 @@ bound.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arguments import in_range
+from ..matrices.floats import without_rest
 from .log_density import information, promoted, score, statistic_information
 from .operators.operator import Operator
 
@@ -108,7 +110,7 @@ def natural_gradient(F: Fisher, grad: PyTree, damping: ArrayLike = 0.0, iteratio
     in_range("damping", damping, 0)
     in_range("iterations", iterations, 1)
     F = _matrix(F)
-    g, unravel = _vector(F, grad), ravel_pytree(jax.tree.map(promoted, grad))[1]
+    g, unravel = _raveled(F, grad)
     if isinstance(F, Operator):
         if not isinstance(damping, Tracer) and damping == 0:
             raise ValueError("an operator needs damping > 0, such as 1e-3; without, pass its entries: F.dense().")
@@ -258,16 +260,28 @@ def _size(F: Array | Operator) -> int:
 
 def _vector(F: Array | Operator, v: PyTree) -> Array:
     """A tree like the parameters, or a vector already, as a vector."""
-    leaves, structure = jax.tree.flatten(v)
-    shapes = [jnp.shape(x) for x in leaves]
-    fits = sum(map(math.prod, shapes)) == _size(F)
-    if isinstance(F, Operator) and shapes != [(F.size,)]:
-        fits = structure == F.structure and shapes == [x.shape for x in F.leaves]
-    if not fits:
+    return _raveled(F, v)[0]
+
+
+def _raveled(F: Array | Operator, v: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
+    """That vector, and its way back to a tree. What is no floating point passes, where F has no entries for it."""
+    floats, whole = without_rest(v)
+    floats, whole = (v, lambda x: x) if _fits(F, v) else (floats, whole)
+    if not _fits(F, floats):
+        structure, shapes = jax.tree.structure(v), [jnp.shape(x) for x in jax.tree.leaves(v)]
         raise ValueError(
             f"F wants a tree like the parameters, or a vector of {_size(F)}; got {structure} of shapes {shapes}."
         )
-    return ravel_pytree(jax.tree.map(promoted, v))[0]
+    flat, unravel = ravel_pytree(jax.tree.map(promoted, floats))
+    return flat, lambda x: whole(unravel(x))
+
+
+def _fits(F: Array | Operator, v: PyTree) -> bool:
+    leaves, structure = jax.tree.flatten(v)
+    shapes = [jnp.shape(x) for x in leaves]
+    if isinstance(F, Operator) and shapes != [(F.size,)]:
+        return structure == F.structure and shapes == [x.shape for x in F.leaves]
+    return sum(map(math.prod, shapes)) == _size(F)
 
 
 def _product(F: Array | Operator, v: Array) -> Array:

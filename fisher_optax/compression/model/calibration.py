@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
@@ -95,9 +96,9 @@ def gradient_summary(
     batches: Iterable[PyTree],
     piece: Piece,
     summary: Callable[[Array], PyTree],
-) -> list[PyTree]:
+) -> tuple[list[PyTree], np.ndarray]:
     """Of each of these matrices, the mean over all examples of ``summary(g)``, g the gradients ``(examples, inputs,
-    outputs)`` of a batch's single examples, which exist at once for one piece.
+    outputs)`` of a batch's single examples, which exist at once for one piece; and for which of them all are 0.
 
     Raises:
       ValueError: for no batches, gradients that are not finite.
@@ -113,7 +114,8 @@ def gradient_summary(
         raise ValueError("batches is empty: an iterator that was read before has nothing left. Pass a list.")
     if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(total)):
         raise ValueError(f"gradients of {piece.name!r} are not finite on the calibration data.")
-    return [jax.tree.map(lambda x, i=i: x[i] / count, total) for i in range(len(piece.members))]
+    means, live = total
+    return [jax.tree.map(lambda x, i=i: x[i] / count, means) for i in range(len(piece.members))], np.asarray(live == 0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -125,7 +127,7 @@ def _gradient_sum(
     params: PyTree,
     batch: PyTree,
     members: Array,
-) -> PyTree:
+) -> tuple[PyTree, Array]:
     leaves, structure = jax.tree.flatten(params)
 
     def loss(x: Array, example: PyTree) -> Array:
@@ -133,7 +135,8 @@ def _gradient_sum(
 
     g = jax.vmap(jax.grad(loss), (None, 0))(leaves[leaf], batch)
     g = jax.vmap(lambda x: place.read(x)[members])(g)
-    return jax.tree.map(lambda x: x * len(g), jax.vmap(summary, 1)(g))
+    live = jnp.any(g != 0, (0, 2, 3))
+    return jax.tree.map(lambda x: x * len(g), jax.vmap(summary, 1)(g)), live.astype(jnp.int32)
 
 
 def rereadable(batches: object) -> Iterable[PyTree]:

@@ -37,25 +37,34 @@ def second_moments(data: Calibration, params: PyTree, layer: Layer) -> Array | N
 
 def knowledge(
     method: Method, data: Calibration, params: PyTree, piece: Piece, H: Array | None
-) -> Iterator[tuple[PyTree, ...]]:
-    """What the method is told of each of these matrices besides its weights; H is of the layer's inputs."""
+) -> tuple[Iterable[tuple[PyTree, ...]], str]:
+    """What the method is told of each of these matrices besides its weights, and what the data say nothing of; H is of
+    the layer's inputs.
+    """
     if method.needs == "weights":
-        yield from [()] * len(piece.members)
-    elif method.needs == "inputs":
+        return [()] * len(piece.members), ""
+    if method.needs == "inputs":
         assert H is not None
-        finite(H, piece.layer)
-        for i, is_dead in enumerate(unreached(H, piece)):
-            moment = piece.moment(H, i)
-            # Where nothing is known of the inputs they count as independent and of one size.
-            yield (jnp.eye(len(moment), dtype=moment.dtype) if is_dead else moment,)
-    elif method.needs == "fisher":
-        yield from ((F,) for F in _read("fisher", data.fisher, piece))
-    else:
-        assert callable(method.needs)
-        assert data.loss_fn is not None
-        assert data.batches is not None
-        summaries = gradient_summary(data.loss_fn, params, data.batches, piece, method.needs)
-        yield from ((summary,) for summary in summaries)
+        return _moments(piece, finite(H, piece.layer)), ""
+    if method.needs == "fisher":
+        F = _read("fisher", data.fisher, piece)
+        # A frozen matrix may matter as much as any: its weights go by size.
+        dead = np.asarray(jnp.all(F == 0, (-2, -1)))
+        note = f"the Fisher is 0 of {piece.where(dead)}" if dead.any() else ""
+        return [(jnp.ones_like(x) if d else x,) for x, d in zip(F, dead, strict=True)], note
+    assert callable(method.needs)
+    assert data.loss_fn is not None
+    assert data.batches is not None
+    summaries, dead = gradient_summary(data.loss_fn, params, data.batches, piece, method.needs)
+    return [(x,) for x in summaries], f"no gradient has reached {piece.where(dead)}" if dead.any() else ""
+
+
+def _moments(piece: Piece, H: Array) -> Iterator[tuple[Array]]:
+    """Of each matrix's inputs, made when they are asked for."""
+    for i, is_dead in enumerate(unreached(H, piece)):
+        moment = piece.moment(H, i)
+        # Where nothing is known of the inputs they count as independent and of one size.
+        yield (jnp.eye(len(moment), dtype=moment.dtype) if is_dead else moment,)
 
 
 def _read(name: str, leaves: list[ArrayLike | None] | None, piece: Piece) -> Array:
@@ -70,9 +79,9 @@ def unreached(H: Array, piece: Piece) -> np.ndarray:
     return np.asarray(jnp.all(piece.input_sizes(H) == 0, -1))
 
 
-def _note(piece: Piece, H: Array | None) -> str:
+def _note(piece: Piece, H: Array | None, of_method: str) -> str:
     """What a report adds to a piece's figures."""
-    notes = [piece.layer.note] if piece.layer.note else []
+    notes = [note for note in (of_method, piece.layer.note) if note]
     dead = np.zeros(1, bool) if H is None else unreached(H, piece)
     if dead.any():
         notes.insert(0, f"no input has reached {piece.where(dead)}")
@@ -91,10 +100,11 @@ def prune_piece(
 ) -> tuple[Array, Array, PrunedLayer]:
     """New matrices, their masks and what is said of them but seconds; H is of the layer's inputs."""
     W = kernel(f"{method.name} on {piece.name!r}", piece.read(leaf))
+    note = ""
     if stays is not None:
         new, mask, damping = jnp.where(stays, W, 0), stays, None
     else:
-        known = knowledge(method, data, params, piece, H)
+        known, note = knowledge(method, data, params, piece, H)
         ends = [{}] * len(W) if data.upper is None else [{"upper": x} for x in _read("upper", data.upper, piece)]
         each, masks, dampings = zip(*_matrices(method, piece, W, known, ends, sparsity), strict=True)
         new, mask = jnp.stack(each), jnp.stack(masks)
@@ -113,7 +123,7 @@ def prune_piece(
         dead,
         damping,
         0.0,
-        _note(piece, H),
+        _note(piece, H, note),
     )
     return new, mask, row
 

@@ -255,7 +255,7 @@ def _ranked(
     for layer in tqdm(layers, f"{method.name} scores", disable=not progress, unit="layer"):
         H = second_moments(data, params, layer) if method.needs == "inputs" else None
         for piece in layer.pieces:
-            known = knowledge(method, data, params, piece, H)
+            known, _ = knowledge(method, data, params, piece, H)
             W = piece.read(jnp.asarray(leaves[layer.leaf]))
             found[piece.name] = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])
     return global_masks(found, next(iter(shares.values())))

@@ -19,6 +19,7 @@ from ...capture.losses import total
 from ...capture.outputs import Output, outputs
 from ...capture.report import infer_axes
 from ...matrices.axes import path_names
+from ...matrices.floats import on_whole, without_rest
 from ...matrices.layout import Layer
 from .layer_forms import Entries, RowSum, einsum, matrices_of
 from .matrix import FISHERS, operator
@@ -228,7 +229,8 @@ def rows_of(
     """Checked; without layers."""
     if fisher not in FISHERS:
         raise ValueError(f"rows are those of {', '.join(map(repr, FISHERS))}; got fisher={fisher!r}.")
-    loss_fn = hashable(loss_fn)
+    floats, whole = without_rest(params)
+    loss_fn, params = hashable(on_whole(loss_fn, params, whole)), floats
     operator(loss_fn, params, *batch, fisher=fisher, n_samples=n_samples, temperature=temperature, key=key)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     check_counts("fisher", batch_size=batch_size)
