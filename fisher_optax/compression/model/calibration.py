@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from ..._arguments import hashable
+from ..._xla import of_each
 from ...capture import InputGram
 from ...capture.forward import input_sums
 from ...capture.kinds.protocol import Sums
@@ -133,7 +134,7 @@ def _gradient_sum(
     def loss(x: Array, example: PyTree) -> Array:
         return loss_fn(structure.unflatten([*leaves[:leaf], x, *leaves[leaf + 1 :]]), example)
 
-    g = jax.vmap(jax.grad(loss), (None, 0))(leaves[leaf], batch)
+    g = of_each(lambda example: jax.grad(loss)(leaves[leaf], example), batch)
     g = jax.vmap(lambda x: place.read(x)[members])(g)
     live = jnp.any(g != 0, (0, 2, 3))
     return jax.tree.map(lambda x: x * len(g), jax.vmap(summary, 1)(g)), live.astype(jnp.int32)

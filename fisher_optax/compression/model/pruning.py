@@ -156,7 +156,8 @@ def _layer_by_layer(
     for layer in layers:
         began, i = time.perf_counter(), layer.leaf
         H = second_moments(data, known(), layer)
-        stays = jnp.ones(layer.stored, bool) if masks[i] is None else masks[i]
+        before = masks[i]
+        stays = jnp.ones(layer.stored, bool) if before is None else before
         for piece in layer.pieces:
             own = None if ranked is None else ranked[piece.name]
             new, mask, row = prune_piece(method, data, known(), piece, values[i], H, shares[piece.name], own)

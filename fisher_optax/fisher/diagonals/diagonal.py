@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..._arguments import hashable
-from ..._xla import automatic, on_mesh
+from ..._xla import automatic, of_each, on_mesh
 from ...capture.kinds.sums import check_counts
 from ...matrices.axes import MatrixAxes
 from ...matrices.floats import on_whole, without_rest
@@ -188,7 +188,7 @@ def _microbatch_squares(
         made = example_of(settings.loss_fn, settings.labels, params, example, key)
         return squares(settings.unit, settings.labels.fisher == "true", reduce, params, made)
 
-    x, w = jax.vmap(of_example)(batch, keys)
+    x, w = of_each(of_example, batch, keys)
     return x, w, jnp.zeros([], jnp.int32)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._arguments import hashable
+from ..._xla import of_each
 from ...capture.kinds.sums import check_counts
 from ...capture.losses import total
 from ...capture.outputs import Output, outputs
@@ -74,7 +75,7 @@ class LayerRows(NamedTuple):
             return self._of(jax.tree.map(lambda x: x[None], example), self.key_of(number), shares)
 
         def on_chunk(carry: PyTree, numbers: Array, examples: PyTree, shares: list[Array]) -> tuple[PyTree, PyTree]:
-            R = jax.vmap(rows_of_example)(numbers, examples, shares)
+            R = of_each(rows_of_example, numbers, examples, shares)
             return step(carry, R.reshape(-1, R.shape[-1]))
 
         return self.over_chunks(on_chunk, start)
@@ -108,7 +109,7 @@ class LayerRows(NamedTuple):
             return [(jnp.sum(o.weights), jnp.sum(o.factor)) for o in found]
 
         whole = outputs(self.source.loss_fn, self.params, *self.batch)[0]
-        each = zip(jax.vmap(of_example)(self.batch), whole, strict=True)
+        each = zip(of_each(of_example, self.batch), whole, strict=True)
         return [w / total(w) * jnp.sum(o.factor) / jnp.where(c == 0, 1, c) for (w, c), o in each]
 
     def _of(self, batch: PyTree, key: PRNGKeyArray | None, shares: list[Array] | None) -> Float[Array, "r d"]:

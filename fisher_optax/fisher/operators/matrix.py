@@ -26,6 +26,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..._arguments import hashable
+from ..._xla import of_each
 from ...capture.distributions import data_score
 from ...capture.kinds.sums import check_counts
 from ...capture.losses import own_key, passes
@@ -228,7 +229,7 @@ class _Fisher(RowRule):
                 g = jax.tree.leaves(pull(cts)[0])
                 return jnp.concatenate([x.ravel().astype(jnp.result_type(*g)) for x in g])
 
-            rows.append(jax.lax.map(row, jnp.arange(K * P), batch_size=32))
+            rows.append(of_each(row, jnp.arange(K * P), batch_size=32))
         return jnp.concatenate(rows)
 
     def _logits(self, params: PyTree, batch: PyTree) -> tuple[Callable[[PyTree], list[Array]], list[Output]]:

@@ -16,7 +16,7 @@ from jax.tree_util import tree_flatten_with_path
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from ..._xla import automatic
+from ..._xla import automatic, of_each
 from ...matrices.axes import path_names
 from ...matrices.floats import without_rest
 
@@ -190,7 +190,7 @@ def _by_entries(F: Operator, batch_size: int) -> Array:
     if F.has_rows and jax.eval_shape(lambda: F.rows()).shape[0] < F.size:
         R = F.rows()
         return jnp.matmul(R.T, R, precision=Precision.HIGHEST)
-    A = jax.lax.map(lambda e: F.ravel(F @ F.unravel(e)), jnp.eye(F.size, dtype=F.dtype), batch_size=batch_size)
+    A = of_each(lambda e: F.ravel(F @ F.unravel(e)), jnp.eye(F.size, dtype=F.dtype), batch_size=batch_size)
     return (A + A.T) / 2
 
 
