@@ -134,8 +134,6 @@ WITHOUT_REST: dict[str, Callable[[Any], Any]] = {
     "ewc_penalty": lambda p: fisher.ewc_penalty(diagonal(p), p)(tuned(p)),
     "masks": lambda p: jax.tree.leaves(pruned(p, TEXTS, method="wanda").masks),
     "fallbacks": lambda p: jax.tree.leaves(compression.merge([p, tuned(p)], SQUARES).fallbacks),
-    "score": lambda p: jax.tree.leaves(geometry.score(lambda p, x: -jnp.sum(jnp.square(logits(p, x))), p, TEXTS)),
-    "information": lambda p: geometry.information(lambda p, x: -jnp.sum(jnp.square(logits(p, x))), p, TEXTS),
     "infer_axes": lambda p: jax.tree.leaves(fo.infer_axes(loss, p, TEXTS, NEXT)),
     "report": lambda p: [row[:6] for row in fo.report(loss, p, TEXTS, NEXT).rows if row.path not in REST],
 }
@@ -187,6 +185,13 @@ def test_what_differs_between_models_is_of_the_first_and_kinds_that_differ_are_a
         fo.compression.merge([PARAMS, {k: x for k, x in (TUNED | REST).items() if k != "head"}], SQUARES)
     with pytest.raises(TypeError, match="'step' of base is complex64; wanted real"):
         fo.compression.task_vector(*[FLOATS | {"step": jnp.ones((), jnp.complex64)}] * 2)
+
+
+def test_a_log_density_takes_numbers_that_are_no_floats_for_a_mistake() -> None:
+    """Its parameters are numbers that a user writes down, and 3 may be meant as 3.0."""
+    for of in (geometry.score, geometry.information):
+        with pytest.raises(TypeError, match=r"\['step'\] is int32.*close over what is no parameter"):
+            of(lambda p, x: -jnp.sum(jnp.square(logits(p, x))), PARAMS, TEXTS)
 
 
 def test_a_pruner_says_of_whole_gradients_what_to_do() -> None:

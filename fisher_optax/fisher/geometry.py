@@ -20,22 +20,18 @@ Source: Amari and Nagaoka 2000, "Methods of Information Geometry", chapters 2 an
 bound.
 """
 
-import math
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.flatten_util import ravel_pytree
 from jax.lax import Precision
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arguments import in_range
-from ..matrices.floats import without_rest
 from .log_density import information, promoted, score, statistic_information
 from .operators.operator import Operator
+from .operators.vectors import raveled, size_of
 
 __all__ = [
     "cramer_rao_bound",
@@ -110,7 +106,7 @@ def natural_gradient(F: Fisher, grad: PyTree, damping: ArrayLike = 0.0, iteratio
     in_range("damping", damping, 0)
     in_range("iterations", iterations, 1)
     F = _matrix(F)
-    g, unravel = _raveled(F, grad)
+    g, unravel = raveled(F, grad)
     if isinstance(F, Operator):
         if not isinstance(damping, Tracer) and damping == 0:
             raise ValueError("an operator needs damping > 0, such as 1e-3; without, pass its entries: F.dense().")
@@ -222,8 +218,8 @@ def reparametrised(F: Fisher, jacobian: ArrayLike) -> Float[Array, "n n"]:
       [[25.]]
     """
     F, J = _matrix(F), promoted(jacobian)
-    if J.ndim != 2 or len(J) != _size(F):
-        raise ValueError(f"the Jacobian ∂θ/∂η of n new parameters is {_size(F)} x n, as F is; got {J.shape}.")
+    if J.ndim != 2 or len(J) != size_of(F):
+        raise ValueError(f"the Jacobian ∂θ/∂η of n new parameters is {size_of(F)} x n, as F is; got {J.shape}.")
     FJ = jax.lax.map(lambda v: _product(F, v), J.T)
     return jnp.matmul(FJ, J, precision=Precision.HIGHEST)
 
@@ -254,34 +250,8 @@ def _symmetric(F: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array
     return (F + F.T) / 2, jnp.max(jnp.abs(F)), jnp.max(jnp.abs(F - F.T))
 
 
-def _size(F: Array | Operator) -> int:
-    return F.size if isinstance(F, Operator) else len(F)
-
-
 def _vector(F: Array | Operator, v: PyTree) -> Array:
-    """A tree like the parameters, or a vector already, as a vector."""
-    return _raveled(F, v)[0]
-
-
-def _raveled(F: Array | Operator, v: PyTree) -> tuple[Array, Callable[[Array], PyTree]]:
-    """That vector, and its way back to a tree. What is no floating point passes, where F has no entries for it."""
-    floats, whole = without_rest(v)
-    floats, whole = (v, lambda x: x) if _fits(F, v) else (floats, whole)
-    if not _fits(F, floats):
-        structure, shapes = jax.tree.structure(v), [jnp.shape(x) for x in jax.tree.leaves(v)]
-        raise ValueError(
-            f"F wants a tree like the parameters, or a vector of {_size(F)}; got {structure} of shapes {shapes}."
-        )
-    flat, unravel = ravel_pytree(jax.tree.map(promoted, floats))
-    return flat, lambda x: whole(unravel(x))
-
-
-def _fits(F: Array | Operator, v: PyTree) -> bool:
-    leaves, structure = jax.tree.flatten(v)
-    shapes = [jnp.shape(x) for x in leaves]
-    if isinstance(F, Operator) and shapes != [(F.size,)]:
-        return structure == F.structure and shapes == [x.shape for x in F.leaves]
-    return sum(map(math.prod, shapes)) == _size(F)
+    return raveled(F, v)[0]
 
 
 def _product(F: Array | Operator, v: Array) -> Array:

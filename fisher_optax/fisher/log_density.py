@@ -18,7 +18,6 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
 
 from .._xla import of_each
-from ..matrices.floats import without_rest
 
 LogDensity = Callable[[PyTree, PyTree], ArrayLike]
 Weights = ArrayLike | Sequence[ArrayLike]
@@ -119,18 +118,17 @@ def promoted(x: ArrayLike) -> Array:
 
 def _raveled(log_density: LogDensity, theta: PyTree) -> tuple[LogDensity, Array, Callable[[Array], PyTree]]:
     """``log p`` of a vector, that vector, and its way back to a tree."""
-    floats, whole = without_rest(theta)
-    kinds = {keystr(path) or "theta": jnp.result_type(x) for path, x in tree_leaves_with_path(floats)}
+    kinds = {keystr(path) or "theta": jnp.result_type(x) for path, x in tree_leaves_with_path(theta)}
     other = [f"{path} is {kind}" for path, kind in kinds.items() if not jnp.issubdtype(kind, jnp.floating)]
     if other or not kinds:
         raise TypeError(
-            f"theta must be a tree of real floats, but {', '.join(other) or 'has none'}. "
+            f"theta must be a tree of floats, but {', '.join(other) or 'is empty'}. "
             "Let the log-density close over what is no parameter."
         )
-    θ, unravel = ravel_pytree(jax.tree.map(promoted, floats))
+    θ, unravel = ravel_pytree(jax.tree.map(promoted, theta))
 
     def log_p(θ: Array, x: PyTree) -> Array:
-        value = jnp.asarray(log_density(whole(unravel(θ)), x))
+        value = jnp.asarray(log_density(unravel(θ), x))
         if value.shape:
             raise ValueError(f"log_density must give one number for one point; got shape {value.shape}. Sum over it?")
         return value
