@@ -100,7 +100,8 @@ def prune(
     Warns:
       UserWarning: where a damping had to be raised; for matrices that stay dense since the program shows no layer
         there, or since names and shapes alone do not tell what they are, unless ``layers`` says what is meant; for
-        weights that no input has reached, which then go by size, and for uses of a layer whose inputs are not known.
+        weights that no input has reached, or no gradient where the method knows gradients, which then go by size; and
+        for uses of a layer whose inputs are not known.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, fisher_optax as fo

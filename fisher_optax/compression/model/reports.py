@@ -18,7 +18,9 @@ class PrunedLayer(NamedTuple):
     dead: int | None  # inputs that are always 0; None without data
     damping: float | None  # taken, over the mean of H's diagonal; None: the method does not damp
     seconds: float
-    note: str = ""  # matrices that no input reached, and uses beside this layer's, of which nothing is known
+    note: str = (
+        ""  # matrices that no input or gradient reached, and uses beside this layer's, of which nothing is known
+    )
 
     @property
     def matrices(self) -> int:
