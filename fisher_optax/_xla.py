@@ -148,6 +148,18 @@ def sequenced_after(earlier: PyTree, values: PyTree, count: Array) -> PyTree:
 # Where state lives: the sharding a parameter implies, and running plain code on an Explicit mesh.
 
 
+def of_each(f: Callable[..., PyTree], *stacks: PyTree, batch_size: int | None = None) -> PyTree:
+    """``f`` of each entry along the leading axes, all together or so many at once; one after another where f has what
+    JAX does not batch, as ragged products with sizes of their own.
+    """
+    try:
+        if batch_size is None:
+            return jax.vmap(f)(*stacks)
+        return jax.lax.map(lambda xs: f(*xs), stacks, batch_size=batch_size)
+    except NotImplementedError:
+        return jax.lax.map(lambda xs: f(*xs), stacks)
+
+
 def sharding_of(x: object) -> NamedSharding | None:
     """The named sharding of an array, tracer or ShapeDtypeStruct; None where it has none, or only the compiler will
     know it.

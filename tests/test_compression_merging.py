@@ -172,7 +172,9 @@ def test_errors_of_merge_name_what_is_wrong() -> None:
     assert "'dense/bias' is (3,) in models[1] and (2,) in models[0]" in refused(
         [one, {"dense": {**two["dense"], "bias": jnp.ones(3)}}], F
     )
-    assert "'dense/bias' of models[1] is int32" in refused([one, jax.tree.map(lambda x: x.astype(int), two)], F)
+    assert "'dense/bias' is float32 in models[0], int32 in models[1]" in refused(
+        [one, jax.tree.map(lambda x: x.astype(int), two)], F
+    )
     bad = {"dense": {**one["dense"], "bias": jnp.array([1.0, -1.0])}}
     assert "fishers[1] is negative at 'dense/bias'" in refused([one, two], [one, bad])
     bad = {"dense": {**one["dense"], "bias": jnp.array([1.0, jnp.nan])}}

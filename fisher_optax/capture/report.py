@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._tables import table
-from ..matrices.axes import MatrixAxes
+from ..matrices.axes import MatrixAxes, path_names
+from ..matrices.floats import is_floating, with_rest_apart
 from ..statistics import LayerFactors
 from .forward import input_sums
 from .gradients import value_and_grad
@@ -18,7 +21,10 @@ from .kinds.protocol import StatisticsKind
 from .program.experts import expert_axes
 from .program.flow import last_products
 from .program.leaves import LeafPlan
+from .program.reach import reached
 from .traced import checked_kind, trace
+
+FROZEN, REST = "no gradient reaches it", "no floating point"
 
 
 class CaptureRow(NamedTuple):
@@ -31,12 +37,21 @@ class CaptureRow(NamedTuple):
     axes: MatrixAxes | None
     sites: int  # products that share the leaf
     reason: str  # why it gets no more
+    is_frozen: bool = False  # no gradient reaches it: what is shown of it is 0
 
 
 class CaptureReport(NamedTuple):
     """The rows of `fo.report` of a loss function; printed, a table."""
 
     rows: tuple[CaptureRow, ...]
+
+    @property
+    def share(self) -> float:
+        """Of all floating-point parameters, those that have statistics; biases with their kernels, frozen ones not."""
+        owners = {row.path for row in self.rows if row.statistics and not row.is_frozen}
+        size = lambda rows: sum(math.prod(row.shape) for row in rows)  # noqa: E731
+        captured = [r for r in self.rows if r.path in owners or r.use.removeprefix("bias of ") in owners]
+        return size(captured) / max(size([row for row in self.rows if row.reason != REST]), 1)
 
     def __str__(self) -> str:
         lines = [
@@ -49,7 +64,8 @@ class CaptureReport(NamedTuple):
             )
             for row in self.rows
         ]
-        return table(("leaf", "shape", "used as", "statistics", "why not more"), lines)
+        total = ("all", "", "", f"for {self.share:.0%}", "")
+        return table(("leaf", "shape", "used as", "statistics", "why not more"), lines, total)
 
 
 def capture_report(
@@ -57,16 +73,27 @@ def capture_report(
 ) -> CaptureReport:
     """`fo.report` of a loss function."""
     kind = checked_kind(KroneckerFactors() if statistics is None else statistics)
-    leaves = trace(loss_fn, kind, params, args, kwargs).leaves
-    shapes = _shapes(loss_fn, kind, params, args, kwargs) if any(leaf.sites for leaf in leaves) else [()] * len(leaves)
-    return CaptureReport(
-        tuple(
-            CaptureRow(
-                leaf.path, leaf.shape, leaf.use, has, leaf.axes, len(leaf.sites), leaf.reason or _sampled(kind, has)
-            )
-            for leaf, has in zip(leaves, shapes, strict=True)
-        )
-    )
+    own, floats, rest = with_rest_apart(loss_fn, params)
+    args = (*rest, *args)
+    traced = trace(own, kind, floats, args, kwargs)
+    leaves, live = traced.leaves, reached(traced.program)
+    shapes = _shapes(own, kind, floats, args, kwargs) if any(leaf.sites for leaf in leaves) else [()] * len(leaves)
+    rows = []
+    for leaf, has in zip(leaves, shapes, strict=True):
+        frozen = leaf.number not in live and not kind.inputs_alone()
+        why = FROZEN if frozen else leaf.reason or _sampled(kind, has)
+        rows.append(CaptureRow(leaf.path, leaf.shape, leaf.use, has, leaf.axes, len(leaf.sites), why, frozen))
+    return CaptureReport(_with_rest(rows, params))
+
+
+def _with_rest(rows: Sequence[CaptureRow], params: PyTree) -> tuple[CaptureRow, ...]:
+    """Also what is no floating point, in the order of the parameters."""
+    own, found = iter(rows), []
+    for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
+        name, kind = "/".join(path_names(path)), jnp.result_type(x)
+        rest = CaptureRow(name, jnp.shape(x), str(kind), (), None, 0, REST)
+        found.append(next(own) if is_floating(x) else rest)
+    return tuple(found)
 
 
 def _sampled(kind: StatisticsKind, shapes: tuple[tuple[int, ...], ...]) -> str:
@@ -117,7 +144,8 @@ def infer_axes(
     as a ``head``, a tied embedding included: `fo.muon` and `fo.frog` leave it to their fallback.
 
     Args:
-      loss_fn, params, *args, **kwargs: as for `fo.value_and_grad`; arrays may be `jax.ShapeDtypeStruct`.
+      loss_fn, params, *args, **kwargs: as for `fo.value_and_grad`; arrays may be `jax.ShapeDtypeStruct`. Integers,
+        booleans and random states among the parameters get None.
       statistics: the kind the optimizer will be given: a leaf that has none of that kind (a loop's weights have no
         samples) is left to the fallback. None: an optimizer that is given none; what `fo.KroneckerFactors` would have
         matrices of, of any length, and of experts that share their input, which have one joint statistic, each.
@@ -132,6 +160,8 @@ def infer_axes(
       {'w': MatrixAxes(inputs=(1,), outputs=(0, 2), batch=())}
     """
     kind = checked_kind(KroneckerFactors(max_dim=2**31) if statistics is None else statistics)
+    loss_fn, params, rest = with_rest_apart(loss_fn, params)
+    args = (*rest, *args)
     traced = trace(loss_fn, kind, params, args, kwargs)
     program = traced.program.jaxpr, traced.plan
     last = last_products(*program, len(traced.leaves))

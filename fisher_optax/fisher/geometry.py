@@ -20,13 +20,10 @@ Source: Amari and Nagaoka 2000, "Methods of Information Geometry", chapters 2 an
 bound.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.flatten_util import ravel_pytree
 from jax.lax import Precision
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -34,6 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._arguments import in_range
 from .log_density import information, promoted, score, statistic_information
 from .operators.operator import Operator
+from .operators.vectors import raveled, size_of
 
 __all__ = [
     "cramer_rao_bound",
@@ -108,7 +106,7 @@ def natural_gradient(F: Fisher, grad: PyTree, damping: ArrayLike = 0.0, iteratio
     in_range("damping", damping, 0)
     in_range("iterations", iterations, 1)
     F = _matrix(F)
-    g, unravel = _vector(F, grad), ravel_pytree(jax.tree.map(promoted, grad))[1]
+    g, unravel = raveled(F, grad)
     if isinstance(F, Operator):
         if not isinstance(damping, Tracer) and damping == 0:
             raise ValueError("an operator needs damping > 0, such as 1e-3; without, pass its entries: F.dense().")
@@ -220,8 +218,8 @@ def reparametrised(F: Fisher, jacobian: ArrayLike) -> Float[Array, "n n"]:
       [[25.]]
     """
     F, J = _matrix(F), promoted(jacobian)
-    if J.ndim != 2 or len(J) != _size(F):
-        raise ValueError(f"the Jacobian ∂θ/∂η of n new parameters is {_size(F)} x n, as F is; got {J.shape}.")
+    if J.ndim != 2 or len(J) != size_of(F):
+        raise ValueError(f"the Jacobian ∂θ/∂η of n new parameters is {size_of(F)} x n, as F is; got {J.shape}.")
     FJ = jax.lax.map(lambda v: _product(F, v), J.T)
     return jnp.matmul(FJ, J, precision=Precision.HIGHEST)
 
@@ -252,22 +250,8 @@ def _symmetric(F: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array
     return (F + F.T) / 2, jnp.max(jnp.abs(F)), jnp.max(jnp.abs(F - F.T))
 
 
-def _size(F: Array | Operator) -> int:
-    return F.size if isinstance(F, Operator) else len(F)
-
-
 def _vector(F: Array | Operator, v: PyTree) -> Array:
-    """A tree like the parameters, or a vector already, as a vector."""
-    leaves, structure = jax.tree.flatten(v)
-    shapes = [jnp.shape(x) for x in leaves]
-    fits = sum(map(math.prod, shapes)) == _size(F)
-    if isinstance(F, Operator) and shapes != [(F.size,)]:
-        fits = structure == F.structure and shapes == [x.shape for x in F.leaves]
-    if not fits:
-        raise ValueError(
-            f"F wants a tree like the parameters, or a vector of {_size(F)}; got {structure} of shapes {shapes}."
-        )
-    return ravel_pytree(jax.tree.map(promoted, v))[0]
+    return raveled(F, v)[0]
 
 
 def _product(F: Array | Operator, v: Array) -> Array:

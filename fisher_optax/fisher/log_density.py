@@ -17,6 +17,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, PyTree
 
+from .._xla import of_each
+
 LogDensity = Callable[[PyTree, PyTree], ArrayLike]
 Weights = ArrayLike | Sequence[ArrayLike]
 
@@ -72,8 +74,9 @@ def information(
         raise ValueError(f'form must be "score" or "hessian"; got {form!r}.')
     log_p, θ, _ = _raveled(log_density, theta)
     points, w = _points(xs, weights, θ.dtype)
-    values = jax.vmap(log_p, (None, 0))
-    return -jax.hessian(lambda θ: jnp.vdot(w, values(θ, points), precision=Precision.HIGHEST))(θ)
+    values = lambda θ: of_each(lambda x: log_p(θ, x), points)  # noqa: E731
+    slope = jax.grad(lambda θ: jnp.vdot(w, values(θ), precision=Precision.HIGHEST))
+    return -of_each(lambda e: jax.jvp(slope, (θ,), (e,))[1], jnp.eye(len(θ), dtype=θ.dtype))
 
 
 def statistic_information(
@@ -156,7 +159,7 @@ def _scores(log_density: LogDensity, theta: PyTree, xs: PyTree, weights: Weights
     """Of each point, as rows; the weights; the points."""
     log_p, θ, _ = _raveled(log_density, theta)
     points, w = _points(xs, weights, θ.dtype)
-    return jax.vmap(jax.grad(log_p), (None, 0))(θ, points), w, points
+    return of_each(lambda x: jax.grad(log_p)(θ, x), points), w, points
 
 
 def _gram(w: Float[Array, " n"], s: Float[Array, "n d"]) -> Float[Array, "d d"]:

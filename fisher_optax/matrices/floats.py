@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 OfParams: TypeAlias = Callable[..., PyTree]
 
 
-def is_floating(x: ArrayLike) -> bool:
+def is_floating(x: ArrayLike | jax.ShapeDtypeStruct) -> bool:
     """Whether a leaf has gradients."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
 
@@ -40,3 +40,21 @@ def on_whole(f: OfParams, params: PyTree, whole: Callable[[PyTree], PyTree]) -> 
     if all(map(is_floating, jax.tree.leaves(params))):
         return f
     return lambda floats, *args: f(whole(floats), *args)
+
+
+def with_rest_apart(f: OfParams, params: PyTree) -> tuple[OfParams, PyTree, tuple[PyTree, ...]]:
+    """``f`` of the floating-point leaves and, as an argument before its own, of the others, which may be shapes alone;
+    where ``params`` has no others, f and no such argument.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    if all(map(is_floating, leaves)):
+        return f, params, ()
+    rest = [None if is_floating(x) else x for x in leaves]
+
+    def of_floats(floats: PyTree, rest: list[PyTree], *args: PyTree, **kwargs: PyTree) -> PyTree:
+        found = structure.flatten_up_to(floats)
+        return f(
+            structure.unflatten([x if y is None else y for x, y in zip(found, rest, strict=True)]), *args, **kwargs
+        )
+
+    return of_floats, without_rest(params)[0], (rest,)

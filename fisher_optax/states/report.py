@@ -30,8 +30,8 @@ def report(tx: Any, params: PyTree, *args: PyTree, **options: PyTree) -> Report 
     `optax.partition` and the like: ``tx.init`` is traced, never run, and writes down what it does. A leaf that passes
     two transformations of this package has two rows.
 
-    Of a loss function: in what kind of product each leaf is used, and which statistics it gets. The loss is traced,
-    never run.
+    Of a loss function: in what kind of product each leaf is used, which statistics it gets, and whether a gradient
+    reaches it. The loss is traced, never run.
 
     Args:
       tx: any transformation; or ``loss_fn(params, *args)``, as for `fo.value_and_grad`.

@@ -119,6 +119,8 @@ class _Step:
             return found
         shape = jaxprs.shape(self.eqn.outvars[0])
         moved = None if view is None else through(view, self.eqn.primitive.name, self.eqn.params, shape)
+        if self.eqn.primitive.name == "stop_gradient" and self.uses.forward:  # which asks for no gradient
+            moved = view
         self.uses.other(rest if moved else self.views, self.eqn.primitive.name)
         return [moved]
 

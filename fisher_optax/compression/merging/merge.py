@@ -56,7 +56,8 @@ def merge(
     far below ρ, so keeps the average; iterates have no part in the first kind even at ρ = 0.
 
     Args:
-      models: two or more trees of one structure, of floating point.
+      models: two or more trees of one structure. Integers, booleans and random states (counters, masks, the keys of
+        dropout) are those of the first model, whatever the others have there, and Fishers none of theirs.
       fishers: one a model. Trees of diagonals like the models, a `fo.fisher.DiagonalFisher` by parameter, where None
         in the place of a leaf, or of all below it, is unknown, as are Flax's collections beside "params" that it has no
         entry for, such as batch statistics (the fallback decides there); or for all, `fo.fisher.operator`s or
@@ -98,22 +99,23 @@ def merge(
         raise ValueError(f"merge: fallback must be one of {', '.join(map(repr, FALLBACKS))}; got {fallback!r}.")
     if not isinstance(floor, Tracer) and not 0 <= floor < 1:
         raise ValueError(f"merge: floor is a share of the mean Fisher, at least 0 and below 1; got {floor!r}.")
-    paths, θ, structure = aligned("merge", {f"models[{i}]": tree for i, tree in enumerate(models)})
+    paths, θ, structure, whole, rest = aligned("merge", {f"models[{i}]": tree for i, tree in enumerate(models)})
     c = task_weights("merge", "coefficients", coefficients, len(models))
     default = jnp.zeros(len(models)).at[0].set(1) if fallback == "first" else c / jnp.sum(c)
     acting = [hasattr(F, "matvec") for F in fishers]
     if all(acting):
         if fallback == "raise":
             raise ValueError("merge: with operators no entry falls back: fallback must be 'average' or 'first'.")
-        return _joint(fishers, structure, θ, c, default, normalize, floor, tolerance, iterations)
+        joint = _joint(fishers, structure, θ, c, default, normalize, floor, tolerance, iterations)
+        return joint._replace(params=whole(joint.params))
     if any(acting):
         raise TypeError("merge: got operators and diagonals; give one kind, as fo.fisher.diagonal(...) for each model.")
-    F = [diagonal_leaves("merge", i, fisher, paths, θ[0]) for i, fisher in enumerate(fishers)]
+    F = [diagonal_leaves("merge", i, fisher, paths, θ[0], rest) for i, fisher in enumerate(fishers)]
     r, counts = entry_shares(F, θ[0], c, default, floor, normalize)
     if fallback == "raise":
         _require_none(paths, counts)
     merged = [_mix(*args) for args in zip(r, *θ, strict=True)]
-    return Merged(structure.unflatten(merged), structure.unflatten(counts), jnp.zeros([]))
+    return Merged(whole(structure.unflatten(merged)), structure.unflatten(counts), jnp.zeros([]))
 
 
 @jax.jit

@@ -1,7 +1,7 @@
 """What merging is given: trees of one model, Fishers of its leaves, and a weight for each."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,31 @@ from jaxtyping import Array, PyTree
 
 from ...fisher import DiagonalFisher
 from ...matrices.axes import path_names
+from ...matrices.floats import is_floating, without_rest
 from ..matrix.checking import require_finite
 
 
-def aligned(name: str, trees: dict[str, PyTree]) -> tuple[list[str], list[list[Array]], Any]:
-    """Paths, the leaves of each tree as arrays, and the first one's structure; errors name path and tree."""
-    flat = {
-        who: {"/".join(path_names(p)): x for p, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-        for who, tree in trees.items()
-    }
+class Aligned(NamedTuple):
+    """Trees of one model, floating-point leaf by leaf."""
+
+    paths: list[str]
+    leaves: list[list[Array]]  # of each tree
+    structure: Any  # of the first one, with None for what is no floating point
+    whole: Callable[[PyTree], PyTree]  # puts back what that is in the first one
+    rest: Collection[str]  # the paths of it, in any tree
+
+
+def aligned(name: str, trees: dict[str, PyTree]) -> Aligned:
+    """The leaves of each tree as arrays; errors name path and tree."""
+    every = {who: _by_path(tree) for who, tree in trees.items()}
+    flat = {who: {path: x for path, x in tree.items() if is_floating(x)} for who, tree in every.items()}
+    rest = {path for who, tree in every.items() for path in tree if path not in flat[who]}
     (first, wanted), *_ = flat.items()
+    floats, whole = without_rest(trees[first])
     for who, tree in flat.items():
+        if mixed := sorted(rest & tree.keys()):
+            kinds = ", ".join(f"{jnp.result_type(x[mixed[0]])} in {of}" for of, x in every.items() if mixed[0] in x)
+            raise TypeError(f"{name}: {mixed[0]!r} is {kinds}: give trees of one model.")
         if other := sorted(tree.keys() ^ wanted.keys()):
             has, lacks = (who, first) if other[0] in tree else (first, who)
             raise ValueError(f"{name}: {has} has {other[0]!r}, which {lacks} lacks: give trees of one model.")
@@ -33,18 +47,23 @@ def aligned(name: str, trees: dict[str, PyTree]) -> tuple[list[str], list[list[A
             if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
                 raise TypeError(f"{name}: {path!r} of {who} is {jnp.result_type(x)}; wanted real floating point.")
             require_finite(name, x, f"{path!r} of {who}", "Take models that have not diverged.")
-    return (
-        list(wanted),
-        [[jnp.asarray(tree[path]) for path in wanted] for tree in flat.values()],
-        jax.tree.structure(trees[first]),
-    )
+    leaves = [[jnp.asarray(tree[path]) for path in wanted] for tree in flat.values()]
+    return Aligned(list(wanted), leaves, jax.tree.structure(floats), whole, rest)
 
 
-def diagonal_leaves(name: str, i: int, fisher: PyTree, paths: list[str], like: list[Array]) -> list[Array | None]:
-    """A diagonal Fisher, leaf by leaf, None where it is."""
+def _by_path(tree: PyTree) -> dict[str, PyTree]:
+    """The leaves, None among them left out."""
+    return {"/".join(path_names(path)): x for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def diagonal_leaves(
+    name: str, i: int, fisher: PyTree, paths: list[str], like: list[Array], rest: Collection[str]
+) -> list[Array | None]:
+    """A diagonal Fisher, leaf by leaf, None where it is; what it has for the ``rest`` is not looked at."""
     tree = fisher.mean if isinstance(fisher, DiagonalFisher) else fisher
     flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)[0]
-    entries = {"/".join(path_names(p)): None if x is None else jnp.asarray(x) for p, x in flat}
+    named = (("/".join(path_names(p)), x) for p, x in flat)
+    entries = {path: None if x is None else jnp.asarray(x) for path, x in named if path not in rest}
     advice = "Take it by fo.fisher.diagonal(..., groups=None)."
     _require_paths(f"{name}: fishers[{i}]", entries, paths, advice)
     known = {path: entries.get(path) for path in paths}

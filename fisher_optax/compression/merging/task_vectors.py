@@ -8,7 +8,6 @@ DARE              some entries of τ at random, rescaled             Yu et al. 2
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +16,26 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from ...matrices.floats import without_rest
 from ..matrix.checking import Number
 from ..matrix.masks import global_masks
 from .merge import entry_shares
-from .reading import aligned, diagonal_leaves
+from .reading import Aligned, aligned, diagonal_leaves
 
 
 def task_vector(base: PyTree, tuned: PyTree) -> PyTree:
-    """``tuned - base``, in float32 at least: differences of bfloat16 numbers do not fit into bfloat16.
+    """``tuned - base``, in float32 at least: differences of bfloat16 numbers do not fit into bfloat16. None for
+    integers, booleans and random states, which take no part in what follows: results have the base's.
 
     Raises:
-      ValueError, TypeError: for trees that differ (with the path), and parameters that are not finite or no floats.
+      ValueError, TypeError: for trees that differ (with the path), and parameters that are not finite or complex.
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
       >>> print(fo.compression.task_vector({"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([1.5, 2.0])})["w"])
       [0.5 0. ]
     """
-    _, (start, end), structure = aligned("task_vector", {"base": base, "tuned": tuned})
+    _, (start, end), structure, *_ = aligned("task_vector", {"base": base, "tuned": tuned})
     return structure.unflatten([_wide(y) - _wide(x) for x, y in zip(start, end, strict=True)])
 
 
@@ -73,7 +74,7 @@ def add_task_vectors(
       [1.5 0.5]
     """
     vectors = list(vectors)
-    paths, start, τ, structure = _read("add_task_vectors", base, vectors)
+    both, start, τ = _read("add_task_vectors", base, vectors)
     λ = jnp.asarray(scale, jnp.result_type(float))
     if λ.shape not in ((), (len(vectors),)):
         raise ValueError(f"add_task_vectors: scale is a number or {len(vectors)} of them; got {λ.shape}.")
@@ -82,12 +83,13 @@ def add_task_vectors(
     if fishers is not None:
         if len(fishers := list(fishers)) != len(vectors):
             raise ValueError(f"add_task_vectors: got {len(vectors)} vectors and {len(fishers)} Fishers; give as many.")
-        F = [diagonal_leaves("add_task_vectors", i, fisher, paths, start) for i, fisher in enumerate(fishers)]
+        name = "add_task_vectors"
+        F = [diagonal_leaves(name, i, fisher, both.paths, start, both.rest) for i, fisher in enumerate(fishers)]
         equal = jnp.full(len(vectors), 1 / len(vectors))
         shares, _ = entry_shares(F, start, jnp.ones(len(vectors)), equal, 0.0, normalize)
         weights = [w * r for w, r in zip(weights, shares, strict=True)]
     moved = [_move(x, jnp.sum(w * jnp.stack(t), 0)) for x, w, t in zip(start, weights, τ, strict=True)]
-    return structure.unflatten(moved)
+    return both.whole(both.structure.unflatten(moved))
 
 
 def ties(base: PyTree, vectors: Sequence[PyTree], density: Number = 0.2, scale: Number = 1.0) -> PyTree:
@@ -114,10 +116,10 @@ def ties(base: PyTree, vectors: Sequence[PyTree], density: Number = 0.2, scale: 
     """
     if not isinstance(density, Tracer) and not 0 < density <= 1:
         raise ValueError(f"ties: density is the share that stays, above 0 and at most 1; got {density!r}.")
-    _, start, τ, structure = _read("ties", base, list(vectors))
+    both, start, τ = _read("ties", base, list(vectors))
     trimmed = [_trim([t[i] for t in τ], density) for i in range(len(τ[0]))]
     merged = [_agreeing(jnp.stack(entries)) for entries in zip(*trimmed, strict=True)]
-    return structure.unflatten([_move(x, scale * m) for x, m in zip(start, merged, strict=True)])
+    return both.whole(both.structure.unflatten([_move(x, scale * m) for x, m in zip(start, merged, strict=True)]))
 
 
 def _trim(vector: list[Array], density: Number) -> list[Array]:
@@ -136,7 +138,7 @@ def dare(key: PRNGKeyArray, vector: PyTree, p: Number) -> PyTree:
 
     Args:
       key: a `jax.random.key`; another one for each vector.
-      vector: of `task_vector`.
+      vector: of `task_vector`; what is no floating point in it passes through.
       p: in [0, 1). The paper goes to 0.9 and above with language models, with entries that are many and small.
 
     Raises:
@@ -149,19 +151,21 @@ def dare(key: PRNGKeyArray, vector: PyTree, p: Number) -> PyTree:
     """
     if not isinstance(p, Tracer) and not 0 <= p < 1:
         raise ValueError(f"dare: p is a probability, at least 0 and below 1; got {p!r}.")
-    leaves, structure = jax.tree.flatten(vector)
+    floats, whole = without_rest(vector)
+    leaves, structure = jax.tree.flatten(floats)
     keys = jax.random.split(key, max(len(leaves), 1))
     thin = lambda k, x: jnp.where(jax.random.bernoulli(k, 1 - p, x.shape), _wide(x) / (1 - p), 0).astype(x.dtype)  # noqa: E731
-    return structure.unflatten([thin(k, jnp.asarray(x)) for k, x in zip(keys, leaves, strict=False)])
+    return whole(structure.unflatten([thin(k, jnp.asarray(x)) for k, x in zip(keys, leaves, strict=False)]))
 
 
-def _read(name: str, base: PyTree, vectors: list[PyTree]) -> tuple[list[str], list[Array], list[list[Array]], Any]:
-    """Paths, the base's leaves, for each of them all vectors', and the structure."""
+def _read(name: str, base: PyTree, vectors: list[PyTree]) -> tuple[Aligned, list[Array], list[list[Array]]]:
+    """All of them, the base's leaves, and for each of these all vectors'."""
     if not vectors:
         raise ValueError(f"{name}: got no task vectors; give some, of fo.compression.task_vector(base, tuned).")
     trees = {"base": base, **{f"vectors[{i}]": τ for i, τ in enumerate(vectors)}}
-    paths, (start, *τ), structure = aligned(name, trees)
-    return paths, start, [[_wide(x) for x in entries] for entries in zip(*τ, strict=True)], structure
+    both = aligned(name, trees)
+    start, *τ = both.leaves
+    return both, start, [[_wide(x) for x in entries] for entries in zip(*τ, strict=True)]
 
 
 def _wide(x: Array) -> Array:

@@ -10,19 +10,19 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from ..._arguments import hashable
+from ..._xla import of_each
 from ...capture import InputGram
 from ...capture.forward import input_sums
 from ...capture.kinds.protocol import Sums
 from ...capture.kinds.sums import joined
 from ...capture.program.leaves import LeafPlan, matrix_counts
 from ...capture.program.sites import Site
-from ...matrices.axes import MatrixAxes
-from ...matrices.blocks import to_matrices
-from .layers import Layer
+from .pieces import Layer, Piece, Place
 
 Mask: TypeAlias = Callable[[PyTree], ArrayLike] | None  # of a batch: True for the positions that count
 
@@ -95,48 +95,49 @@ def gradient_summary(
     loss_fn: Callable[..., Array],
     params: PyTree,
     batches: Iterable[PyTree],
-    layer: Layer,
+    piece: Piece,
     summary: Callable[[Array], PyTree],
-) -> list[PyTree]:
-    """Of each of a layer's matrices, the mean over all examples of ``summary(g)``, g the gradients ``(examples, inputs,
-    outputs)`` of a batch's single examples, which exist at once for one layer.
+) -> tuple[list[PyTree], np.ndarray]:
+    """Of each of these matrices, the mean over all examples of ``summary(g)``, g the gradients ``(examples, inputs,
+    outputs)`` of a batch's single examples, which exist at once for one piece; and for which of them all are 0.
 
     Raises:
       ValueError: for no batches, gradients that are not finite.
     """
-    loss_fn, members = hashable(loss_fn), jnp.asarray(layer.members)
+    loss_fn, members = hashable(loss_fn), jnp.asarray(piece.members)
     total, count = None, 0
     for batch in batches:
         size = len(jax.tree.leaves(batch)[0])
-        part = _gradient_sum(loss_fn, layer.leaf, layer.axes, layer.shape, hashable(summary), params, batch, members)
+        part = _gradient_sum(loss_fn, piece.layer.leaf, piece.place, hashable(summary), params, batch, members)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
         count += size
     if total is None:
         raise ValueError("batches is empty: an iterator that was read before has nothing left. Pass a list.")
     if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(total)):
-        raise ValueError(f"gradients of {layer.name!r} are not finite on the calibration data.")
-    return [jax.tree.map(lambda x, i=i: x[i] / count, total) for i in range(len(layer.members))]
+        raise ValueError(f"gradients of {piece.name!r} are not finite on the calibration data.")
+    means, live = total
+    return [jax.tree.map(lambda x, i=i: x[i] / count, means) for i in range(len(piece.members))], np.asarray(live == 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _gradient_sum(
     loss_fn: Callable[..., Array],
     leaf: int,
-    axes: MatrixAxes,
-    shape: tuple[int, int],
+    place: Place,
     summary: Callable[[Array], PyTree],
     params: PyTree,
     batch: PyTree,
     members: Array,
-) -> PyTree:
+) -> tuple[PyTree, Array]:
     leaves, structure = jax.tree.flatten(params)
 
     def loss(x: Array, example: PyTree) -> Array:
         return loss_fn(structure.unflatten([*leaves[:leaf], x, *leaves[leaf + 1 :]]), example)
 
-    g = jax.vmap(jax.grad(loss), (None, 0))(leaves[leaf], batch)
-    g = jax.vmap(lambda x: to_matrices(x, axes)[0].reshape(-1, *shape)[members])(g)
-    return jax.tree.map(lambda x: x * len(g), jax.vmap(summary, 1)(g))
+    g = of_each(lambda example: jax.grad(loss)(leaves[leaf], example), batch)
+    g = jax.vmap(lambda x: place.read(x)[members])(g)
+    live = jnp.any(g != 0, (0, 2, 3))
+    return jax.tree.map(lambda x: x * len(g), jax.vmap(summary, 1)(g)), live.astype(jnp.int32)
 
 
 def rereadable(batches: object) -> Iterable[PyTree]:

@@ -2,28 +2,31 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 from jaxtyping import PyTree
 
 from ...capture.roles import Role, read_roles
 from ...matrices.axes import LeafAxes
-from .layers import Layer
+from .layers import LEFT_BY_AXES
+from .pieces import Layer
 from .reports import LeftDense, PrunedLayer
 from .uses import no_layer, places
 
 
 def left_dense(
-    apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Sequence[Layer]
+    apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Sequence[Layer], by_axes: Container[str]
 ) -> list[LeftDense]:
-    """All matrices of a model but those of these layers; vectors, biases and normalisations are none."""
+    """All matrices of a model but those of these layers; vectors, biases and normalisations are none. ``by_axes``: the
+    paths of those that a user's axes leave out.
+    """
     pruned = {layer.leaf: [x.members for x in layers if x.leaf == layer.leaf] for layer in layers}
-    each = (_of_leaf(role, pruned.get(i, [])) for i, role in enumerate(read_roles(apply_fn, params, batch)))
-    return [left for some in each for left in some]
+    roles = enumerate(read_roles(apply_fn, params, batch))
+    return [left for i, role in roles for left in _of_leaf(role, pruned.get(i, []), role.path in by_axes)]
 
 
-def _of_leaf(role: Role, pruned: Sequence[np.ndarray]) -> list[LeftDense]:
+def _of_leaf(role: Role, pruned: Sequence[np.ndarray], by_axes: bool) -> list[LeftDense]:
     leaf, size = role.plan, math.prod(role.shape)
     if sum(d > 1 for d in leaf.shape) < 2:
         return []
@@ -38,7 +41,7 @@ def _of_leaf(role: Role, pruned: Sequence[np.ndarray]) -> list[LeftDense]:
     if role.kind in ("embedding", "head"):
         return [LeftDense(leaf.path, leaf.shape, size, role.kind, True)]
     if leaf.sites:
-        return [LeftDense(leaf.path, leaf.shape, size, "left out by layers=", True)]
+        return [LeftDense(leaf.path, leaf.shape, size, LEFT_BY_AXES if by_axes else "left out by layers=", True)]
     if role.named.kind == "matrix" or role.named.is_ambiguous:
         return [LeftDense(leaf.path, leaf.shape, size, no_layer(leaf), False)]
     return []
@@ -51,11 +54,13 @@ def left_by_rule(leaves: Sequence[LeafAxes], layers: Sequence[Layer]) -> list[Le
     return [
         LeftDense(leaf.path, leaf.shape, math.prod(leaf.shape), _by_rule(leaf), not leaf.is_ambiguous)
         for leaf in rest
-        if leaf.axes is not None or leaf.is_ambiguous or leaf.kind in ("embedding", "head")
+        if leaf.axes is not None or leaf.is_ambiguous or leaf.is_given or leaf.kind in ("embedding", "head")
     ]
 
 
 def _by_rule(leaf: LeafAxes) -> str:
+    if leaf.is_given and leaf.axes is None:
+        return LEFT_BY_AXES
     return "left out by layers=" if leaf.kind == "matrix" else leaf.reason if leaf.is_ambiguous else leaf.kind
 
 

@@ -1,12 +1,12 @@
 """The layers of a model, as what they are pruned as: matrices, in the order in which the model uses them."""
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ...capture import InputGram
 from ...capture.program.leaves import LeafPlan
@@ -14,59 +14,57 @@ from ...capture.program.order import in_order
 from ...capture.roles import read_roles
 from ...capture.traced import trace
 from ...matrices.axes import LeafAxes, MatrixAxes
-from ...matrices.blocks import canonical_shape, from_matrices, to_matrices
+from ...matrices.blocks import canonical_shape
+from ..leaf_axes import leaf_axes
+from .pieces import Layer
 from .uses import no_layer, places
 
+LEFT_BY_AXES = "left out by axes="
 Layers = Sequence[str] | str | Callable[[str], bool] | None
 
 
-class Layer(NamedTuple):
-    """Matrices that are pruned together: a kernel, or those of a stack that one step of a loop uses."""
-
-    name: str  # the path, with the places in a stack: "blocks/up/kernel[3]"
-    path: str
-    leaf: int  # its number among the parameters
-    axes: MatrixAxes
-    members: np.ndarray  # which matrices of the leaf
-    shape: tuple[int, int]  # of one matrix
-    note: str = ""  # uses beside those whose inputs are known
-
-    def read(self, leaf: Array) -> Array:
-        """Its matrices ``(members, inputs, outputs)``."""
-        return to_matrices(leaf, self.axes)[0].reshape(-1, *self.shape)[self.members]
-
-    def written(self, leaf: Array, new: Array) -> Array:
-        """The leaf with other matrices here."""
-        whole = to_matrices(leaf, self.axes)[0]
-        stack = whole.reshape(-1, *self.shape).at[self.members].set(new.astype(leaf.dtype))
-        return from_matrices((stack.reshape(whole.shape),), leaf.shape, self.axes)
-
-    @property
-    def size(self) -> int:
-        """How many weights it has."""
-        return len(self.members) * self.shape[0] * self.shape[1]
-
-
-def find_layers(apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Layers = None) -> list[Layer]:
+def find_layers(
+    apply_fn: Callable[..., PyTree], params: PyTree, batch: PyTree, layers: Layers = None, axes: PyTree = None
+) -> list[Layer]:
     """The layers to prune, in the order in which the model uses them.
 
     Args:
       apply_fn, params, batch: as for `prune`; of a batch only shapes are read.
       layers: None, all kernels of dense and convolutional layers but heads and embeddings, as `read_roles` tells them;
         patterns of paths, where "*" stands for anything and a module for all below it; or a function of a path.
+      axes: None, those of the program; or a tree that divides them: `MatrixAxes` for each leaf, None for what is left.
 
     Raises:
-      ValueError: for a pattern without a layer, and where none is left.
+      ValueError: for a pattern without a layer, where none is left, and for axes that are not the program's.
     """
     traced = trace(apply_fn, InputGram(), params, (batch,), {})
     kinds = {role.path: role.kind for role in read_roles(apply_fn, params, batch)}
-    met = [m for m in in_order(traced) if m.leaf.use != "embedding" and m.leaf.axes is not None]
+    left = left_by_axes(params, axes)
+    met = [m for m in in_order(traced) if m.leaf.use != "embedding" and m.leaf.axes and m.leaf.path not in left]
     paths = list(dict.fromkeys(m.leaf.path for m in met))
     by_rank = sorted(traced.leaves, key=lambda leaf: -len(leaf.shape))
-    chosen = _chosen(layers, paths, kinds, {leaf.path: no_layer(leaf) for leaf in by_rank})
+    uses = {leaf.path: LEFT_BY_AXES if leaf.path in left else no_layer(leaf) for leaf in by_rank}
+    chosen = _chosen(layers, paths, kinds, uses)
     if not chosen:
         raise ValueError(f"no layer to prune: found {_listed(paths)}, and layers={layers!r} leaves none of them.")
-    return [_layer(m.leaf, m.members) for m in met if m.leaf.path in chosen]
+    own = {} if axes is None else {leaf.path: leaf.axes for leaf in leaf_axes(params, axes) if leaf.axes}
+    return [_layer(m.leaf, m.members, own.get(m.leaf.path)) for m in met if m.leaf.path in chosen]
+
+
+def left_by_axes(params: PyTree, axes: PyTree) -> set[str]:
+    """The paths of what a user's axes say is no matrix.
+
+    Raises:
+      ValueError: for a word, which is about names.
+    """
+    if axes is None:
+        return set()
+    if isinstance(axes, str):
+        raise ValueError(
+            f"axes={axes!r} is about names, and with a batch the program shows the axes: leave it out, or pass a tree "
+            "of fo.MatrixAxes."
+        )
+    return {leaf.path for leaf in leaf_axes(params, axes) if leaf.axes is None}
 
 
 def layers_by_rule(leaves: list[LeafAxes], layers: Layers = None) -> list[Layer]:
@@ -83,18 +81,36 @@ def layers_by_rule(leaves: list[LeafAxes], layers: Layers = None) -> list[Layer]
     for i, leaf, axes in matrices:
         if leaf.path in chosen:
             *stack, m, n = canonical_shape(leaf.shape, axes)
-            found.append(Layer(leaf.path, leaf.path, i, axes, np.arange(math.prod(stack)), (m, n)))
+            found.append(Layer(leaf.path, leaf.path, i, axes, leaf.shape, np.arange(math.prod(stack)), (m, n)))
     return found
 
 
-def _layer(leaf: LeafPlan, members: np.ndarray) -> Layer:
+def _layer(leaf: LeafPlan, members: np.ndarray, own: MatrixAxes | None) -> Layer:
     assert leaf.axes is not None
     *_, m, n = canonical_shape(leaf.shape, leaf.axes)
     stack = tuple(leaf.shape[a] for a in leaf.axes.batch)
     whole = len(members) == math.prod(stack)
     name = leaf.path + ("" if whole else places(members[:1], stack))
     note = "; ".join(part for part in leaf.reason.split("; ") if part.startswith("also"))
-    return Layer(name, leaf.path, leaf.number, leaf.axes, members, (m, n), note)
+    axes, together = (leaf.axes, ()) if own is None else _divided(leaf, leaf.axes, own)
+    return Layer(name, leaf.path, leaf.number, axes, leaf.shape, members, (m, n), note, together)
+
+
+def _divided(leaf: LeafPlan, axes: MatrixAxes, own: MatrixAxes) -> tuple[MatrixAxes, tuple[int, ...]]:
+    """The program's axes with a user's parts. An axis that the program has among inputs or outputs, and the user as one
+    of batch, as that of experts that share their input, is divided into parts of 1, which stay together.
+    """
+    batched = tuple(a for a in own.batch if a not in axes.batch)
+    inputs, outputs = ([a for a in group if a not in batched] for group in (axes.inputs, axes.outputs))
+    batch = sorted((*axes.batch, *batched))
+    in_order = dataclasses.replace(own.whole, batch=tuple(sorted(own.batch)))
+    if not inputs or not outputs or not in_order.same_matrix(MatrixAxes(inputs, outputs, batch), leaf.shape):
+        raise ValueError(
+            f"axes= has {own} at {leaf.path!r} of shape {leaf.shape}, and the program multiplies by it as {axes}: give "
+            "those axes, with parts= of them where it is divided."
+        )
+    parts = dict(own.parts) | {a: (1,) * leaf.shape[a] for a in batched}
+    return dataclasses.replace(axes, parts=tuple(sorted(parts.items()))), batched
 
 
 def _chosen(layers: Layers, paths: list[str], kinds: dict[str, str], uses: dict[str, str]) -> set[str]:

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 from tqdm import tqdm
 
+from ...matrices.axes import made
 from ...matrices.floats import on_whole, without_rest
 from ..matrix import checking
 from ..matrix.masks import Pattern, Sparsity, as_sparsity
@@ -51,14 +52,15 @@ def owl(
     spread: float = 0.08,
     group: Callable[[str], str] | None = None,
     layers: Layers = None,
+    axes: PyTree = None,
     mask: Mask = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """A share to remove for each layer by name, made for ``fo.compression.prune(..., sparsity=)``; its rule and source
-    are at the top of this file.
+    """A share to remove for each layer, or part of one, by name, made for ``fo.compression.prune(...,
+    sparsity=)``; its rule and source are at the top of this file.
 
     Args:
-      apply_fn, params, batches, layers, mask, progress: as for `prune`; inputs are those of the model as given.
+      apply_fn, params, batches, layers, axes, mask, progress: as for `prune`; inputs are those of the model as given.
       sparsity: S, of all weights of these layers together.
       M: what makes an outlier; the source uses 5.
       spread: λ, how far a layer's share may be from S.
@@ -82,18 +84,19 @@ def owl(
         raise ValueError(f"spread must leave every layer a share in [0, 1): {S} ± {spread} does not.")
     batches = rereadable(batches)
     floats, whole = without_rest(params)
-    apply_fn, params = on_whole(apply_fn, params, whole), floats
-    found, leaves = find_layers(apply_fn, params, first_of(batches), layers), jax.tree.leaves(params)
-    outliers, sizes = {}, {}
+    apply_fn, axes = on_whole(apply_fn, params, whole), made(axes, params)
+    found, leaves = find_layers(apply_fn, floats, first_of(batches), layers, axes), jax.tree.leaves(floats)
+    outliers, sizes, keys = {}, {}, {}
     for layer in tqdm(found, "outliers", disable=not progress, unit="layer"):
-        W = layer.read(jnp.asarray(leaves[layer.leaf]))
-        H = finite(input_gram(apply_fn, params, batches, layer, mask), layer)
-        share = float(outlier_share(W, H, M))
-        key = layer.name if group is None else group(layer.path)
-        outliers[key] = outliers.get(key, 0.0) + share * layer.size
-        sizes[key] = sizes.get(key, 0) + layer.size
+        H = finite(input_gram(apply_fn, floats, batches, layer, mask), layer)
+        for piece in layer.pieces:
+            W = piece.read(jnp.asarray(leaves[layer.leaf]))
+            shares = [float(outlier_share(w, piece.moment(H, i), M)) for i, w in enumerate(W)]
+            keys[piece.name] = key = piece.name if group is None else group(layer.path)
+            outliers[key] = outliers.get(key, 0.0) + sum(shares) / len(shares) * piece.size
+            sizes[key] = sizes.get(key, 0) + piece.size
     D = {key: outliers[key] / sizes[key] for key in sizes}
     mean = sum(outliers.values()) / sum(sizes.values())
     widest = max(abs(d - mean) for d in D.values())
     scale = spread / widest if widest > 0 else 0.0
-    return {layer.name: S - scale * (D[layer.name if group is None else group(layer.path)] - mean) for layer in found}
+    return {name: S - scale * (D[key] - mean) for name, key in keys.items()}

@@ -3,6 +3,7 @@
 Source: reconstruction layer by layer as in Frantar and Alistarh 2023 (arXiv 2301.00774), section 3.
 """
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,15 +14,17 @@ from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from ...fisher import DiagonalFisher
+from ...matrices.axes import made
 from ...matrices.floats import is_floating, on_whole, without_rest
-from ...matrices.rules import resolve_axes
+from ..leaf_axes import leaf_axes
 from ..matrix.masks import Pattern, ReadSparsity, Sparsity, as_sparsity, check_pattern, global_masks
 from .calibration import Mask, first_of, rereadable
 from .coverage import left_by_rule, left_dense, warn_of_left, warn_of_unknown
-from .layers import Layer, Layers, find_layers, layers_by_rule
+from .layers import Layers, find_layers, layers_by_rule, left_by_axes
 from .methods import Method, find_method
-from .one_layer import Calibration, knowledge, prune_layer, second_moments
-from .reports import PruningReport
+from .one_layer import Calibration, knowledge, prune_piece, second_moments
+from .pieces import Layer
+from .reports import LeftDense, PrunedLayer, PruningReport
 
 
 class PrunedModel(NamedTuple):
@@ -40,6 +43,7 @@ def prune(
     sparsity: Sparsity | Mapping[str, Sparsity] = 0.5,
     *,
     layers: Layers = None,
+    axes: PyTree = None,
     sequential: bool = True,
     progress: bool = True,
     scope: str | None = None,
@@ -70,6 +74,10 @@ def prune(
       layers: which; None: all kernels but embeddings, which the program looks up (tied to a head or not), and heads, by
         name or by giving a number for each row of an embedding. Patterns of paths, as ``["block_*/up"]``, or a function
         of a path.
+      axes: None, those of the program; or, to divide fused kernels, as for `fo.soap`: `fo.MatrixAxes` for each leaf,
+        with ``parts=`` where it is divided, and None for what stays dense. Each part is pruned as a leaf of its own
+        would be, and has its own name in reports and ``sparsity``, like "qkv/kernel[:, 0:64]". With data, axes have to
+        be those of the program; without, no more is known of a leaf.
       sequential: take a layer's inputs from the model as pruned so far, rather than from the model as given.
       progress: show a progress bar.
       scope: where k of n are counted: "matrix" or "output" (a method's own by default), or "global": over all layers,
@@ -92,7 +100,8 @@ def prune(
     Warns:
       UserWarning: where a damping had to be raised; for matrices that stay dense since the program shows no layer
         there, or since names and shapes alone do not tell what they are, unless ``layers`` says what is meant; for
-        weights that no input has reached, which then go by size, and for uses of a layer whose inputs are not known.
+        weights that no input has reached, or no gradient where the method knows gradients, which then go by size; and
+        for uses of a layer whose inputs are not known.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, fisher_optax as fo
@@ -116,36 +125,60 @@ def prune(
     apply_fn = on_whole(apply_fn, params, whole)
     loss_fn = None if loss_fn is None else on_whole(loss_fn, params, whole)
     first = None if not chosen.needs_batches and next(iter(batches), None) is None else first_of(batches)
-    if first is None:
-        named = resolve_axes(floats)
-        found = layers_by_rule(named, layers)
-        left = left_by_rule(named, found)
-    else:
-        found = find_layers(apply_fn, floats, first, layers)
-        left = left_dense(apply_fn, floats, first, found)
+    found, left = _found(apply_fn, floats, first, layers, made(axes, params))
     shares = sparsities(sparsity, found)
-    leaves, structure = jax.tree.flatten(floats)
     data = Calibration(apply_fn, loss_fn, _data(chosen, batches, first), mask, *trees)
     _check(chosen, data)
     ranked = _ranked(chosen, data, floats, found, shares, progress) if scope == "global" else None
-
-    values, rows = list(map(jnp.asarray, leaves)), []
-    masks: list[Array | None] = [None] * len(leaves)
-    for layer in tqdm(found, method, disable=not progress, unit="layer"):
-        source = structure.unflatten(values) if sequential else floats
-        stays = None if ranked is None else ranked[layer.name]
-        new, mask_here, row = prune_layer(chosen, data, source, layer, values[layer.leaf], shares[layer.name], stays)
-        values[layer.leaf] = layer.written(values[layer.leaf], new)
-        before = masks[layer.leaf]
-        before = jnp.ones(jnp.shape(leaves[layer.leaf]), bool) if before is None else before
-        masks[layer.leaf] = layer.written(before, mask_here)
-        rows.append(row)
+    bar = tqdm(found, method, disable=not progress, unit="layer")
+    new, masks, rows = _layer_by_layer(chosen, data, floats, bar, shares, ranked, sequential)
     if layers is None:
         warn_of_left(rows, left, by_program=first is not None)
     if chosen.needs != "weights":
         warn_of_unknown(rows)
     report = PruningReport(method, tuple(rows), tuple(left))
-    return PrunedModel(whole(structure.unflatten(values)), structure.unflatten(masks), report)
+    return PrunedModel(whole(new), masks, report)
+
+
+def _layer_by_layer(
+    method: Method,
+    data: Calibration,
+    params: PyTree,
+    layers: Iterable[Layer],
+    shares: dict[str, ReadSparsity],
+    ranked: dict[str, Array] | None,
+    sequential: bool,
+) -> tuple[PyTree, PyTree, list[PrunedLayer]]:
+    """New parameters, masks, and what is said of each piece."""
+    leaves, structure = jax.tree.flatten(params)
+    values, rows = list(map(jnp.asarray, leaves)), []
+    masks: list[Array | None] = [None] * len(leaves)
+    known = lambda: structure.unflatten(values) if sequential else params  # noqa: E731
+    for layer in layers:
+        began, i = time.perf_counter(), layer.leaf
+        H = second_moments(data, known(), layer)
+        before = masks[i]
+        stays = jnp.ones(layer.stored, bool) if before is None else before
+        for piece in layer.pieces:
+            own = None if ranked is None else ranked[piece.name]
+            new, mask, row = prune_piece(method, data, known(), piece, values[i], H, shares[piece.name], own)
+            values[i], stays = piece.written(values[i], new), piece.written(stays, mask)
+            rows.append(row._replace(seconds=time.perf_counter() - began))
+            began = time.perf_counter()
+        masks[i] = stays
+    return structure.unflatten(values), structure.unflatten(masks), rows
+
+
+def _found(
+    apply_fn: Callable[..., PyTree], params: PyTree, first: PyTree | None, layers: Layers, axes: PyTree
+) -> tuple[list[Layer], list[LeftDense]]:
+    """The layers to prune and what is left, by the program; without a batch by names and shapes."""
+    if first is None:
+        named = leaf_axes(params, axes)
+        found = layers_by_rule(named, layers)
+        return found, left_by_rule(named, found)
+    found = find_layers(apply_fn, params, first, layers, axes)
+    return found, left_dense(apply_fn, params, first, found, left_by_axes(params, axes))
 
 
 def _data(method: Method, batches: Iterable[PyTree], first: PyTree | None) -> Iterable[PyTree] | None:
@@ -155,25 +188,26 @@ def _data(method: Method, batches: Iterable[PyTree], first: PyTree | None) -> It
 
 
 def sparsities(sparsity: Sparsity | Mapping[str, Sparsity], layers: Sequence[Layer]) -> dict[str, ReadSparsity]:
-    """What each layer is to lose, by its name.
+    """What each layer, or part of one, is to lose, by its name.
 
     Raises:
       ValueError: for a mapping that does not name the layers, and for an M that does not divide a layer's inputs.
     """
+    pieces = [piece for layer in layers for piece in layer.pieces]
     if isinstance(sparsity, Mapping):
-        names = {layer.name for layer in layers}
+        names = {piece.name for piece in pieces}
         if wrong := sorted(names ^ set(sparsity)):
             verb = "lacks" if wrong[0] in names else "names, besides the layers to prune,"
             raise ValueError(f"sparsity= {verb} {wrong[0]!r}. It needs one entry for each of {sorted(names)[:8]}.")
-        shares = {layer.name: as_sparsity(sparsity[layer.name]) for layer in layers}
+        shares = {piece.name: as_sparsity(sparsity[piece.name]) for piece in pieces}
     else:
-        shares = {layer.name: as_sparsity(sparsity) for layer in layers}
-    for layer in layers:
-        if isinstance(share := shares[layer.name], Pattern):
+        shares = {piece.name: as_sparsity(sparsity) for piece in pieces}
+    for piece in pieces:
+        if isinstance(share := shares[piece.name], Pattern):
             try:
-                check_pattern(share, layer.shape[0])
+                check_pattern(share, piece.shape[0])
             except ValueError as error:
-                raise ValueError(f"{layer.name!r}: {error}") from None
+                raise ValueError(f"{piece.name!r}: {error}") from None
     return shares
 
 
@@ -222,7 +256,8 @@ def _ranked(
     found, leaves = {}, jax.tree.leaves(params)
     for layer in tqdm(layers, f"{method.name} scores", disable=not progress, unit="layer"):
         H = second_moments(data, params, layer) if method.needs == "inputs" else None
-        known = knowledge(method, data, params, layer, H)
-        W = layer.read(jnp.asarray(leaves[layer.leaf]))
-        found[layer.name] = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])
+        for piece in layer.pieces:
+            known, _ = knowledge(method, data, params, piece, H)
+            W = piece.read(jnp.asarray(leaves[layer.leaf]))
+            found[piece.name] = jnp.stack([method.scores(w, *X) for w, X in zip(W, known, strict=True)])
     return global_masks(found, next(iter(shares.values())))

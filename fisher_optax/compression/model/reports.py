@@ -7,7 +7,7 @@ from ..._tables import table
 
 
 class PrunedLayer(NamedTuple):
-    """One layer in a `PruningReport`."""
+    """One layer in a `PruningReport`, or one part of a fused kernel."""
 
     name: str
     shape: tuple[int, int]  # inputs, outputs of one matrix
@@ -18,7 +18,14 @@ class PrunedLayer(NamedTuple):
     dead: int | None  # inputs that are always 0; None without data
     damping: float | None  # taken, over the mean of H's diagonal; None: the method does not damp
     seconds: float
-    note: str = ""  # matrices that no input reached, and uses beside this layer's, of which nothing is known
+    note: str = (
+        ""  # matrices that no input or gradient reached, and uses beside this layer's, of which nothing is known
+    )
+
+    @property
+    def matrices(self) -> int:
+        """How many there are: more than one in a stack, or of experts."""
+        return self.size // math.prod(self.shape)
 
     @property
     def sparsity(self) -> float:
@@ -79,7 +86,7 @@ class PruningReport(NamedTuple):
 def _cells(layer: PrunedLayer) -> tuple[str, ...]:
     return (
         layer.name,
-        "x".join(map(str, layer.shape)),
+        (f"{layer.matrices} of " if layer.matrices > 1 else "") + "x".join(map(str, layer.shape)),
         f"{layer.sparsity:.2%}",
         _number(layer.error),
         _number(layer.relative_error),

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from ..._arguments import injectable
-from ...matrices.axes import path_names
+from ...matrices.axes import arrays, path_names
 from ...transforms.skip_nonfinite import skip_nonfinite
 from .targets import by_path
 
@@ -111,6 +111,7 @@ def wrapper(
             raise ValueError(
                 f"{name} sets weights to 0, but update was called without them: call update(grads, state, params)."
             )
+        updates = arrays(updates)
         # The update has the gradient's dtype, and -W must not be rounded.
         wide = jax.tree.map(
             lambda g, W: jnp.asarray(g, jnp.promote_types(*map(jnp.result_type, (g, W)))), updates, params

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, PyTree
 from ..._arguments import value_at
 from ...matrices.axes import LeafAxes, MatrixAxes, how_many, listed, made, path_names
 from ...matrices.blocks import from_matrices, matrix_shapes, to_matrices
-from ...matrices.rules import is_told, resolve_axes
+from ...matrices.rules import is_told
 from ...transforms.fallback import AxesWarning, level_outside
+from ..leaf_axes import leaf_axes
 from ..matrix.masks import SCOPES, Pattern, Sparsity, as_sparsity, check_pattern, global_masks, mask
 
 LATE = 2**31 - 1  # of any schedule, the last step
@@ -142,15 +143,8 @@ class Pruning(NamedTuple):
         return jax.tree.structure(params).unflatten(read)
 
     def read(self, params: PyTree) -> list[LeafAxes]:
-        """What each leaf is: by the rules, or by ``axes=``, under which only names make heads and embeddings."""
-        named = resolve_axes(params)
-        if self.axes is None:
-            return named
-        special = {"head", "embedding"}
-        return [
-            leaf if leaf.axes is None else leaf._replace(kind=name.kind if name.kind in special else "matrix")
-            for leaf, name in zip(resolve_axes(params, self.axes), named, strict=True)
-        ]
+        """What each leaf is."""
+        return leaf_axes(params, self.axes)
 
     def share(self, count: Array) -> Float[Array, ""]:
         """Of the weights that are gone after so many steps."""

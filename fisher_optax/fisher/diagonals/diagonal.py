@@ -18,13 +18,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..._arguments import hashable
-from ..._xla import automatic, on_mesh
+from ..._xla import automatic, of_each, on_mesh
 from ...capture.kinds.sums import check_counts
 from ...matrices.axes import MatrixAxes
 from ...matrices.floats import on_whole, without_rest
 from ...matrices.rules import resolve_axes
 from ..operators.matrix import FISHERS, check_temperature
 from .diagonal_fisher import DiagonalFisher
+from .frozen import warn_of_frozen
 from .groups import Groups, grouping, program_axes
 from .positions import position_squares
 from .squares import Labels, check_example, example_of, squares
@@ -97,6 +98,10 @@ def diagonal(
       ValueError, TypeError: for unknown words, no batches, examples of different numbers, a resumed Fisher of other
         groups, a loss that is no multiple of one of `fo.losses`, and where no example counted.
 
+    Warns:
+      UserWarning: naming leaves that no gradient reaches, be it by `stop_gradient`: their importance is 0, and says
+        nothing of them.
+
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
       >>> loss = lambda W, xy: fo.losses.softmax_cross_entropy(xy[0] @ W, xy[1])
@@ -125,6 +130,7 @@ def diagonal(
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(first, read))
         if state is None:
             check_example(settings.loss_fn, params, automatic(lambda batch: jax.tree.map(lambda x: x[0], batch), batch))
+            warn_of_frozen(settings.loss_fn, params, batch)
             state = _start(settings, params, batch, keys)
         state = _step(settings, state, params, batch, keys)
         if on_batch is not None:
@@ -182,7 +188,7 @@ def _microbatch_squares(
         made = example_of(settings.loss_fn, settings.labels, params, example, key)
         return squares(settings.unit, settings.labels.fisher == "true", reduce, params, made)
 
-    x, w = jax.vmap(of_example)(batch, keys)
+    x, w = of_each(of_example, batch, keys)
     return x, w, jnp.zeros([], jnp.int32)
 
 

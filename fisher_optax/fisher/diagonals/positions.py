@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,14 @@ from ...capture.traced import trace
 from .squares import Labels, example_of
 
 
+class Summed(NamedTuple):
+    """What adds up over examples."""
+
+    squares: list[Array | None]  # by leaf
+    tokens: Float[Array, ""]
+    wrong: Int[Array, ""]
+
+
 def position_squares(
     loss_fn: Callable[..., PyTree], labels: Labels, params: PyTree, batch: PyTree, keys: Array | None
 ) -> tuple[PyTree, Float[Array, ""], Int[Array, ""]]:
@@ -22,6 +31,27 @@ def position_squares(
 
     Leaves that are used in other ways than products are None, with a warning that names them.
     """
+    together = lambda f, *stacks: jax.vmap(f)(*stacks)  # noqa: E731
+    try:
+        found = _summed(together, loss_fn, labels, params, batch, keys)
+    except NotImplementedError:  # of what JAX does not batch, as ragged products with sizes of their own
+        alone = lambda f, *entries: jax.tree.map(lambda x: x[None], f(*entries))  # noqa: E731
+        each = jax.lax.map(lambda x: _summed(alone, loss_fn, labels, params, *x), (batch, keys))
+        found = jax.tree.map(lambda x: jnp.sum(x, 0), each)
+    n = found.tokens
+    x = [None if s is None else s / jnp.where(n > 0, n, 1).astype(s.dtype) for s in found.squares]
+    return jax.tree.structure(params).unflatten(x), n, found.wrong
+
+
+def _summed(
+    over: Callable[..., PyTree],
+    loss_fn: Callable[..., PyTree],
+    labels: Labels,
+    params: PyTree,
+    batch: PyTree,
+    keys: Array | None,
+) -> Summed:
+    """Over the examples of a batch; ``over`` makes a function of one into one of all, stacked."""
     kind = PositionSquares()
 
     def of_example(example: PyTree, key: PRNGKeyArray | None) -> tuple[Array, Array, Array]:
@@ -30,16 +60,16 @@ def position_squares(
         return jnp.where(made.valid, scores, 0), jnp.where(made.valid, jnp.sum(made.weights), 0), ~made.valid
 
     # The scores are arguments of what is traced: computed inside, each layer would be found twice.
-    scores, tokens, wrong = jax.vmap(of_example)(batch, keys)
-    n = jnp.sum(tokens)
+    scores, tokens, wrong = over(of_example, batch, keys)
 
     def along(params: PyTree, scores: Array, batch: PyTree) -> Array:
         """Its gradient is that of all examples' losses together."""
 
-        def along_scores(example: PyTree, s: Array, key: PRNGKeyArray | None) -> Array:
-            return jnp.vdot(s, example_of(loss_fn, labels, params, example, key).values(params).astype(s.dtype))
+        def along_scores(example: PyTree, key: PRNGKeyArray | None) -> Array:
+            return example_of(loss_fn, labels, params, example, key).values(params)
 
-        return jnp.sum(jax.vmap(along_scores)(batch, scores, keys))
+        values = over(along_scores, batch, keys)
+        return jnp.vdot(scores, values.astype(scores.dtype))
 
     leaves = trace(along, kind, params, (scores[:, 0], batch), {}).leaves
     _warn_of_missing(leaves)
@@ -52,8 +82,7 @@ def position_squares(
     total = of_draw(draws[0])
     if len(draws) > 1:
         total = jax.lax.scan(lambda t, s: (jax.tree.map(jnp.add, t, of_draw(s)), None), total, draws[1:])[0]
-    x = [None if s is None else s / jnp.where(n > 0, n, 1).astype(s.dtype) for s in total]
-    return structure.unflatten(x), n, jnp.sum(wrong, dtype=jnp.int32)
+    return Summed(total, jnp.sum(tokens), jnp.sum(wrong, dtype=jnp.int32))
 
 
 def _warn_of_missing(leaves: list[LeafPlan]) -> None:

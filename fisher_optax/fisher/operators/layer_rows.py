@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._arguments import hashable
+from ..._xla import of_each
 from ...capture.kinds.sums import check_counts
 from ...capture.losses import total
 from ...capture.outputs import Output, outputs
 from ...capture.report import infer_axes
 from ...matrices.axes import path_names
+from ...matrices.floats import on_whole, without_rest
 from ...matrices.layout import Layer
 from .layer_forms import Entries, RowSum, einsum, matrices_of
 from .matrix import FISHERS, operator
@@ -73,7 +75,7 @@ class LayerRows(NamedTuple):
             return self._of(jax.tree.map(lambda x: x[None], example), self.key_of(number), shares)
 
         def on_chunk(carry: PyTree, numbers: Array, examples: PyTree, shares: list[Array]) -> tuple[PyTree, PyTree]:
-            R = jax.vmap(rows_of_example)(numbers, examples, shares)
+            R = of_each(rows_of_example, numbers, examples, shares)
             return step(carry, R.reshape(-1, R.shape[-1]))
 
         return self.over_chunks(on_chunk, start)
@@ -107,7 +109,7 @@ class LayerRows(NamedTuple):
             return [(jnp.sum(o.weights), jnp.sum(o.factor)) for o in found]
 
         whole = outputs(self.source.loss_fn, self.params, *self.batch)[0]
-        each = zip(jax.vmap(of_example)(self.batch), whole, strict=True)
+        each = zip(of_each(of_example, self.batch), whole, strict=True)
         return [w / total(w) * jnp.sum(o.factor) / jnp.where(c == 0, 1, c) for (w, c), o in each]
 
     def _of(self, batch: PyTree, key: PRNGKeyArray | None, shares: list[Array] | None) -> Float[Array, "r d"]:
@@ -228,7 +230,8 @@ def rows_of(
     """Checked; without layers."""
     if fisher not in FISHERS:
         raise ValueError(f"rows are those of {', '.join(map(repr, FISHERS))}; got fisher={fisher!r}.")
-    loss_fn = hashable(loss_fn)
+    floats, whole = without_rest(params)
+    loss_fn, params = hashable(on_whole(loss_fn, params, whole)), floats
     operator(loss_fn, params, *batch, fisher=fisher, n_samples=n_samples, temperature=temperature, key=key)
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
     check_counts("fisher", batch_size=batch_size)

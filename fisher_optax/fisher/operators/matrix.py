@@ -26,11 +26,13 @@ from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..._arguments import hashable
+from ..._xla import of_each
 from ...capture.distributions import data_score
 from ...capture.kinds.sums import check_counts
 from ...capture.losses import own_key, passes
 from ...capture.outputs import Output, is_sum_of_losses, outputs
 from ...capture.program.jaxprs import varying
+from ...matrices.floats import on_whole, without_rest
 from .operator import Operator, RowRule, Rule
 
 FISHERS = ("true", "mc", "empirical")
@@ -59,7 +61,9 @@ def operator(
       loss_fn: ``loss_fn(params, *batch)`` -> the mean loss, by one or more of `fo.losses` outside of loops (for
         ``"hessian"``, any scalar), or a sum of multiples of them: their Fishers add up, each times its factor. What
         else is added has no part in a Fisher.
-      params, *batch: what it is called with. Batch and key become part of the operator: it is of one fixed matrix.
+      params, *batch: what it is called with. Batch and key become part of the operator: it is of one fixed matrix. So
+        do integers, booleans and random states among the parameters; where they are, a tree that it is applied to may
+        have None, or anything, which passes through.
       fisher: "true", "mc", "empirical", "ggn" or "hessian".
       n_samples: labels drawn a position, for "mc".
       temperature: labels are drawn from (or, for "true", weighted by) the model at this temperature: logits divided by
@@ -89,7 +93,9 @@ def operator(
     check_temperature(temperature)
     if temperature != 1 and fisher not in ("true", "mc"):
         raise ValueError(f"temperature is of labels from the model, for 'true' and 'mc'; this is {fisher!r}.")
-    batch, loss_fn = jax.tree.map(jnp.asarray, batch), hashable(loss_fn)
+    floats, whole = without_rest(params)
+    loss_fn, params = hashable(on_whole(loss_fn, params, whole)), floats
+    batch = jax.tree.map(jnp.asarray, batch)
     if fisher == "hessian":
         return Operator.on("hessian", _Hessian(loss_fn), (params, batch), params)
     check_outputs(loss_fn, params, batch, fisher)
@@ -223,7 +229,7 @@ class _Fisher(RowRule):
                 g = jax.tree.leaves(pull(cts)[0])
                 return jnp.concatenate([x.ravel().astype(jnp.result_type(*g)) for x in g])
 
-            rows.append(jax.lax.map(row, jnp.arange(K * P), batch_size=32))
+            rows.append(of_each(row, jnp.arange(K * P), batch_size=32))
         return jnp.concatenate(rows)
 
     def _logits(self, params: PyTree, batch: PyTree) -> tuple[Callable[[PyTree], list[Array]], list[Output]]:

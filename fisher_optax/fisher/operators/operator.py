@@ -16,8 +16,9 @@ from jax.tree_util import tree_flatten_with_path
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
-from ..._xla import automatic
+from ..._xla import automatic, of_each
 from ...matrices.axes import path_names
+from ...matrices.floats import without_rest
 
 
 class Rule(abc.ABC):
@@ -64,7 +65,8 @@ class Operator:
 
     @classmethod
     def on(cls, name: str, rule: Rule, data: PyTree, like: PyTree) -> "Operator":
-        """An operator on trees like ``like``, of arrays or `jax.ShapeDtypeStruct`."""
+        """An operator on trees like ``like``, of arrays or `jax.ShapeDtypeStruct`: on its floating-point leaves."""
+        like, _ = without_rest(like)
         flat, structure = tree_flatten_with_path(like)
         leaves = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for _, x in flat)
         return cls(name, rule, data, structure, tuple("/".join(path_names(p)) for p, _ in flat), leaves)
@@ -98,11 +100,12 @@ class Operator:
         return jnp.result_type(*(x.dtype for x in self.leaves))
 
     def matvec(self, v: PyTree) -> PyTree:
-        """The product with a tree.
+        """The product with a tree; integers, booleans and random states in it pass through.
 
         Raises:
           ValueError: for a tree of another structure or other shapes.
         """
+        v, whole = without_rest(v)
         found = jax.tree.structure(v)
         if found != self.structure:
             raise ValueError(f"{self.name}: a tree like the parameters is wanted, {self.structure}; got {found}.")
@@ -112,7 +115,7 @@ class Operator:
                     f"{self.name}: {path!r} has shape {jnp.shape(x)}; wanted the parameter's, {wanted.shape}."
                 )
         v = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), v, jax.tree.unflatten(self.structure, self.leaves))
-        return self.rule.product(self.data, v)
+        return whole(self.rule.product(self.data, v))
 
     def __matmul__(self, v: PyTree) -> PyTree:
         return self.matvec(v)
@@ -187,7 +190,7 @@ def _by_entries(F: Operator, batch_size: int) -> Array:
     if F.has_rows and jax.eval_shape(lambda: F.rows()).shape[0] < F.size:
         R = F.rows()
         return jnp.matmul(R.T, R, precision=Precision.HIGHEST)
-    A = jax.lax.map(lambda e: F.ravel(F @ F.unravel(e)), jnp.eye(F.size, dtype=F.dtype), batch_size=batch_size)
+    A = of_each(lambda e: F.ravel(F @ F.unravel(e)), jnp.eye(F.size, dtype=F.dtype), batch_size=batch_size)
     return (A + A.T) / 2
 
 
