@@ -12,7 +12,7 @@ from ..linalg.eigenbasis import LowRank
 from ..matrices.layout import Layer
 from ..preconditioner.contracts import Application, Decomposition, FactorRule, Refresh, Storage, refresh_of, storage_of
 from ..preconditioner.decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
-from ..preconditioner.factors import kronecker, tikhonov
+from ..preconditioner.factors import tikhonov
 from ..preconditioner.precondition import preconditioner
 from ..preconditioner.step import Store
 from ..preconditioner.transform import Preconditioner
@@ -21,6 +21,7 @@ from ..transforms.decay import Mask, decayed_weights, scheduled
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.grafting import frozen_trace, graft_on, magnitude_of, once_seen
 from ..transforms.skip_nonfinite import Freezable, chain, skip_nonfinite
+from ._reached import OfReached, reached_factors, where_reached
 from .kfac_head import ForHeads, apart, check_head, describing, is_head
 
 KINDS = ("matrix", "head")
@@ -52,21 +53,22 @@ def captured(
         raise ValueError(f"refresh='adaptive' needs an eigenbasis: decomposition must be {bases}; got 'inverse'.")
     stored = storage_of(name, storage, STORAGE)
     factors, decomposition = _parts(curvature_decay, damping, exponent, options.decomposition, stored.rank)
-    return preconditioner(
+    method = preconditioner(
         factors,
         decomposition,
-        application,
+        where_reached(application),
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
         refresh=dataclasses.replace(options, transport="squared", first_step="adam"),
         storage=stored,
     )
+    return OfReached.of(method)
 
 
 def _parts(
     decay: optax.ScalarOrSchedule, damping: optax.ScalarOrSchedule, exponent: float, way: str | None, rank: int
 ) -> tuple[FactorRule, Decomposition]:
-    factors = kronecker(decay, rank=rank)
+    factors = reached_factors(decay, rank)
     if way == "inverse":
         root = cholesky_inverse() if exponent == -1 else inverse_root(exponent, ridge=0.0)
         return factors._replace(read=tikhonov(damping)), root
