@@ -169,8 +169,8 @@ def runs_of(shape: tuple[int, ...], axes: MatrixAxes) -> list[list[tuple[int, in
     return [[(x, n, d) for x, (d, n) in zip(s, runs, strict=False)] for s, runs in zip(starts, equal, strict=True)]
 
 
-# How the reason of a leaf begins that has two readings, and of one that a user names.
-AMBIGUOUS, GIVEN = "ambiguous", "user"
+# How the reason of a leaf begins that has two readings, of one that a user names, and of one that chooses experts.
+AMBIGUOUS, GIVEN, ROUTER = "ambiguous", "user", "router"
 
 INFERRED = (
     "Pass axes=fo.infer_axes(loss_fn, params, batch), which reads them off the program, or axes= with a fo.MatrixAxes "

@@ -16,7 +16,7 @@ from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from .axes import AMBIGUOUS, GIVEN, INFERRED, LeafAxes, MatrixAxes, how_many, listed, made, path_names
+from .axes import AMBIGUOUS, GIVEN, INFERRED, ROUTER, LeafAxes, MatrixAxes, how_many, listed, made, path_names
 from .names import ATTENTION_INPUTS, ATTENTION_OUTPUTS, EINSUMS, Leaf, bias_name, lora_side, split_names
 from .stacks import Stacks
 
@@ -169,6 +169,13 @@ class Rules:
         """What the leaf is."""
         if settled := no_matrix(leaf):
             return settled
+        found = self._in_stacks(leaf)
+        # Whether it is stacked or how makes no difference: it goes to the fallback.
+        is_left = found.axes is None and not self.stacks.is_vector(leaf) and self.stacks.is_router(leaf)
+        return leaf.as_("other", None, ROUTER) if is_left else found
+
+    def _in_stacks(self, leaf: Leaf) -> LeafAxes:
+        """What the leaf is, of layers that are stacked along any axis."""
         first, second = self.stacks.outermost(leaf)
         if second is None or (first is not None and len(first) < len(second)):
             return self._read(leaf)
@@ -191,7 +198,7 @@ class Rules:
             return leaf.as_("other", None, ("stacked scalar", "stacked vector", "bias or normalisation")[min(rank, 2)])
         outputs_first = stacks.is_outputs_first(leaf)
         if outputs_first is None:
-            return _ambiguous(leaf, "outputs first by its name, inputs first by its neighbours' biases")
+            return _ambiguous(leaf, "its outputs may come first or last")
         bias, fits = stacks.bias_of(leaf)
         if bias:
             # Neighbours show at least ``depth`` stacked axes; where the bias fits more as well, those may be true.
@@ -240,7 +247,7 @@ class Rules:
             return leaf.as_("embedding", axes, f"embedding{stack}")
         reason = _layer(leaf, axes) + stack
         if self.stacks.is_router(leaf):
-            return leaf.as_("other", axes, f"router: {reason}")
+            return leaf.as_("other", axes, f"{ROUTER}: {reason}")
         return leaf.as_("head", axes, f"head: {reason}") if leaf.is_head else leaf.as_("matrix", axes, reason)
 
 
