@@ -10,7 +10,7 @@ import optax
 from jaxtyping import PyTree
 
 from ..linalg.eigenbasis import LowRank
-from ..matrices.axes import INFERRED, LeafAxes, MatrixAxes, how_many, listed
+from ..matrices.axes import INFERRED, ROUTER, LeafAxes, MatrixAxes, how_many, listed
 from ..matrices.layout import Layer, join, shapes, split
 from ..statistics import LayerFactors, LayerStatistics, Samples, statistics_by_path
 
@@ -159,7 +159,8 @@ def unused_statistics(method: str, leaves: list[LeafAxes], statistics: PyTree) -
     """What to say of leaves that have statistics, and go to the fallback by their names."""
     captured = {} if statistics is None else statistics_by_path(statistics)
     real = [x for x in leaves if x.kind == "other" and jnp.issubdtype(x.dtype, jnp.floating)]
-    left = [x for x in real if x.axes is None and x.path in captured and not (x.is_given or x.is_ambiguous)]
+    meant = lambda x: x.is_given or x.is_ambiguous or x.reason.startswith(ROUTER)  # noqa: E731
+    left = [x for x in real if x.axes is None and x.path in captured and not meant(x)]
     if not left:
         return None
     return (
