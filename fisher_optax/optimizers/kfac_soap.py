@@ -7,7 +7,7 @@ import optax
 from jaxtyping import PyTree
 
 from .._arguments import injectable
-from ..capture.to_optimizer import layer_axes, on_layers, unused_statistics
+from ..capture.to_optimizer import layer_axes, on_layers, same_shapes, unused_statistics
 from ..matrices.layout import Layer
 from ..preconditioner.contracts import Refresh, Storage
 from ..preconditioner.precondition import direction, optimizer, scheduled_adam
@@ -16,8 +16,7 @@ from ..statistics import LayerFactors
 from ..transforms.decay import Mask
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.skip_nonfinite import Freezable
-from ._kfac import same_shapes
-from ._reached import reached_factors
+from ._kfac import reached_factors
 from .soap import adam_in_bases, decay_of
 
 
