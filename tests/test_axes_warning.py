@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import fisher_optax as fo
@@ -65,6 +66,42 @@ def test_what_is_meant_for_the_fallback_goes_there_without_a_word() -> None:
     for axes in (MEANT, {**MEANT, "mixed": None}, lambda params: MEANT):
         assert warned(jax.eval_shape, fo.soap(1e-3, axes=axes).init, MIXED) == []
     jax.eval_shape(fo.soap(1e-3, axes="strict").init, model)
+
+
+HEADS = {"lm_head": jnp.ones((2, 3, 4)), "logits/w": jnp.ones((2, 3, 4)), "dense": {"kernel": jnp.ones((4, 6))}}
+
+
+@pytest.mark.parametrize(("name", "takes"), [("muon", False), ("frog", False), ("soap", True), ("kfac", True)])
+def test_an_ambiguous_head_is_named_where_the_method_takes_heads(name: str, takes: bool) -> None:
+    found = warned(jax.eval_shape, METHODS[name](1e-3).init, HEADS)
+    assert [x.startswith(f"{name}: 2 leaves") for x in found] == [True] * takes
+    strict = METHODS[name](1e-3, axes="strict")
+    if takes:
+        with pytest.raises(ValueError, match="axes='strict', and 2 leaves"):
+            jax.eval_shape(strict.init, HEADS)
+    else:
+        jax.eval_shape(strict.init, HEADS)
+
+
+def test_what_is_made_anew_at_every_step_warns_once() -> None:
+    """`optax.inject_hyperparams` does so; with a filter that makes errors of warnings, each is one."""
+    params = {"mixed": jnp.ones((2, 3, 4)), "dense": {"scale": jnp.ones((3, 4))}, "up": {"kernel": jnp.ones((4, 3))}}
+    loss = lambda p, x: fo.losses.gaussian(x @ p["up"]["kernel"] @ p["dense"]["scale"], x)  # noqa: E731
+    _, grads, stats = fo.value_and_grad(loss)(params, jnp.ones((2, 4)))
+    inject = optax.inject_hyperparams(fo.scale_by_kfac)
+
+    def train() -> None:
+        tx = inject(damping=0.1)
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = tx.update(grads, state, params, statistics=stats)
+
+    first, second = warned(train)
+    assert "may be matrices" in first
+    assert "have statistics" in second
+    for _ in range(2):
+        with pytest.raises(fo.AxesWarning):
+            fo.soap(1e-3).init(params)
 
 
 def test_a_word_makes_it_an_error() -> None:

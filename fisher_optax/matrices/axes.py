@@ -184,7 +184,7 @@ class LeafAxes(NamedTuple):
     path: str  # "Block_0/attention/query/kernel"
     shape: tuple[int, ...]
     dtype: Any
-    axes: MatrixAxes | None  # None: no matrix. For kinds "matrix" and "head" there always are some
+    axes: MatrixAxes | None  # None: no matrix, or nobody knows which. For kind "matrix" there always are some
     kind: str  # "matrix" | "embedding" | "head" | "other"
     reason: str  # for the report: "Dense kernel", "ambiguous 3-D kernel: pass axes=", "vector", ...
     bias: str | None = None  # the leaf that is added to a matrix's outputs
@@ -198,7 +198,7 @@ class LeafAxes(NamedTuple):
     def is_ambiguous(self) -> bool:
         """Whether it may be a matrix, in more ways than one: two of its axes are longer than 1."""
         long = sum(d > 1 for d in self.shape) > 1
-        return long and self.kind == "other" and self.reason.startswith(AMBIGUOUS)
+        return long and self.kind in ("other", "head") and self.reason.startswith(AMBIGUOUS)
 
 
 def how_many(some: list[LeafAxes], leaves: list[LeafAxes]) -> str:

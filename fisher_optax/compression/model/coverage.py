@@ -49,14 +49,14 @@ def left_by_rule(leaves: Sequence[LeafAxes], layers: Sequence[Layer]) -> list[Le
     pruned = {layer.path for layer in layers}
     rest = [leaf for leaf in leaves if leaf.path not in pruned and sum(d > 1 for d in leaf.shape) >= 2]
     return [
-        LeftDense(leaf.path, leaf.shape, math.prod(leaf.shape), _by_rule(leaf), not leaf.is_ambiguous)
+        LeftDense(leaf.path, leaf.shape, math.prod(leaf.shape), _by_rule(leaf), leaf.kind != "other")
         for leaf in rest
         if leaf.axes is not None or leaf.is_ambiguous or leaf.kind in ("embedding", "head")
     ]
 
 
 def _by_rule(leaf: LeafAxes) -> str:
-    return "left out by layers=" if leaf.kind == "matrix" else leaf.reason if leaf.is_ambiguous else leaf.kind
+    return {"matrix": "left out by layers=", "other": leaf.reason}.get(leaf.kind, leaf.kind)
 
 
 def warn_of_left(layers: Sequence[PrunedLayer], left: Sequence[LeftDense], by_program: bool) -> None:
