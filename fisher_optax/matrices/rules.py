@@ -290,7 +290,6 @@ def _without_second_axis(leaf: Leaf) -> Leaf:
 
 def _with_second_axis(layer: LeafAxes, leaf: Leaf) -> LeafAxes:
     """What is read of one layer, for the stack of them along the second axis."""
-    stack = f", stacked {leaf.shape[1]} along axis 1"
     if layer.axes is None:
         reason = {"vector": "stacked vector", "scalar": "stacked scalar"}.get(layer.reason, layer.reason)
         return layer._replace(shape=leaf.shape, reason=reason)
@@ -298,4 +297,4 @@ def _with_second_axis(layer: LeafAxes, leaf: Leaf) -> LeafAxes:
         [a + (a > 0) for a in group] for group in (layer.axes.inputs, layer.axes.outputs, layer.axes.batch)
     )
     axes = dataclasses.replace(layer.axes, inputs=inputs, outputs=outputs, batch=sorted([*batch, 1]))
-    return layer._replace(shape=leaf.shape, axes=axes, reason=layer.reason + stack)
+    return layer._replace(shape=leaf.shape, axes=axes, reason=f"{layer.reason}, stacked {leaf.shape[1]} along axis 1")
