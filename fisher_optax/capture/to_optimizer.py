@@ -164,8 +164,8 @@ def unused_statistics(method: str, leaves: list[LeafAxes], statistics: PyTree) -
     if not left:
         return None
     return (
-        f"{method}: {how_many(left, leaves)} have statistics, since the program multiplies by them, and go to the "
-        f"fallback: {listed(left)}. {INFERRED}."
+        f"{method}: the fallback (AdamW unless you pass one) takes {how_many(left, leaves)} that the program "
+        f"multiplies inputs by, as statistics= shows, since names or shapes say otherwise: {listed(left)}. {INFERRED}."
     )
 
 

@@ -173,8 +173,8 @@ def runs_of(shape: tuple[int, ...], axes: MatrixAxes) -> list[list[tuple[int, in
 AMBIGUOUS, GIVEN, ROUTER = "ambiguous", "user", "router"
 
 INFERRED = (
-    "Pass axes=fo.infer_axes(loss_fn, params, batch), which reads them off the program, or axes= with a fo.MatrixAxes "
-    "for each, or None where it is to go to the fallback"
+    "Pass axes=fo.infer_axes(loss_fn, params, batch), which reads inputs and outputs off the program, or a tree like "
+    "the parameters with a fo.MatrixAxes for each matrix and None for what the fallback is to take"
 )
 
 

@@ -40,8 +40,8 @@ class AxesWarning(UserWarning):
       >>> with warnings.catch_warnings(record=True) as found:
       ...     warnings.simplefilter("always")
       ...     state = fo.soap(3e-3).init({"mixed": jnp.ones((2, 3, 4))})
-      >>> print(str(found[0].message)[:69])
-      soap: 1 leaf (100% of the parameters) may be matrices and go to the f
+      >>> print(str(found[0].message)[:70])
+      soap: the fallback (AdamW unless you pass one) takes 1 leaf (100% of t
     """
 
 
@@ -203,8 +203,9 @@ def _unread(method: str, leaves: list[LeafAxes], kinds: tuple[str, ...]) -> str 
     if not ambiguous:
         return None
     return (
-        f"{method}: {how_many(ambiguous, leaves)} may be matrices and go to the fallback: {listed(ambiguous)}. "
-        f"{INFERRED}; axes='strict' makes this an error."
+        f"{method}: the fallback (AdamW unless you pass one) takes {how_many(ambiguous, leaves)} that may be matrices, "
+        f"as names and shapes do not tell which axes are inputs: {listed(ambiguous)}. {INFERRED}. axes='strict' makes "
+        "an error of this."
     )
 
 
