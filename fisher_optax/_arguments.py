@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 import jax
 import numpy as np
+import optax
 
 
 def value_at(value: object, count: object) -> Any:
@@ -27,6 +28,15 @@ def in_range(name: str, value: object, low: float, high: float = float("inf")) -
         raise ValueError(
             f"{name} must be at least {low}{'' if high == float('inf') else f' and below {high}'}; got {value!r}."
         )
+
+
+def require_transformation(name: str, tx: object) -> optax.GradientTransformation:
+    """``tx``; a TypeError unless it is an Optax transformation."""
+    if not isinstance(tx, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
+        raise TypeError(
+            f"{name} must be an optax.GradientTransformation, e.g. optax.adamw(1e-3); got {type(tx).__name__}."
+        )
+    return tx
 
 
 def hashable(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -58,7 +58,7 @@ def test_one_matrix_an_expert_through_every_activation(act: Callable[[jax.Array]
 
 def test_gates_and_loops_hide_nothing() -> None:
     axes = fo.infer_axes(gated, WEIGHTS | {"gate": leaf(D, E)}, X)
-    assert axes == {"wi": INTO, "wo": OUT, "gate": fo.MatrixAxes()}
+    assert axes == {"wi": INTO, "wo": OUT, "gate": None}
 
     def loss(p: Any, x: jax.Array) -> jax.Array:
         def body(x: jax.Array, w: Any) -> tuple[jax.Array, None]:

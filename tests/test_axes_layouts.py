@@ -65,7 +65,7 @@ def test_biases_tell_that_a_tree_has_its_inputs_first(form: Any) -> None:
     assert {path for path, x in read.items() if x.kind == "embedding"} == {"wte.weight", "wpe.weight"}
     other = by_path(form(GPT2 | {"proj.weight": (5, 6)}))
     (doubt,) = [x for x in other.values() if x.is_ambiguous]
-    assert "outputs first by its name, inputs first by its neighbours' biases" in doubt.reason
+    assert "its outputs may come first or last" in doubt.reason
 
 
 OUTPUTS_FIRST = {
@@ -232,7 +232,7 @@ MODELS: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_the_rules_read_what_the_program_does(model: tuple[Any, ...]) -> None:
-    """Axes and biases as `fo.infer_axes` finds them, layers being as many as outputs, too."""
+    """Axes and biases as `fo.infer_axes` finds them, layers being as many as outputs, too; no axes of a router."""
     module, *more = model
     params = params_of(module, X, *more)
 
@@ -241,5 +241,8 @@ def test_the_rules_read_what_the_program_does(model: tuple[Any, ...]) -> None:
 
     inferred = resolve_axes(params, fo.infer_axes(loss, params, X))
     for ours, theirs in zip(resolve_axes(params), inferred, strict=True):
+        if ours.reason.startswith("router"):
+            assert (ours.kind, theirs.kind, theirs.axes) == ("other", "other", None)
+            continue
         axes = lambda x: x.axes and (x.axes.inputs, x.axes.outputs, x.axes.batch)  # noqa: E731
         assert (axes(ours), ours.bias) == (axes(theirs), theirs.bias), ours.path

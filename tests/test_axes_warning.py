@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import fisher_optax as fo
@@ -38,9 +39,9 @@ def test_init_names_what_is_ambiguous_once_with_its_share_and_the_cure(name: str
     tx = METHODS[name](1e-3)
     (message,) = warned(jax.eval_shape, tx.init, MIXED)
     assert message.startswith(
-        f"{name}: 1 leaf (44% of the parameters) may be matrices and go to the fallback: 'mixed' "
+        f"{name}: the fallback (AdamW unless you pass one) takes 1 leaf (44% of the parameters) that may be matrices"
     )
-    assert "of shape (2, 3, 4)" in message
+    assert "inputs: 'mixed' of shape (2, 3, 4)" in message
     assert "axes=fo.infer_axes(loss_fn, params, batch)" in message
     with pytest.warns(fo.AxesWarning) as found:
         jax.eval_shape(METHODS[name](1e-3).init, MIXED)
@@ -67,6 +68,42 @@ def test_what_is_meant_for_the_fallback_goes_there_without_a_word() -> None:
     jax.eval_shape(fo.soap(1e-3, axes="strict").init, model)
 
 
+HEADS = {"lm_head": jnp.ones((2, 3, 4)), "logits/w": jnp.ones((2, 3, 4)), "dense": {"kernel": jnp.ones((4, 6))}}
+
+
+@pytest.mark.parametrize(("name", "takes"), [("muon", False), ("frog", False), ("soap", True), ("kfac", True)])
+def test_an_ambiguous_head_is_named_where_the_method_takes_heads(name: str, takes: bool) -> None:
+    found = warned(jax.eval_shape, METHODS[name](1e-3).init, HEADS)
+    assert ["takes 2 leaves" in x for x in found] == [True] * takes
+    strict = METHODS[name](1e-3, axes="strict")
+    if takes:
+        with pytest.raises(ValueError, match="axes='strict', and 2 leaves"):
+            jax.eval_shape(strict.init, HEADS)
+    else:
+        jax.eval_shape(strict.init, HEADS)
+
+
+def test_what_is_made_anew_at_every_step_warns_once() -> None:
+    """`optax.inject_hyperparams` does so; with a filter that makes errors of warnings, each is one."""
+    params = {"mixed": jnp.ones((2, 3, 4)), "dense": {"scale": jnp.ones((3, 4))}, "up": {"kernel": jnp.ones((4, 3))}}
+    loss = lambda p, x: fo.losses.gaussian(x @ p["up"]["kernel"] @ p["dense"]["scale"], x)  # noqa: E731
+    _, grads, stats = fo.value_and_grad(loss)(params, jnp.ones((2, 4)))
+    inject = optax.inject_hyperparams(fo.scale_by_kfac)
+
+    def train() -> None:
+        tx = inject(damping=0.1)
+        state = tx.init(params)
+        for _ in range(3):
+            _, state = tx.update(grads, state, params, statistics=stats)
+
+    first, second = warned(train)
+    assert "may be matrices" in first
+    assert "as statistics= shows" in second
+    for _ in range(2):
+        with pytest.raises(fo.AxesWarning):
+            fo.soap(1e-3).init(params)
+
+
 def test_a_word_makes_it_an_error() -> None:
     with pytest.raises(ValueError, match=r"axes='strict', and 1 leaf \(44% of the parameters\) .*'mixed' of shape"):
         fo.soap(1e-3, axes="strict").init(MIXED)
@@ -88,7 +125,9 @@ def test_statistics_of_what_goes_to_the_fallback_by_its_name_are_named_at_the_tr
     state = tx.init(params)
     update = functools.partial(jax.eval_shape, lambda g, s, stats: tx.update(g, s, params, statistics=stats))
     (message,) = warned(update, grads, state, stats)
-    assert message.startswith(f"{make.__name__}: 1 leaf (33% of the parameters) have statistics")
+    assert message.startswith(
+        f"{make.__name__}: the fallback (AdamW unless you pass one) takes 1 leaf (33% of the parameters) that the "
+    )
     assert "'gate/scale' of shape (4, 2)" in message
     assert warned(update, grads, state, stats) == []
     inferred = make(1e-3, axes=fo.infer_axes(loss, params, x, statistics=kind))

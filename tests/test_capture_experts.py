@@ -135,9 +135,10 @@ def test_devices_and_micro_batches_add_up_by_expert() -> None:
     params = jax.tree.map(jnp.asarray, {"router": drawn(M, E), **PARAMS})
     tokens = jnp.asarray(drawn(8, M))
     whole = captured(routed, params, tokens)
-    total = None
-    for part in (tokens[:2], tokens[2:]):
-        total = fo.accumulate_statistics(total, captured(routed, params, part))
+    first, second = (captured(routed, params, part) for part in (tokens[:2], tokens[2:]))
+    assert 0 in first["up"].weight
+    assert 0 not in whole["up"].weight
+    total = fo.accumulate_statistics(first, second)
     mesh = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=jax.devices()[:2])
     mean = lambda p, x: jax.lax.pmean(routed(p, x, unseen), "d")  # noqa: E731
     per_device = lambda p, x: fo.value_and_grad(mean)(p, x)[2]  # noqa: E731

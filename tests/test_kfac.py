@@ -126,6 +126,15 @@ def test_nothing_moves_before_the_first_statistics() -> None:
         assert not np.array_equal(points[2], points[1])
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("decomposition", ["eigh", "inverse"])
+def test_bases_are_made_of_the_first_statistics(decomposition: str) -> None:
+    """Whenever they come, and not at the next refresh."""
+    wanted = reference(Kfac(np.ones((M + 1, N)), 0.01, factored=decomposition == "inverse"), without=(0, 1, 5))
+    found = run(fo.kfac(0.01, **grouped(decomposition=decomposition)), without=(0, 1, 5))
+    np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-10)
+
+
 @functools.cache
 def layer() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     X, D, G = sequence()[0]

@@ -21,7 +21,8 @@ def accumulate_statistics(so_far: PyTree, new: PyTree) -> PyTree:
     """The statistics of both batches together, as if they had been one: ``left`` a mean weighted by the number of
     positions behind each (of experts, by each one's), ``right`` and ``squares`` by what each loss was divided by, the
     sum of its weights. With a ``normalizer`` that does not grow with the batch, as 1 for sums, or a loss that is
-    divided by the number of batches already, multiply them by the number of batches besides.
+    divided by the number of batches already, multiply them by the number of batches besides. An expert that a batch
+    has no rows for keeps its ``left`` and its ``weight``; in ``right`` that batch counts, as it would in the whole.
 
     `optax.MultiSteps` hands on only the last micro-batch's extra arguments, so gather the others' here and pass the
     result with the last one. Rows and samples, which stand for the whole, are those of both, one after the other.

@@ -11,20 +11,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from .._tables import table
+from ..matrices.axes import ROUTER as BY_NAME
 from ..matrices.axes import MatrixAxes, path_names
 from ..matrices.floats import is_floating, with_rest_apart
+from ..matrices.rules import resolve_axes
 from ..statistics import LayerFactors
 from .forward import input_sums
 from .gradients import value_and_grad
 from .kinds.kronecker import KroneckerFactors
 from .kinds.protocol import StatisticsKind
-from .program.experts import expert_axes
-from .program.flow import last_products
+from .program.experts import Experts, expert_axes
+from .program.flow import Flow, follow
 from .program.leaves import LeafPlan
 from .program.reach import reached
 from .traced import checked_kind, trace
 
 FROZEN, REST = "no gradient reaches it", "no floating point"
+ROUTER = "it chooses or weighs experts: fo.infer_axes leaves it to the fallback"
 
 
 class CaptureRow(NamedTuple):
@@ -77,12 +80,18 @@ def capture_report(
     args = (*rest, *args)
     traced = trace(own, kind, floats, args, kwargs)
     leaves, live = traced.leaves, reached(traced.program)
+    flow = follow(traced.program, traced.plan, len(leaves))
+    routers = _routers(leaves, floats, flow, expert_axes(traced.program.jaxpr, traced.plan, leaves))
     shapes = _shapes(own, kind, floats, args, kwargs) if any(leaf.sites for leaf in leaves) else [()] * len(leaves)
     rows = []
     for leaf, has in zip(leaves, shapes, strict=True):
         frozen = leaf.number not in live and not kind.inputs_alone()
-        why = FROZEN if frozen else leaf.reason or _sampled(kind, has)
-        rows.append(CaptureRow(leaf.path, leaf.shape, leaf.use, has, leaf.axes, len(leaf.sites), why, frozen))
+        why = leaf.reason or (ROUTER if leaf.number in routers else _sampled(kind, has))
+        rows.append(
+            CaptureRow(
+                leaf.path, leaf.shape, leaf.use, has, leaf.axes, len(leaf.sites), FROZEN if frozen else why, frozen
+            )
+        )
     return CaptureReport(_with_rest(rows, params))
 
 
@@ -139,9 +148,12 @@ def infer_axes(
     """Which axes of each parameter are inputs, outputs and batch, read off the traced program: made for ``axes=``.
 
     A leaf gets `fo.MatrixAxes`, with the path of its bias, where `fo.value_and_grad` captures it, and None (fallback)
-    elsewhere: what is no matrix, what is looked up as an embedding, what is used in a way that is not understood. Names
-    play no part. An output layer, whose input other layers have made and whose result only the loss takes, is marked
-    as a ``head``, a tied embedding included: `fo.muon` and `fo.frog` leave it to their fallback.
+    elsewhere: what is no matrix, what is looked up as an embedding, what is used in a way that is not understood, and
+    routers: a product with one number for each expert, the best of which choose experts or which weighs what these
+    make, or one that is called so, since models choose in more ways than are followed. No other name plays a part.
+
+    An output layer, whose input other layers have made and whose result only the loss takes, is marked as a ``head``, a
+    tied embedding included: `fo.muon` and `fo.frog` leave it to their fallback.
 
     Args:
       loss_fn, params, *args, **kwargs: as for `fo.value_and_grad`; arrays may be `jax.ShapeDtypeStruct`. Integers,
@@ -163,18 +175,32 @@ def infer_axes(
     loss_fn, params, rest = with_rest_apart(loss_fn, params)
     args = (*rest, *args)
     traced = trace(loss_fn, kind, params, args, kwargs)
-    program = traced.program.jaxpr, traced.plan
-    last = last_products(*program, len(traced.leaves))
-    experts = expert_axes(*program, traced.leaves) if statistics is None else [()] * len(traced.leaves)
+    flow = follow(traced.program, traced.plan, len(traced.leaves))
+    experts = expert_axes(traced.program.jaxpr, traced.plan, traced.leaves)
+    routers = _routers(traced.leaves, params, flow, experts)
 
-    def axes_of(leaf: LeafPlan, of_experts: tuple[int, ...]) -> MatrixAxes | None:
-        if leaf.use == "embedding" or not leaf.sites or leaf.axes is None:
+    def axes_of(leaf: LeafPlan, of_experts: Experts) -> MatrixAxes | None:
+        if leaf.use == "embedding" or not leaf.sites or leaf.axes is None or leaf.number in routers:
             return None
-        axes = _by_expert(leaf.axes, of_experts)
-        head = not axes.batch and last.issuperset(site.number for site in leaf.sites)
+        axes = leaf.axes if statistics is not None else _by_expert(leaf.axes, of_experts.axes)
+        head = not axes.batch and flow.last.issuperset(site.number for site in leaf.sites)
         return dataclasses.replace(axes, head=head)
 
     return jax.tree.unflatten(traced.treedef, map(axes_of, traced.leaves, experts))
+
+
+def _routers(leaves: list[LeafPlan], params: PyTree, flow: Flow, experts: list[Experts]) -> set[int]:
+    """Leaves that choose or weigh experts, as the program shows, or else by their names."""
+    return {
+        leaf.number
+        for leaf, named, found in zip(leaves, resolve_axes(params), experts, strict=True)
+        if leaf.sites
+        and (
+            found.is_router
+            or named.reason.startswith(BY_NAME)
+            or flow.choosing.issuperset(site.number for site in leaf.sites)
+        )
+    }
 
 
 def _by_expert(axes: MatrixAxes, experts: tuple[int, ...]) -> MatrixAxes:

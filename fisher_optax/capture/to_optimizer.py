@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ import optax
 from jaxtyping import PyTree
 
 from ..linalg.eigenbasis import LowRank
-from ..matrices.axes import INFERRED, LeafAxes, MatrixAxes, how_many, listed
+from ..matrices.axes import INFERRED, ROUTER, LeafAxes, MatrixAxes, how_many, listed
 from ..matrices.layout import Layer, join, shapes, split
-from ..statistics import LayerFactors, LayerStatistics, Samples, statistics_by_path
+from ..statistics import LayerFactors, LayerStatistics, Logits, Samples, statistics_by_path
 
 HOW = (
     "get them from `value, grads, stats = fo.value_and_grad(loss_fn, statistics=fo.{kind}(...))(params, batch)` "
@@ -159,12 +159,13 @@ def unused_statistics(method: str, leaves: list[LeafAxes], statistics: PyTree) -
     """What to say of leaves that have statistics, and go to the fallback by their names."""
     captured = {} if statistics is None else statistics_by_path(statistics)
     real = [x for x in leaves if x.kind == "other" and jnp.issubdtype(x.dtype, jnp.floating)]
-    left = [x for x in real if x.axes is None and x.path in captured and not (x.is_given or x.is_ambiguous)]
+    meant = lambda x: x.is_given or x.is_ambiguous or x.reason.startswith(ROUTER)  # noqa: E731
+    left = [x for x in real if x.axes is None and x.path in captured and not meant(x)]
     if not left:
         return None
     return (
-        f"{method}: {how_many(left, leaves)} have statistics, since the program multiplies by them, and go to the "
-        f"fallback: {listed(left)}. {INFERRED}."
+        f"{method}: the fallback (AdamW unless you pass one) takes {how_many(left, leaves)} that the program "
+        f"multiplies inputs by, as statistics= shows, since names or shapes say otherwise: {listed(left)}. {INFERRED}."
     )
 
 
@@ -191,3 +192,78 @@ def _joined_axes(layer: Layer) -> MatrixAxes:
             parts[first + side] = [inner * size for size in sizes[0][1]]
             parts[first + side][-1] += side == 0 and layer.bias is not None  # its row goes with the last
     return MatrixAxes(first, first + 1, tuple(range(first)), parts=parts)
+
+
+# Which sides of a layer's statistics a preconditioner must have whole.
+
+
+@runtime_checkable
+class Sides(Protocol):
+    """Which sides of a matrix an optimizer keeps whole."""
+
+    @property
+    def max_dim(self) -> int:
+        """The longest of them."""
+        ...
+
+    def wanted(self, m: int, n: int) -> tuple[bool, bool]:
+        """Of an ``m x n`` matrix."""
+        ...
+
+
+def require_whole(method: str, layer: Layer) -> None:
+    """A ValueError for a layer that is divided."""
+    if layer.axes.parts:
+        why = (
+            "its squares are in bases of whole layers" if method == "ekfac" else "a softmax's Fisher is of whole heads"
+        )
+        raise ValueError(
+            f"fo.{method}: axes of {layer.path!r} are {layer.axes}, but {why}: leave parts= out, or take fo.kfac "
+            "without head=."
+        )
+
+
+def whole_sides(method: str, storage: Sides, layer: Layer, shape: tuple[int, ...]) -> None:
+    """A ValueError unless both sides of a matrix of that shape have a basis."""
+    *_, m, n = shape
+    if not all(storage.wanted(m, n)):
+        raise ValueError(
+            f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}, and a side of "
+            "low rank has no whole basis: raise max_precond_dim, or leave the layer to the fallback by axes=."
+        )
+
+
+def same_shapes(
+    method: str, storage: Sides, squares: bool, layer: Layer, statistics: LayerFactors, shape: tuple[int, ...]
+) -> None:
+    """A ValueError unless the statistics are of a matrix of that shape, each side kept as the optimizer keeps it."""
+    *batch, m, n = shape
+    if squares and statistics.squares is None:
+        raise ValueError(
+            f"fo.{method}: statistics of {layer.path!r} have no squares: use fo.KroneckerFactors(squares=True) and "
+            "grad_fn(..., bases=fo.eigenbases(opt_state, params))."
+        )
+    if isinstance(statistics.right, Logits):
+        raise ValueError(
+            f"fo.{method}: the right statistics of {layer.path!r} are logits, which fo.kfac(head=...) takes of a layer "
+            "called head, lm_head or logits: call it so and pass head=, or leave head_rows= out of fo.KroneckerFactors."
+        )
+    for name, side, d, whole in zip(
+        ("left", "right"), (statistics.left, statistics.right), (m, n), storage.wanted(m, n), strict=True
+    ):
+        size = getattr(side, "shape", ())
+        divided = dict(layer_axes([layer])[0].parts).keys()
+        if not whole and len(batch) + (name == "right") in divided:
+            raise ValueError(
+                f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}; a side of "
+                "low rank has no parts: raise max_precond_dim, or leave parts= of its axes out."
+            )
+        have = "nothing" if side is None else f"{side.rows.shape} rows" if isinstance(side, LowRank) else f"{size}"
+        fits = isinstance(side, LowRank) if not whole else size[-2:] == (d, d)
+        if not fits:
+            wanted = f"a {d} x {d} matrix" if whole else f"rows of a side longer than {storage.max_dim}"
+            raise ValueError(
+                f"fo.{method}: the {name} statistics of {layer.path!r} are {have}; wanted {wanted}. Give the optimizer "
+                "and fo.KroneckerFactors the same max_precond_dim=max_dim and rank; axes=fo.infer_axes(loss_fn, "
+                "params, batch) leaves to the fallback what is only looked up."
+            )

@@ -169,12 +169,12 @@ def runs_of(shape: tuple[int, ...], axes: MatrixAxes) -> list[list[tuple[int, in
     return [[(x, n, d) for x, (d, n) in zip(s, runs, strict=False)] for s, runs in zip(starts, equal, strict=True)]
 
 
-# How the reason of a leaf begins that has two readings, and of one that a user names.
-AMBIGUOUS, GIVEN = "ambiguous", "user"
+# How the reason of a leaf begins that has two readings, of one that a user names, and of one that chooses experts.
+AMBIGUOUS, GIVEN, ROUTER = "ambiguous", "user", "router"
 
 INFERRED = (
-    "Pass axes=fo.infer_axes(loss_fn, params, batch), which reads them off the program, or axes= with a fo.MatrixAxes "
-    "for each, or None where it is to go to the fallback"
+    "Pass axes=fo.infer_axes(loss_fn, params, batch), which reads inputs and outputs off the program, or a tree like "
+    "the parameters with a fo.MatrixAxes for each matrix and None for what the fallback is to take"
 )
 
 
@@ -184,7 +184,7 @@ class LeafAxes(NamedTuple):
     path: str  # "Block_0/attention/query/kernel"
     shape: tuple[int, ...]
     dtype: Any
-    axes: MatrixAxes | None  # None: no matrix. For kinds "matrix" and "head" there always are some
+    axes: MatrixAxes | None  # None: no matrix, or nobody knows which. For kind "matrix" there always are some
     kind: str  # "matrix" | "embedding" | "head" | "other"
     reason: str  # for the report: "Dense kernel", "ambiguous 3-D kernel: pass axes=", "vector", ...
     bias: str | None = None  # the leaf that is added to a matrix's outputs
@@ -198,7 +198,7 @@ class LeafAxes(NamedTuple):
     def is_ambiguous(self) -> bool:
         """Whether it may be a matrix, in more ways than one: two of its axes are longer than 1."""
         long = sum(d > 1 for d in self.shape) > 1
-        return long and self.kind == "other" and self.reason.startswith(AMBIGUOUS)
+        return long and self.kind in ("other", "head") and self.reason.startswith(AMBIGUOUS)
 
 
 def how_many(some: list[LeafAxes], leaves: list[LeafAxes]) -> str:

@@ -21,6 +21,9 @@ HEADS = frozenset(
 )
 ROUTERS = frozenset({"router", "gate"})  # a gate is one where experts stand beside it
 EXPERTS = frozenset({"experts", "expert"})
+# Stacks of experts by their own names: from the model's width into the hidden layer, and back.
+EXPERTS_IN = frozenset({"gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "wi", "wi_0", "wi_1"})
+EXPERTS_OUT = frozenset({"down_proj", "w2", "wo"})
 STACKS = frozenset({"layers", "blocks"})
 LIFTED = re.compile(r"(Scan|Vmap)[A-Z]")  # how the names of `nn.scan` and `nn.vmap` begin
 # PyTorch and Equinox store these with their outputs first.

@@ -3,9 +3,9 @@
 The canonical matrix of a leaf is ``in x out``, as Flax stores kernels (``y = x W``); every leaf is a batch of such
 matrices or none at all. Nothing is guessed: a leaf for which two readings fit is no matrix, and its reason says so.
 
-A reading rests on the bias beside a kernel, whose axes are the kernel's last (Dense, DenseGeneral, attention, Conv); on
-the stack around it (`stacks.Stacks`); and on whole names. A ``weight``, as PyTorch and Equinox store it, has its
-outputs first unless biases say otherwise; an embedding has its tokens there.
+A reading rests on the bias beside a kernel, whose axes are the kernel's last, on the stack around it
+(`stacks.Stacks`), and on whole names. A ``weight``, as PyTorch and Equinox store it, has its outputs first unless
+biases say otherwise; an embedding has its tokens there.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from .axes import AMBIGUOUS, GIVEN, INFERRED, LeafAxes, MatrixAxes, how_many, listed, made, path_names
+from .axes import AMBIGUOUS, GIVEN, INFERRED, ROUTER, LeafAxes, MatrixAxes, how_many, listed, made, path_names
 from .names import ATTENTION_INPUTS, ATTENTION_OUTPUTS, EINSUMS, Leaf, bias_name, lora_side, split_names
 from .stacks import Stacks
 
@@ -24,7 +24,9 @@ STRICT, OUT_IN = "strict", "out_in"
 WINDOWS = (1, 2, 3, 4, 5, 7)  # of a convolution that nothing names
 
 
-def resolve_axes(params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.floating) -> list[LeafAxes]:
+def resolve_axes(
+    params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.floating, kinds: tuple[str, ...] = ("matrix", "head")
+) -> list[LeafAxes]:
     """One ``LeafAxes`` per leaf of ``params``, in the order of ``jax.tree.leaves``.
 
     Args:
@@ -37,6 +39,7 @@ def resolve_axes(params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.fl
         matrices all have their outputs first, as in PyTorch and Equinox, whatever their names.
       dtypes: what ``axes`` may make a matrix of, ``jnp.floating`` or ``jnp.inexact``. The rules leave complex leaves
         to the fallback.
+      kinds: of which ``"strict"`` wants every leaf read.
 
     The rules need neighbours: where ``optax.masked`` or ``optax.partition`` hides some, pass the whole tree's axes.
     Raises ``ValueError`` for leaves that ``axes`` lacks or does not fit, by shape or by dtype, ``TypeError`` for an
@@ -56,7 +59,7 @@ def resolve_axes(params: PyTree, axes: PyTree = None, dtypes: DTypeLike = jnp.fl
     if axes is None or isinstance(axes, str):
         read = list(map(Rules(leaves, outputs_first=axes == OUT_IN).read, leaves))
         if axes == STRICT:
-            _refuse_ambiguous(read)
+            _refuse_ambiguous(read, kinds)
     else:
         read = _read_given(made(axes, params), leaves, dtypes)
     real = {x.names: x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
@@ -69,8 +72,13 @@ def _leaf(path: KeyPath, value: PyTree) -> Leaf:
     return Leaf(keys, split_names(keys), jnp.shape(value), jnp.result_type(value))
 
 
-def _refuse_ambiguous(leaves: list[LeafAxes]) -> None:
-    if ambiguous := [leaf for leaf in leaves if leaf.is_ambiguous]:
+def ambiguous_among(leaves: list[LeafAxes], kinds: tuple[str, ...]) -> list[LeafAxes]:
+    """Those that may be matrices of these kinds."""
+    return [leaf for leaf in leaves if leaf.is_ambiguous and leaf.kind in ("other", *kinds)]
+
+
+def _refuse_ambiguous(leaves: list[LeafAxes], kinds: tuple[str, ...]) -> None:
+    if ambiguous := ambiguous_among(leaves, kinds):
         raise ValueError(
             f"axes='strict', and {how_many(ambiguous, leaves)} may be read in more ways than one: "
             f"{listed(ambiguous)}. {INFERRED}."
@@ -169,6 +177,12 @@ class Rules:
         """What the leaf is."""
         if settled := no_matrix(leaf):
             return settled
+        found = self._in_stacks(leaf)
+        is_unread = found.axes is None and not self.stacks.is_vector(leaf)
+        return leaf.as_("other", None, ROUTER) if is_unread and self.stacks.is_router(leaf) else found
+
+    def _in_stacks(self, leaf: Leaf) -> LeafAxes:
+        """What the leaf is, of layers that are stacked along any axis."""
         first, second = self.stacks.outermost(leaf)
         if second is None or (first is not None and len(first) < len(second)):
             return self._read(leaf)
@@ -191,7 +205,7 @@ class Rules:
             return leaf.as_("other", None, ("stacked scalar", "stacked vector", "bias or normalisation")[min(rank, 2)])
         outputs_first = stacks.is_outputs_first(leaf)
         if outputs_first is None:
-            return _ambiguous(leaf, "outputs first by its name, inputs first by its neighbours' biases")
+            return _ambiguous(leaf, "its outputs may come first or last")
         bias, fits = stacks.bias_of(leaf)
         if bias:
             # Neighbours show at least ``depth`` stacked axes; where the bias fits more as well, those may be true.
@@ -232,7 +246,7 @@ class Rules:
         """The leaf as ``depth`` batch axes, then one layer with these input axes; without inputs, ambiguous."""
         embedding = self.stacks.is_table(leaf)
         if not inputs:
-            return _ambiguous(leaf, doubt, "embedding" if embedding else "other")
+            return _ambiguous(leaf, doubt, embedding)
         outputs = tuple(a for a in range(len(leaf.shape) - depth) if a not in inputs)
         axes = MatrixAxes([depth + a for a in inputs], [depth + a for a in outputs], range(depth))
         stack = f", stacked {' x '.join(map(str, leaf.shape[:depth]))}" if depth else ""
@@ -240,12 +254,13 @@ class Rules:
             return leaf.as_("embedding", axes, f"embedding{stack}")
         reason = _layer(leaf, axes) + stack
         if self.stacks.is_router(leaf):
-            return leaf.as_("other", axes, f"router: {reason}")
+            return leaf.as_("other", axes, f"{ROUTER}: {reason}")
         return leaf.as_("head", axes, f"head: {reason}") if leaf.is_head else leaf.as_("matrix", axes, reason)
 
 
-def _ambiguous(leaf: Leaf, doubt: str, kind: str = "other") -> LeafAxes:
+def _ambiguous(leaf: Leaf, doubt: str, is_table: bool = False) -> LeafAxes:
     noun = leaf.name if leaf.name in ("kernel", "embedding") else "leaf"
+    kind = "embedding" if is_table else "head" if leaf.is_head else "other"
     return leaf.as_(kind, None, f"{AMBIGUOUS} {len(leaf.shape)}-D {noun}: pass axes= ({doubt})")
 
 
@@ -275,7 +290,6 @@ def _without_second_axis(leaf: Leaf) -> Leaf:
 
 def _with_second_axis(layer: LeafAxes, leaf: Leaf) -> LeafAxes:
     """What is read of one layer, for the stack of them along the second axis."""
-    stack = f", stacked {leaf.shape[1]} along axis 1"
     if layer.axes is None:
         reason = {"vector": "stacked vector", "scalar": "stacked scalar"}.get(layer.reason, layer.reason)
         return layer._replace(shape=leaf.shape, reason=reason)
@@ -283,4 +297,4 @@ def _with_second_axis(layer: LeafAxes, leaf: Leaf) -> LeafAxes:
         [a + (a > 0) for a in group] for group in (layer.axes.inputs, layer.axes.outputs, layer.axes.batch)
     )
     axes = dataclasses.replace(layer.axes, inputs=inputs, outputs=outputs, batch=sorted([*batch, 1]))
-    return layer._replace(shape=leaf.shape, axes=axes, reason=layer.reason + stack)
+    return layer._replace(shape=leaf.shape, axes=axes, reason=f"{layer.reason}, stacked {leaf.shape[1]} along axis 1")

@@ -12,6 +12,8 @@ from .names import (
     ATTENTION_OUTPUTS,
     EINSUMS,
     EXPERTS,
+    EXPERTS_IN,
+    EXPERTS_OUT,
     LIFTED,
     OUTPUTS_FIRST,
     ROUTERS,
@@ -37,6 +39,7 @@ class Stacks:
             for module in leaf.ancestors:
                 self.below[module].append(leaf)
         self.orders = self._orders(leaves)
+        self.has_weights = any(len(x.shape) > 1 and OUTPUTS_FIRST.fullmatch(x.name) and not x.is_table for x in leaves)
         self.routers = self._routers(leaves)
         self.stacked = {module: self._stacked_axes(module) for module in self.below}
         self.sharing_second = {module for module in self.below if self._shares_second(module)}
@@ -76,7 +79,7 @@ class Stacks:
         if self.is_table(leaf):
             return False
         if self.all_outputs_first or not OUTPUTS_FIRST.fullmatch(leaf.name):
-            return self.all_outputs_first
+            return self.all_outputs_first or self._order_of_experts(leaf)
         bias = self.shapes.get(bias_name(leaf), ())
         orders = [first for first in (False, True) if bias and _fits(leaf.shape, bias, first)]
         if len(orders) == 1:
@@ -84,6 +87,26 @@ class Stacks:
         if False not in self.orders:
             return True
         return False if bias and True not in self.orders else None
+
+    def _order_of_experts(self, leaf: Leaf) -> bool | None:
+        """The same of a leaf that is no ``weight``: inputs first, but for stacks of experts whose sides or whose
+        router's tell the width of the model; None where they do not, among weights that have outputs first.
+        """
+        if leaf.name not in EXPERTS_IN | EXPERTS_OUT or len(leaf.shape) < 3 or bias_name(leaf) in self.shapes:
+            return False
+        beside = [x for x in self.below[leaf.names[:-1]] if len(x.names) == len(leaf.names) and len(x.shape) > 2]
+        ins, outs = ([x.shape[-2:] for x in beside if x.name in names] for names in (EXPERTS_IN, EXPERTS_OUT))
+        told = {a[1] == b[0] for a in ins for b in outs if (a[1] == b[0]) != (a[0] == b[1])}
+        for width in self._widths(leaf):
+            told |= {a[1] == width for a in ins if (a[1] == width) != (a[0] == width)}
+            told |= {b[0] == width for b in outs if (b[0] == width) != (b[1] == width)}
+        undecided = None if self.has_weights and False not in self.orders else False
+        return told.pop() if len(told) == 1 else undecided
+
+    def _widths(self, leaf: Leaf) -> list[int]:
+        """Of the model, by the routers of experts: a router has its width and the number of experts."""
+        routers = [self.routers[m].shape[-2:] for m in (leaf.names[:-1], leaf.names[:-2]) if m in self.routers]
+        return [sum(r) - leaf.shape[-3] for r in routers if r[0] != r[1] and leaf.shape[-3] in r]
 
     def is_table(self, leaf: Leaf) -> bool:
         """Whether it is looked up: by its name, and without a bias, which a layer of that name would have."""
@@ -192,8 +215,8 @@ class Stacks:
 
     def _routers(self, leaves: list[Leaf]) -> dict[Module, Leaf]:
         """The router of each module that has one."""
-        found = {leaf.names[:-2]: leaf for leaf in leaves if leaf.module in ROUTERS and len(leaf.shape) > 1}
-        return found | {leaf.names[:-1]: leaf for leaf in leaves if leaf.name in ROUTERS and len(leaf.shape) > 1}
+        matrices = [leaf for leaf in leaves if len(leaf.shape) > 1]
+        return {leaf.names[:i]: leaf for leaf in matrices if (i := _router_at(leaf)) is not None}
 
     def is_expert(self, leaf: Leaf, depth: int) -> bool:
         """Whether it has a matrix for each expert that a router beside it chooses from."""
@@ -210,9 +233,10 @@ class Stacks:
 
     def is_router(self, leaf: Leaf) -> bool:
         """Whether it chooses experts: by its name, a gate by the experts beside it too."""
-        module = next((m for m in (leaf.names[:-1], leaf.names[:-2]) if self.routers.get(m) == leaf), None)
-        if module is None or "router" in leaf.names[-2:]:
-            return module is not None
+        place = _router_at(leaf)
+        if place is None or leaf.names[place] == "router":
+            return place is not None
+        module = leaf.names[:place]
         beside = [x for x in self.below[module] if x != leaf]
         inside = any(not EXPERTS.isdisjoint(x.names[len(module) :]) for x in beside)
         return inside or any(self.is_expert(x, len(leaf.shape) - 2) for x in beside)
@@ -244,6 +268,13 @@ def _fits(shape: tuple[int, ...], bias: tuple[int, ...], outputs_first: bool) ->
         for k in range(len(bias))
         if shape[: k + 1] == bias[: k + 1] and (k + 1 == len(bias) or (ones and set(bias[k + 1 :]) == {1}))
     }
+
+
+def _router_at(leaf: Leaf) -> int | None:
+    """Where a router's name stands in a path: its own, its module's, or that of one around a layer of its own."""
+    last = len(leaf.names) - 1
+    found = [i for i in (last, last - 1) if i >= 0 and leaf.names[i] in ROUTERS]
+    return found[0] if found else last - 2 if last > 1 and leaf.names[last - 2] == "router" else None
 
 
 def _is_axis_explained(leaf: Leaf, depth: int, second: bool = False) -> bool:

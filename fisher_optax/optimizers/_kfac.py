@@ -2,21 +2,43 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
+import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
+from .. import linalg
 from .._arguments import in_range, one_of
-from ..capture.to_optimizer import layer_axes, on_layers, unused_statistics
+from .._xla import select
+from ..capture.to_optimizer import (
+    layer_axes,
+    on_layers,
+    require_whole,
+    same_shapes,
+    unused_statistics,
+    whole_sides,
+)
 from ..linalg.eigenbasis import LowRank
 from ..matrices.layout import Layer
-from ..preconditioner.contracts import Application, Decomposition, FactorRule, Refresh, Storage, refresh_of, storage_of
+from ..preconditioner.contracts import (
+    Application,
+    Decomposition,
+    FactorRule,
+    Kronecker,
+    MatrixState,
+    Refresh,
+    Storage,
+    refresh_of,
+    storage_of,
+)
 from ..preconditioner.decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import kronecker, tikhonov
 from ..preconditioner.precondition import preconditioner
-from ..preconditioner.step import Store
+from ..preconditioner.refresh import START
+from ..preconditioner.step import Step
 from ..preconditioner.transform import Preconditioner
-from ..statistics import LayerFactors, Logits
+from ..statistics import LayerFactors
 from ..transforms.decay import Mask, decayed_weights, scheduled
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.grafting import frozen_trace, graft_on, magnitude_of, once_seen
@@ -52,21 +74,22 @@ def captured(
         raise ValueError(f"refresh='adaptive' needs an eigenbasis: decomposition must be {bases}; got 'inverse'.")
     stored = storage_of(name, storage, STORAGE)
     factors, decomposition = _parts(curvature_decay, damping, exponent, options.decomposition, stored.rank)
-    return preconditioner(
+    method = preconditioner(
         factors,
         decomposition,
-        application,
+        where_reached(application),
         precondition_frequency=precondition_frequency,
         max_precond_dim=max_precond_dim,
         refresh=dataclasses.replace(options, transport="squared", first_step="adam"),
         storage=stored,
     )
+    return OfReached.of(method)
 
 
 def _parts(
     decay: optax.ScalarOrSchedule, damping: optax.ScalarOrSchedule, exponent: float, way: str | None, rank: int
 ) -> tuple[FactorRule, Decomposition]:
-    factors = kronecker(decay, rank=rank)
+    factors = reached_factors(decay, rank)
     if way == "inverse":
         root = cholesky_inverse() if exponent == -1 else inverse_root(exponent, ridge=0.0)
         return factors._replace(read=tikhonov(damping)), root
@@ -103,7 +126,7 @@ def direction_of(
         axes = layer_axes(layers)
         heads = [i for i, layer in enumerate(layers) if of_heads and is_head(layer.path)]
         for layer in layers if squares else [layers[i] for i in heads]:
-            _require_whole(name, layer)
+            require_whole(name, layer)
         inner = method.on_matrices([a for i, a in enumerate(axes) if i not in heads])
         if of_heads and heads:
             inner = apart(heads, of_heads.transformation, inner)
@@ -173,62 +196,71 @@ def check_numbers(
     in_range("kl_clip", 0.0 if kl_clip is None else kl_clip, 0)
 
 
-# Which sides of a layer's statistics a preconditioner must have whole.
+# An expert without rows has nothing to say, nor has any matrix whose B is zero: all that is kept of it stays, the sum
+# of weights that averages are divided by included, so that over the steps in which e was reached, and no others,
+#
+#     A_e ← β A_e + (1-β) left_e,   w_e ← β w_e + (1-β),   read as A_e / w_e
+#
+# and its bases are made as soon as it is reached at all, not at the next refresh.
 
 
-def _require_whole(method: str, layer: Layer) -> None:
-    """A ValueError for a layer that is divided."""
-    if layer.axes.parts:
-        why = (
-            "its squares are in bases of whole layers" if method == "ekfac" else "a softmax's Fisher is of whole heads"
-        )
-        raise ValueError(
-            f"fo.{method}: axes of {layer.path!r} are {layer.axes}, but {why}: leave parts= out, or take fo.kfac "
-            "without head=."
-        )
+def reached_factors(decay: optax.ScalarOrSchedule, rank: int | None = None) -> FactorRule:
+    """`factors.kronecker`, where a schedule of the decay counts each matrix's own updates."""
+    rule = kronecker(decay, rank=rank)
+    assert rule.overwrite is not None
+    overwrite = rule.overwrite
+
+    def update(statistics: LayerFactors, factors: Kronecker, bases: PyTree) -> Kronecker:
+        return select(_is_reached(statistics.right), rule.update(statistics, factors, bases), factors)
+
+    def in_place(statistics: LayerFactors, factors: Kronecker, accept: Bool[Array, ""] | None) -> Kronecker:
+        reached = _is_reached(statistics.right)
+        return overwrite(statistics, factors, reached if accept is None else accept & reached)
+
+    return rule._replace(update=update, overwrite=in_place)
 
 
-def whole_sides(method: str, storage: Store, layer: Layer, shape: tuple[int, ...]) -> None:
-    """A ValueError unless both sides of a matrix of that shape have a basis."""
-    *_, m, n = shape
-    if not all(storage.wanted(m, n)):
-        raise ValueError(
-            f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}, and a side of "
-            "low rank has no whole basis: raise max_precond_dim, or leave the layer to the fallback by axes=."
-        )
+def where_reached(application: Application) -> Application:
+    """The application, whose own averages of statistics are of the matrices that a gradient has reached."""
+    observe = application.observe
+    if observe is None:
+        return application
+
+    def observed(state: PyTree, statistics: LayerFactors, basis: PyTree) -> PyTree:
+        return select(_is_reached(statistics.right), observe(state, statistics, basis), state)
+
+    return application._replace(observe=observed)
 
 
-def same_shapes(
-    method: str, storage: Store, squares: bool, layer: Layer, statistics: LayerFactors, shape: tuple[int, ...]
-) -> None:
-    """A ValueError unless the statistics are of a matrix of that shape, each side kept as the optimizer keeps it."""
-    *batch, m, n = shape
-    if squares and statistics.squares is None:
-        raise ValueError(
-            f"fo.{method}: statistics of {layer.path!r} have no squares: use fo.KroneckerFactors(squares=True) and "
-            "grad_fn(..., bases=fo.eigenbases(opt_state, params))."
-        )
-    if isinstance(statistics.right, Logits):
-        raise ValueError(
-            f"fo.{method}: the right statistics of {layer.path!r} are logits, which fo.kfac(head=...) takes of a layer "
-            "called head, lm_head or logits: call it so and pass head=, or leave head_rows= out of fo.KroneckerFactors."
-        )
-    for name, side, d, whole in zip(
-        ("left", "right"), (statistics.left, statistics.right), (m, n), storage.wanted(m, n), strict=True
-    ):
-        size = getattr(side, "shape", ())
-        divided = dict(layer_axes([layer])[0].parts).keys()
-        if not whole and len(batch) + (name == "right") in divided:
-            raise ValueError(
-                f"fo.{method}: {layer.path!r} is {m} x {n}, longer than max_precond_dim={storage.max_dim}; a side of "
-                "low rank has no parts: raise max_precond_dim, or leave parts= of its axes out."
-            )
-        have = "nothing" if side is None else f"{side.rows.shape} rows" if isinstance(side, LowRank) else f"{size}"
-        fits = isinstance(side, LowRank) if not whole else size[-2:] == (d, d)
-        if not fits:
-            wanted = f"a {d} x {d} matrix" if whole else f"rows of a side longer than {storage.max_dim}"
-            raise ValueError(
-                f"fo.{method}: the {name} statistics of {layer.path!r} are {have}; wanted {wanted}. Give the optimizer "
-                "and fo.KroneckerFactors the same max_precond_dim=max_dim and rank; axes=fo.infer_axes(loss_fn, "
-                "params, batch) leaves to the fallback what is only looked up."
-            )
+class OfReached(Preconditioner):
+    """A preconditioner of `reached_factors`, whose bases start when the first gradient reaches a matrix."""
+
+    @classmethod
+    def of(cls, method: Preconditioner) -> "OfReached":
+        """The same otherwise."""
+        return cls(**{field.name: getattr(method, field.name) for field in dataclasses.fields(method)})
+
+    def _renewed(
+        self,
+        step: Step,
+        count: Array,
+        stacks: dict[str, Array],
+        states: dict[str, MatrixState],
+        sides: dict[str, LayerFactors],
+        actions: dict[str, Array],
+    ) -> Any:
+        def started(key: str, action: Array) -> Array:
+            if key not in sides:
+                return action
+            first = (states[key].factors.seen[1] == 0) & _is_reached(sides[key].right)
+            return jnp.where(first if step.accept is None else first & step.accept, START, action)
+
+        actions = {key: started(key, action) for key, action in actions.items()}
+        return super()._renewed(step, count, stacks, states, sides, actions)
+
+
+def _is_reached(B: Array | LowRank) -> Bool[Array, "*stack"]:
+    """Of one matrix, or each of a stack."""
+    if isinstance(B, LowRank):
+        return jnp.any(B.rows != 0, (-2, -1))
+    return jnp.any(linalg.diagonal(B) != 0, -1)

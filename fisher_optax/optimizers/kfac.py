@@ -74,7 +74,8 @@ def kfac(
         m ← μ m + U;   W ← W - lr (m + wd W)
 
     ``update(grads, state, params, statistics=stats)`` with the statistics of `fo.value_and_grad`; with
-    ``statistics=None`` curvature stays as it is, and until there was some, layers do not move.
+    ``statistics=None`` curvature stays as it is, and until there was some, layers do not move. So it is for a matrix
+    whose B is zero, as no gradient has reached it, as for an expert without rows: A, B and their weights stay.
 
     Args:
       learning_rate: number or schedule.

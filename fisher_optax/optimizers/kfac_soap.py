@@ -7,17 +7,16 @@ import optax
 from jaxtyping import PyTree
 
 from .._arguments import injectable
-from ..capture.to_optimizer import layer_axes, on_layers, unused_statistics
+from ..capture.to_optimizer import layer_axes, on_layers, same_shapes, unused_statistics
 from ..matrices.layout import Layer
 from ..preconditioner.contracts import Refresh, Storage
-from ..preconditioner.factors import kronecker
 from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
 from ..transforms.decay import Mask
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.skip_nonfinite import Freezable
-from ._kfac import same_shapes
+from ._kfac import reached_factors
 from .soap import adam_in_bases, decay_of
 
 
@@ -46,7 +45,7 @@ def scale_by_kfac_soap(
     """
     method = adam_in_bases(
         "kfac_soap",
-        kronecker(decay_of(shampoo_beta, b2)),
+        reached_factors(decay_of(shampoo_beta, b2)),
         b1,
         b2,
         eps,
@@ -93,8 +92,8 @@ def kfac_soap(
         of 1;   g = Q_Aᵀ G Q_B, and all else as in `fo.soap`
 
     ``update(grads, state, params, statistics=stats)`` takes the statistics of `fo.value_and_grad` with
-    `fo.KroneckerFactors`; with ``statistics=None`` factors stay as they are. A side longer than ``max_precond_dim`` is
-    left unrotated.
+    `fo.KroneckerFactors`; with ``statistics=None`` factors stay as they are, and so do those of an expert that got no
+    rows. A side longer than ``max_precond_dim`` is left unrotated.
 
     Args:
       shampoo_beta: βs; None: ``b2``.
@@ -117,7 +116,7 @@ def kfac_soap(
     """
     method = adam_in_bases(
         "kfac_soap",
-        kronecker(decay_of(shampoo_beta, b2)),
+        reached_factors(decay_of(shampoo_beta, b2)),
         b1,
         b2,
         eps,

@@ -145,5 +145,5 @@ def _on_matrices(
     # An orthogonalised gradient may be as large as its dtype allows; the fallback takes squares.
     return skip_nonfinite(
         with_fallback("muon", build, fallback, axes=axes, kinds=KINDS, describe=describe_matrices, dtypes=DTYPES),
-        lambda tree: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(tree, axes, DTYPES)],
+        lambda tree: [not is_matrix(leaf, KINDS) for leaf in resolve_axes(tree, axes, DTYPES, KINDS)],
     )

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
-from ..matrices.axes import INFERRED, LeafAxes, MatrixAxes, how_many, listed, step_dtype
+from .._arguments import require_transformation
+from ..matrices.axes import INFERRED, LeafAxes, MatrixAxes, how_many, listed
 from ..matrices.layout import Layer, layers_of
-from ..matrices.rules import resolve_axes
-from .skip_nonfinite import Freezable, freezable
+from ..matrices.rules import ambiguous_among, resolve_axes
+from .skip_nonfinite import Freezable, freezable, in_float32
 
 Build = Callable[[list[MatrixAxes]], optax.GradientTransformation]
 BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
@@ -39,8 +40,8 @@ class AxesWarning(UserWarning):
       >>> with warnings.catch_warnings(record=True) as found:
       ...     warnings.simplefilter("always")
       ...     state = fo.soap(3e-3).init({"mixed": jnp.ones((2, 3, 4))})
-      >>> print(str(found[0].message)[:69])
-      soap: 1 leaf (100% of the parameters) may be matrices and go to the f
+      >>> print(str(found[0].message)[:70])
+      soap: the fallback (AdamW unless you pass one) takes 1 leaf (100% of t
     """
 
 
@@ -86,9 +87,8 @@ def with_fallback(
     def of_layers(layers: list[Layer]) -> optax.GradientTransformation:
         return build([layer.axes for layer in layers])
 
-    return _routed(
-        method, of_layers, fallback, axes, lambda leaves: layers_of(leaves, kinds, with_bias=False), describe, dtypes
-    )
+    among = functools.partial(layers_of, kinds=kinds, with_bias=False)
+    return _routed(method, of_layers, fallback, axes, among, describe, kinds, dtypes)
 
 
 def layers_with_fallback(
@@ -104,7 +104,8 @@ def layers_with_fallback(
     """`with_fallback`, where a matrix takes its bias along: ``build`` gets the layers among its own leaves.
     ``unused(method, leaves, statistics)`` says what to warn of, if there is something, at a call.
     """
-    return _routed(method, build, fallback, axes, lambda leaves: layers_of(leaves, kinds), describe, unused=unused)
+    among = functools.partial(layers_of, kinds=kinds)
+    return _routed(method, build, fallback, axes, among, describe, kinds, unused=unused)
 
 
 def _routed(
@@ -114,6 +115,7 @@ def _routed(
     axes: PyTree,
     layers_among: Callable[[list[LeafAxes]], list[Layer]],
     describe: Callable[[LeafAxes], dict[str, Any]],
+    kinds: tuple[str, ...],
     dtypes: DTypeLike = jnp.floating,
     unused: Unused = lambda method, leaves, statistics: None,
 ) -> Freezable:
@@ -121,7 +123,7 @@ def _routed(
     rest = freezable(in_float32(fallback))
 
     def routes(tree: PyTree) -> tuple[list[LeafAxes], list[Layer], optax.GradientTransformationExtraArgs]:
-        leaves = resolve_axes(tree, axes, dtypes)
+        leaves = resolve_axes(tree, axes, dtypes, kinds)
         layers = layers_among(leaves)
         own_places = sorted(place for layer in layers for place in layer.places)
         labels = [MATRIX if i in set(own_places) else FALLBACK for i in range(len(leaves))]
@@ -132,16 +134,11 @@ def _routed(
         labelled = jax.tree.structure(tree).unflatten(labels)
         return leaves, layers, optax.partition(tx, lambda _: labelled)  # a tree that could be called, it would call
 
-    warned: set[str] = set()
-
-    def warn(message: str | None) -> None:
-        if message is not None and message not in warned:
-            warned.add(message)
-            warnings.warn(message, AxesWarning, stacklevel=level_outside(sys._getframe()))
+    warn = warned_once()
 
     def init(params: PyTree) -> PyTree:
         leaves, layers, tx = routes(params)
-        warn(_unread(method, leaves))
+        warn(_unread(method, leaves, kinds))
         if is_recording():
             owners = {layer.kernel: layer for layer in layers}
             kernels = {layer.bias: layer.path for layer in layers if layer.bias is not None}
@@ -169,6 +166,29 @@ def _routed(
     return Freezable(init, update)
 
 
+_warned: set[tuple[str, str, int]] = set()  # messages, and from where
+
+
+def warned_once() -> Callable[[str | None], None]:
+    """Warns of each message once, and once for a line of the user's: `optax.inject_hyperparams` makes a method anew at
+    every step. What a filter makes an error of stays one.
+    """
+    own: set[str] = set()
+
+    def warn(message: str | None) -> None:
+        if message is None or message in own:
+            return
+        own.add(message)
+        level = level_outside(sys._getframe())
+        caller = sys._getframe(level - 1)
+        place = (message, caller.f_code.co_filename, caller.f_lineno)
+        if place not in _warned:
+            warnings.warn(message, AxesWarning, stacklevel=level)
+            _warned.add(place)
+
+    return warn
+
+
 def level_outside(frame: types.FrameType) -> int:
     """How far up from ``frame`` the first one is that is of no library here: a warning's place is the user's line."""
     level = 1
@@ -177,14 +197,15 @@ def level_outside(frame: types.FrameType) -> int:
     return level
 
 
-def _unread(method: str, leaves: list[LeafAxes]) -> str | None:
-    """What to say of leaves that may be matrices, and go to the fallback."""
-    ambiguous = [leaf for leaf in leaves if leaf.is_ambiguous]
+def _unread(method: str, leaves: list[LeafAxes], kinds: tuple[str, ...]) -> str | None:
+    """What to say of leaves that may be matrices of these kinds, and go to the fallback."""
+    ambiguous = ambiguous_among(leaves, kinds)
     if not ambiguous:
         return None
     return (
-        f"{method}: {how_many(ambiguous, leaves)} may be matrices and go to the fallback: {listed(ambiguous)}. "
-        f"{INFERRED}; axes='strict' makes this an error."
+        f"{method}: the fallback (AdamW unless you pass one) takes {how_many(ambiguous, leaves)} that may be matrices, "
+        f"as names and shapes do not tell which axes are inputs: {listed(ambiguous)}. {INFERRED}. axes='strict' makes "
+        "an error of this."
     )
 
 
@@ -202,41 +223,6 @@ def _state_bytes(tx: optax.GradientTransformation, params: PyTree, places: tuple
     with paused():
         state = jax.eval_shape(tx.init, alone)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
-
-
-def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``tx`` on half-precision leaves cast to float32: a second moment overflows in float16 and stands still in
-    bfloat16. So are whole numbers, whose moments would change their dtype in the first step. Of tx's type.
-    """
-    tx = optax.with_extra_args_support(tx)
-
-    def cast(tree: PyTree) -> PyTree:
-        def cast_leaf(x: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
-            half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
-            dtype = jnp.float32 if half else step_dtype(x.dtype)
-            if dtype == x.dtype or jnp.issubdtype(x.dtype, jax.dtypes.extended):
-                return x
-            return (
-                jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-                if isinstance(x, jax.ShapeDtypeStruct)
-                else x.astype(dtype)
-            )
-
-        return jax.tree.map(cast_leaf, tree)
-
-    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> PyTree:
-        return tx.update(cast(updates), state, cast(params), **extra)
-
-    return type(tx)(lambda params: tx.init(cast(params)), update)
-
-
-def require_transformation(name: str, tx: object) -> optax.GradientTransformation:
-    """``tx``; a TypeError unless it is an Optax transformation."""
-    if not isinstance(tx, optax.GradientTransformation | optax.GradientTransformationExtraArgs):
-        raise TypeError(
-            f"{name} must be an optax.GradientTransformation, e.g. optax.adamw(1e-3); got {type(tx).__name__}."
-        )
-    return tx
 
 
 # What an init says of each leaf while somebody asks: the rows of a report.

@@ -9,14 +9,13 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int, PyTree
 
-from .._arguments import injectable, value_at
+from .._arguments import injectable, require_transformation, value_at
 from .._xla import select
 from ..matrices.axes import MatrixAxes, parts_of
 from ..matrices.blocks import divide, unite
 from ..matrices.rules import resolve_axes
 from ..statistics import LayerFactors
-from .fallback import in_float32, require_transformation
-from .skip_nonfinite import Freezable, counted, freezable, skip_nonfinite
+from .skip_nonfinite import Freezable, counted, freezable, in_float32, skip_nonfinite
 
 
 class GraftState(NamedTuple):

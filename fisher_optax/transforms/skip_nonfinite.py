@@ -200,3 +200,29 @@ def skip_first_call(tx: optax.GradientTransformation, freeze: bool = True) -> Fr
         return new, SkipFirstState(select(accept, jnp.ones([], jnp.int32), state.called), inner)
 
     return Freezable(init, update)
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``tx`` on half-precision leaves cast to float32: a second moment overflows in float16 and stands still in
+    bfloat16. So are whole numbers, whose moments would change their dtype in the first step. Of tx's type.
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def cast(tree: PyTree) -> PyTree:
+        def cast_leaf(x: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct:
+            half = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+            dtype = jnp.float32 if half else step_dtype(x.dtype)
+            if dtype == x.dtype or jnp.issubdtype(x.dtype, jax.dtypes.extended):
+                return x
+            return (
+                jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+                if isinstance(x, jax.ShapeDtypeStruct)
+                else x.astype(dtype)
+            )
+
+        return jax.tree.map(cast_leaf, tree)
+
+    def update(updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree) -> PyTree:
+        return tx.update(cast(updates), state, cast(params), **extra)
+
+    return type(tx)(lambda params: tx.init(cast(params)), update)

@@ -48,9 +48,10 @@ class Kfac:
 
     def step(self, G, A=None, B=None, squares=None):
         self.calls += 1
+        first = A is not None and self.weight == 0
         if A is not None:
             self._follow(A, B, squares)
-        if self.calls == 1 or self.calls % self.every == 0:
+        if self.calls == 1 or first or self.calls % self.every == 0:
             self._refresh()
         D = self._direction(G) if self.weight else np.zeros_like(G)
         if self.grafting:

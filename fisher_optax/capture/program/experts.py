@@ -1,10 +1,12 @@
-"""Which axes of a weight's outputs count experts: those that the next weight has a matrix for each of.
+"""Which axes of a weight's outputs count experts: those that another weight has a matrix for each of.
 
 An axis of a product's result is followed through whatever acts on each entry alone. Where it meets a weight that has it
-as a batch axis, what was made along it are the results of as many layers that share an input.
+as a batch axis, or an axis that such a weight has made, what was made along it are the results of as many layers that
+share an input; or, where a weight has no other outputs, one number for each expert: it is their router.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
@@ -15,6 +17,7 @@ from .walk import Plan
 Tag = tuple[int, int]  # the number of a product, and the axis of its weight
 Tags = tuple[frozenset[Tag], ...]  # of each axis of a variable
 NOTHING: frozenset[Tag] = frozenset()
+BATCH = -1  # in the place of an axis: those that a product has a matrix for each entry of
 # What acts on each entry alone.
 ENTRYWISE = frozenset(
     {
@@ -74,15 +77,22 @@ ENTRYWISE = frozenset(
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "argmax", "argmin"}
 
 
-def expert_axes(jaxpr: Jaxpr, plan: Plan, leaves: Sequence[LeafPlan]) -> list[tuple[int, ...]]:
-    """The axes of each leaf's outputs that count experts at all of its products; never all its outputs."""
+class Experts(NamedTuple):
+    """What counts experts among the outputs of a leaf."""
+
+    axes: tuple[int, ...] = ()  # beside other outputs
+    is_router: bool = False  # all of its outputs: it weighs experts
+
+
+def expert_axes(jaxpr: Jaxpr, plan: Plan, leaves: Sequence[LeafPlan]) -> list[Experts]:
+    """Of each leaf, as all of its products show."""
     found: set[Tag] = set()
     _walk(jaxpr, plan, [_none(v) for v in jaxpr.invars], found)
 
-    def of_leaf(leaf: LeafPlan) -> tuple[int, ...]:
+    def of_leaf(leaf: LeafPlan) -> Experts:
         outputs = leaf.axes.outputs if leaf.axes and leaf.sites else ()
         axes = tuple(a for a in outputs if all((site.number, a) in found for site in leaf.sites))
-        return axes if len(axes) < len(outputs) else ()
+        return Experts(axes) if len(axes) < len(outputs) else Experts(is_router=bool(axes))
 
     return [of_leaf(leaf) for leaf in leaves]
 
@@ -109,6 +119,8 @@ def _results(eqn: JaxprEqn, i: int, plan: Plan | None, operands: list[Tags], fou
             return nothing
         found.update(*(operands[site.x][a] for a in site.x_axes[0]))
         result = list(nothing[0])
+        for axis in site.y_axes[0]:
+            result[axis] = frozenset({(site.number, BATCH)})
         if len(site.outputs) == len(site.y_axes[2]):
             for axis, atom in zip(site.y_axes[2], site.outputs, strict=True):
                 result[axis] = NOTHING if atom.source is None else frozenset({(site.number, atom.source)})
@@ -125,7 +137,21 @@ def _results(eqn: JaxprEqn, i: int, plan: Plan | None, operands: list[Tags], fou
         for branch, of_branch in zip(jaxprs.bodies(eqn), inner, strict=False):
             _walk(branch.jaxpr, of_branch, operands[1:], found)
         return nothing
-    return [_moved(eqn, operands)] if len(nothing) == 1 else nothing
+    if name == "dot_general":
+        contracting, batch = eqn.params["dimension_numbers"]
+        for a, b in (*zip(*contracting, strict=True), *zip(*batch, strict=True)):
+            _meet(operands[0][a] | operands[1][b], found)
+        return nothing
+    result = _moved(eqn, operands) if len(nothing) == 1 else ()
+    for tags in result:
+        _meet(tags, found)
+    return [result] if result else nothing
+
+
+def _meet(tags: frozenset[Tag], found: set[Tag]) -> None:
+    """Axes that are one with an axis that counts experts."""
+    if any(axis == BATCH for _, axis in tags):
+        found.update(tags)
 
 
 def _moved(eqn: JaxprEqn, operands: list[Tags]) -> Tags:

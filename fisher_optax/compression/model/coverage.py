@@ -52,7 +52,7 @@ def left_by_rule(leaves: Sequence[LeafAxes], layers: Sequence[Layer]) -> list[Le
     pruned = {layer.path for layer in layers}
     rest = [leaf for leaf in leaves if leaf.path not in pruned and sum(d > 1 for d in leaf.shape) >= 2]
     return [
-        LeftDense(leaf.path, leaf.shape, math.prod(leaf.shape), _by_rule(leaf), not leaf.is_ambiguous)
+        LeftDense(leaf.path, leaf.shape, math.prod(leaf.shape), _by_rule(leaf), leaf.kind != "other")
         for leaf in rest
         if leaf.axes is not None or leaf.is_ambiguous or leaf.is_given or leaf.kind in ("embedding", "head")
     ]
@@ -61,7 +61,7 @@ def left_by_rule(leaves: Sequence[LeafAxes], layers: Sequence[Layer]) -> list[Le
 def _by_rule(leaf: LeafAxes) -> str:
     if leaf.is_given and leaf.axes is None:
         return LEFT_BY_AXES
-    return "left out by layers=" if leaf.kind == "matrix" else leaf.reason if leaf.is_ambiguous else leaf.kind
+    return {"matrix": "left out by layers=", "other": leaf.reason}.get(leaf.kind, leaf.kind)
 
 
 def warn_of_left(layers: Sequence[PrunedLayer], left: Sequence[LeftDense], by_program: bool) -> None:
@@ -74,8 +74,8 @@ def warn_of_left(layers: Sequence[PrunedLayer], left: Sequence[LeftDense], by_pr
     share = sum(leaf.size for leaf in silent) / sum(x.size for x in (*layers, *left))
     listed = _listed([f"{leaf.name!r}, {leaf.reason}" for leaf in silent])
     why = (
-        f"as the program shows no layer there: {listed}. The report lists them; layers= that names what to prune says "
-        "that this is meant."
+        f"as the program shows no layer there: {listed}. The report lists them. To prune the others and "
+        "hear no more of it, name those by layers=."
         if by_program
         else f"as without a batch only names and shapes are known, which may be read in more ways than one: {listed}. "
         "Pass one batch, with which the model is traced; arrays may be jax.ShapeDtypeStruct."
@@ -87,8 +87,8 @@ def warn_of_unknown(layers: Sequence[PrunedLayer]) -> None:
     """Warns of weights that a method has pruned by data in which they have no part."""
     if partly := [f"{layer.name!r}: {layer.note}" for layer in layers if layer.note]:
         warnings.warn(
-            f"prune: the data does not show all that weights of {len(partly)} layers do: {_listed(partly)}. More data "
-            "may reach them, and layers= leaves them out.",
+            f"prune: the data does not show all that weights of {len(partly)} layers do: {_listed(partly)}. Pass "
+            "more batches, which may reach them, or name the other layers by layers=.",
             stacklevel=3,
         )
 

@@ -1,7 +1,5 @@
 """How far to prune at which step, and which leaves: what optimizers that prune share."""
 
-import sys
-import warnings
 from collections.abc import Callable, Container
 from functools import partial
 from typing import NamedTuple
@@ -17,8 +15,8 @@ from jaxtyping import Array, Float, PyTree
 from ..._arguments import value_at
 from ...matrices.axes import LeafAxes, MatrixAxes, how_many, listed, made, path_names
 from ...matrices.blocks import from_matrices, matrix_shapes, to_matrices
-from ...matrices.rules import is_told
-from ...transforms.fallback import AxesWarning, level_outside
+from ...matrices.rules import ambiguous_among, is_told
+from ...transforms.fallback import warned_once
 from ..leaf_axes import leaf_axes
 from ..matrix.masks import SCOPES, Pattern, Sparsity, as_sparsity, check_pattern, global_masks, mask
 
@@ -159,20 +157,17 @@ class Pruning(NamedTuple):
 
 def unread_warning(pruning: Pruning) -> Callable[[PyTree], None]:
     """Warns, once, of leaves that nobody has chosen and that may be matrices: they are not pruned."""
-    warned: set[str] = set()
+    once = warned_once()
 
     def warn(params: PyTree) -> None:
         leaves = pruning.read(params)
-        ambiguous = [leaf for leaf in leaves if leaf.is_ambiguous]
+        ambiguous = ambiguous_among(leaves, ("matrix",))
         if pruning.prune is not None or not ambiguous:
             return
-        message = (
+        once(
             f"{pruning.name}: {how_many(ambiguous, leaves)} may be matrices, and are not pruned: {listed(ambiguous)}. "
             f"{SAY_AXES}"
         )
-        if message not in warned:
-            warned.add(message)
-            warnings.warn(message, AxesWarning, stacklevel=level_outside(sys._getframe()))
 
     return warn
 

@@ -65,7 +65,7 @@ def program_axes(loss_fn: Callable[..., PyTree], params: PyTree, batch: PyTree) 
     """
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     roles = read_roles(loss_fn, params, example)
-    unknown = [role.named for role in roles if role.axes is None and role.kind == "other"]
+    unknown = [role.named for role in roles if role.axes is None and (role.kind == "other" or role.named.is_ambiguous)]
     if doubtful := [leaf for leaf in unknown if leaf.is_ambiguous or not is_told(leaf)]:
         warnings.warn(
             f"diagonal: the program does not multiply by {len(doubtful)} leaves as they are, and which axes are "
