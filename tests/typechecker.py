@@ -1,0 +1,28 @@
+"""Beartype as jaxtyping's type checker, each signature checked by one piece of code however often it is defined."""
+
+from collections.abc import Callable
+from typing import Any
+
+from beartype import BeartypeConf, beartype
+
+# An int is a float, as it is to every type checker.
+decorate = beartype(conf=BeartypeConf(is_pep484_tower=True))
+checked: dict[Any, Callable[..., Any]] = {}
+
+
+def check(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with arguments and result checked.
+
+    jaxtyping passes functions that return what they are passed, made anew from the signature whenever a ``def`` is
+    run. Functions inside functions are defined at each call, and beartype takes longer to write and compile a check
+    than the function to be traced: equal signatures share it.
+    """
+    optional = len(function.__defaults__ or ()), *(function.__kwdefaults__ or ())
+    annotations = tuple(function.__annotations__.items())
+    signature = (function.__module__, function.__qualname__, function.__code__, optional, annotations)
+    try:
+        if signature not in checked:
+            checked[signature] = decorate(function)
+        return checked[signature]
+    except TypeError:  # an annotation without a hash
+        return decorate(function)
