@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax  # noqa: E402 (the environment comes first)
 
 import tests.typechecker  # noqa: E402, F401 (jaxtyping looks it up by its name)
-from tests import tiers  # noqa: E402
+from tests import tiers, workers  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files and tests that are named are run whole, slow or not."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if named and not hasattr(config, "workerinput") and not any(a[:2] == "-m" for a in config.invocation_params.args):
+        config.option.markexpr = ""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m leaves out
@@ -44,6 +52,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item, slow in zip(cases, tiers.slow([tiers.case(item) for item in cases]), strict=True):
             if slow:
                 item.add_marker("slow")
+    items.sort(key=lambda item: workers.rank(tiers.case(item).path))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> workers.Shares:
+    return workers.Shares(config, log)
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ SLOW = (
     "test_sharding.py::*",
     "test_statistics_axes.py::*",
     "test_warm_start.py::*",
+    "test_tiers.py::test_each_law_is_in_one_tier_or_the_other",
     # Single ones that take as long as a file of others.
     "test_axes_layouts.py::test_a_step_on_outputs_first_is_the_step_on_the_transpose",
     "test_axes_parts.py::test_statistics_of_a_layer_are_those_of_its_parts",
