@@ -49,7 +49,7 @@ def test_jitted_equals_eager(row: Row) -> None:
     for step, state, before in ((0, c.tx.init(params), params), (2, points[1].state, points[1].params)):
         [eager] = run(updater(c.tx, **row.update_kwargs), state, before, gradients[step : step + 1])
         assert_close(eager.updates, points[step].updates, row.tolerance)
-        assert_own_buffers(eager.state, eager.updates, eager.params, state, before, gradients)
+        assert_own_buffers(eager.state, eager.updates, eager.params, before, gradients)
 
 
 @each(METHODS)
