@@ -49,7 +49,7 @@ def test_rows_of_the_kinds_are_quick_or_else_the_first() -> None:
     assert of_rows("test_sharding.py", "soap", "ekfac") == [True] * 4
 
 
-@pytest.mark.parametrize(("path", "wanted"), [("test_soap.py", [False, True]), ("test_losses.py", [False, False])])
+@pytest.mark.parametrize(("path", "wanted"), [("test_soap.py", [False, True]), ("test_axes.py", [False, False])])
 def test_first_cases_are_quick(path: str, wanted: list[bool]) -> None:
     assert tiers.slow([tiers.Case(path, "test_f", {"x": x}) for x in (0, 1)]) == wanted
 

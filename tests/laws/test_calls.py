@@ -41,8 +41,8 @@ def test_unknown_arguments_are_accepted_and_nothing_compiles_twice(row: Row) -> 
 
 @each()
 def test_jitted_equals_eager(row: Row) -> None:
-    """At the first step and where bases are renewed, the third. And of what an eager step leaves in the state, nothing is
-    there twice or belongs to the caller.
+    """At the first step and where bases are renewed, the third. And of what an eager step leaves in the state, nothing
+    is there twice or belongs to the caller.
     """
     c, points, gradients = compiled(row), trajectory(row), standard_gradients()
     params = standard_params()
