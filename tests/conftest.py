@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,8 @@ FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
 if metadata.version("jaxlib").startswith("0.10."):  # later ones have no others, and end at a flag they do not know
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Where in the source an instruction comes from, ten frames of it, is a tenth of the time, and for profiles alone.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()  # the last of two counts
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -28,6 +31,32 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402 (the environment comes first)
+
+import tests.typechecker  # noqa: E402, F401 (jaxtyping looks it up by its name)
+from tests import tiers, workers  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files and tests that are named are run whole, slow or not."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    if named and not hasattr(config, "workerinput") and not any(a[:2] == "-m" for a in config.invocation_params.args):
+        config.option.markexpr = ""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m leaves out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    functions: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in functions.values():
+        for item, slow in zip(cases, tiers.slow([tiers.case(item) for item in cases]), strict=True):
+            if slow:
+                item.add_marker("slow")
+    items.sort(key=lambda item: workers.rank(tiers.case(item).path))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> workers.Shares:
+    return workers.Shares(config, log)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What an error message advises works when it is followed."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -111,4 +112,4 @@ def test_only_what_keeps_curvature_is_offered_none() -> None:
             tx.update(params, tx.init(params), params)
         assert ("statistics=None means" in str(error.value)) == offered
         if offered:
-            tx.update(params, tx.init(params), params, statistics=None)
+            jax.eval_shape(functools.partial(tx.update, statistics=None), params, tx.init(params), params)

@@ -102,7 +102,7 @@ def test_a_bias_of_experts_goes_with_them_and_statistics_see_one_matrix() -> Non
     assert axes == {"wi": fo.MatrixAxes(1, 2, 0, bias="b"), "wo": OUT, "b": None}
     tx = fo.scale_by_muon(axes=axes, polynomial=fo.polar_express(8), scale=1.0)
     grads = jax.grad(loss)(params, x)
-    step = tx.update(grads, tx.init(params), params)[0]["wi"]
+    step = jax.jit(tx.update)(grads, tx.init(params), params)[0]["wi"]
     for U, G in zip(step, grads["wi"], strict=True):
         u, _, v = np.linalg.svd(np.asarray(G, np.float64), full_matrices=False)
         np.testing.assert_allclose(U, u @ v, atol=0.02)
@@ -110,4 +110,5 @@ def test_a_bias_of_experts_goes_with_them_and_statistics_see_one_matrix() -> Non
     joint = fo.infer_axes(loss, params, x, statistics=kind)
     assert joint["wi"] == fo.MatrixAxes(1, (0, 2), bias="b")
     tx = fo.scale_by_kfac(axes=joint)
-    tx.update(grads, tx.init(params), params, statistics=fo.value_and_grad(loss, kind)(params, x)[2])
+    stats = jax.jit(fo.value_and_grad(loss, kind))(params, x)[2]
+    jax.jit(tx.update)(grads, tx.init(params), params, statistics=stats)

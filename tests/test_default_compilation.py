@@ -27,7 +27,7 @@ def test_with_the_compilers_defaults(what: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     files = [f"tests/{x}" if x.endswith(".py") else x for x in AGAIN[what]]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "", "-p", "no:cacheprovider", *files],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]

@@ -86,7 +86,7 @@ def test_rows_that_are_not_finite_skip_the_step() -> None:
     assert rows.shape == (6, 6)
     bad = dataclasses.replace(stats["w"], left=stats["w"].left._replace(rows=rows.at[0, 1].set(jnp.nan)))
     tx = fo.kfac(0.1, max_precond_dim=5, storage=fo.Storage(rank=6))
-    _, state = tx.update(grads, tx.init(p), p, statistics={"w": bad})
+    _, state = jax.jit(tx.update)(grads, tx.init(p), p, statistics={"w": bad})
     assert fo.health(state).skipped == 1
 
 
@@ -131,8 +131,8 @@ def test_statistics_that_are_not_finite_skip_the_step_and_are_counted(side: str)
 def test_nan_activations_are_a_skipped_step() -> None:
     """A NaN in the data reaches gradients and statistics, and no parameter."""
     tx, p = fo.kfac(0.1), params()
-    _, grads, stats = fo.value_and_grad(loss)(p, X.at[0, 0].set(jnp.nan))
-    updates, state = tx.update(grads, tx.init(p), p, statistics=stats)
+    _, grads, stats = GRAD(p, X.at[0, 0].set(jnp.nan))
+    updates, state = jax.jit(tx.update)(grads, tx.init(p), p, statistics=stats)
     assert not any(bool(jnp.any(u)) for u in jax.tree.leaves(updates))
     assert fo.health(state).skipped == 1
 
@@ -149,10 +149,10 @@ def test_plain_tuples_by_inferred_axes() -> None:
     axes = fo.infer_axes(plain_loss, plain)
     assert axes == [(fo.MatrixAxes(0, 1, bias="0/1"), None), (fo.MatrixAxes(0, 1, head=True),)]
     tx, named = fo.kfac(0.1, axes=axes), fo.kfac(0.1)
-    _, grads, stats = fo.value_and_grad(plain_loss)(plain)
-    updates = tx.update(grads, tx.init(plain), plain, statistics=stats)[0]
+    _, grads, stats = jax.jit(fo.value_and_grad(plain_loss))(plain)
+    updates = jax.jit(tx.update)(grads, tx.init(plain), plain, statistics=stats)[0]
     _, grads, stats = GRAD(p)
-    wanted = named.update(grads, named.init(p), p, statistics=stats)[0]
+    wanted = jax.jit(named.update)(grads, named.init(p), p, statistics=stats)[0]
     np.testing.assert_allclose(updates[0][0], wanted["first"]["kernel"], rtol=1e-4)
     np.testing.assert_allclose(updates[0][1], wanted["first"]["bias"], rtol=1e-4, atol=1e-7)
 
@@ -172,11 +172,11 @@ def test_what_is_not_captured_goes_to_the_fallback() -> None:
     def of_model(p: Any, x: Any) -> Any:
         return fo.losses.softmax_cross_entropy(model.apply({"params": p}, x), jnp.zeros(5, int))
 
-    _, grads, stats = fo.value_and_grad(of_model)(p, x)
+    _, grads, stats = jax.jit(fo.value_and_grad(of_model))(p, x)
     with pytest.raises(ValueError, match="no statistics for 'grouped/kernel'"):
         fo.kfac(0.1).update(grads, fo.kfac(0.1).init(p), p, statistics=stats)
     tx = fo.kfac(0.1, axes=fo.infer_axes(of_model, p, x))
-    tx.update(grads, tx.init(p), p, statistics=stats)
+    jax.jit(tx.update)(grads, tx.init(p), p, statistics=stats)
     methods = {row.path: row.method for row in fo.report(tx, p).rows}
     assert methods == {
         "dense/bias": "kfac", "dense/kernel": "kfac", "grouped/bias": "fallback", "grouped/kernel": "fallback",
@@ -193,7 +193,7 @@ def test_a_kernel_without_its_bias() -> None:
     p = params()
     tx = optax.masked(fo.kfac(0.1), {"first": {"kernel": True, "bias": False}, "second": {"kernel": True}})
     _, grads, stats = GRAD(p)
-    updates = tx.update(grads, tx.init(p), p, statistics=stats)[0]
+    updates = jax.jit(tx.update)(grads, tx.init(p), p, statistics=stats)[0]
     kernel = stats["first"]["kernel"]
     F = np.kron(kernel.left[:-1, :-1], kernel.right) + 1e-3 * np.eye(16)
     wanted = -0.1 * np.linalg.solve(F, np.ravel(grads["first"]["kernel"]))
@@ -206,13 +206,13 @@ def test_micro_batches_with_multisteps() -> None:
     p = params()
     whole, tx = fo.kfac(0.1), optax.MultiSteps(fo.kfac(0.1), 3)
     _, grads, stats = GRAD(p)
-    wanted = whole.update(grads, whole.init(p), p, statistics=stats)[0]
-    state, total = tx.init(p), None
+    wanted = jax.jit(whole.update)(grads, whole.init(p), p, statistics=stats)[0]
+    state, total, update = tx.init(p), None, jax.jit(tx.update)
     for part in range(3):
         x, y = X[4 * part : 4 * part + 4], Y[4 * part : 4 * part + 4]
         _, grads, stats = GRAD(p, x, y)
         total = fo.accumulate_statistics(total, stats)
-        updates, state = tx.update(grads, state, p, statistics=total)
+        updates, state = update(grads, state, p, statistics=total)
     assert float(total["first"]["kernel"].weight) == 12
     for u, w in zip(jax.tree.leaves(updates), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(u, w, rtol=2e-3, atol=1e-5)
@@ -224,10 +224,11 @@ def test_flaxs_train_state() -> None:
     p = params()
     state = fo.TrainState.create(apply_fn=loss, params=p, tx=fo.kfac(0.1))
     _, grads, stats = GRAD(p)
-    after = state.apply_gradients(grads=grads, statistics=stats)
+    step = jax.jit(lambda state, **given: state.apply_gradients(**given))
+    after = step(state, grads=grads, statistics=stats)
     assert int(after.step) == 1
     assert loss(after.params) < loss(p)
-    again = after.apply_gradients(grads=grads)
+    again = step(after, grads=grads)
     assert fo.health(again.opt_state).steps == 2
 
 

@@ -53,17 +53,25 @@ ROOTS = {
     for root in ("eigh", "newton", "polynomial")
 }
 OTHERS = {"muon": fo.scale_by_muon, "normuon": lambda: optax.chain(fo.scale_by_muon(), fo.scale_by_normuon())}
+WITHOUT_EPS = {
+    "normalized": lambda: fo.scale_by_soap(eps=0.0, normalize_updates=True),
+    "no-basis": lambda: fo.scale_by_soap(eps=0.0, max_precond_dim=0),
+    "no-basis-rank1": lambda: fo.scale_by_dykaf(eps=0.0, max_precond_dim=0, rank1_second_moment=True),
+}
+STEPS = 20
 
 
-def steps(tx: Any, gradients: np.ndarray, dtype: Any = jnp.float32) -> np.ndarray:
-    """The updates of one matrix, after the first."""
+@functools.cache
+def stepper(name: str, decomposition: str = "") -> Callable[[np.ndarray], np.ndarray]:
+    """The updates of one matrix by a method, after the first; compiled once for all gradients of as many steps."""
+    tx = METHODS[name](decomposition) if decomposition else (ROOTS | OTHERS | WITHOUT_EPS)[name]()
 
     def step(state: Any, G: jax.Array) -> tuple[Any, jax.Array]:
         u, state = tx.update({"w": G}, state)
         return state, u["w"]
 
-    state = tx.init({"w": jnp.zeros(gradients.shape[1:], dtype)})
-    return np.asarray(jax.jit(lambda s, g: jax.lax.scan(step, s, g))(state, jnp.asarray(gradients, dtype))[1][1:])
+    scan = jax.jit(lambda gradients: jax.lax.scan(step, tx.init({"w": jnp.zeros((M, N))}), gradients)[1][1:])
+    return lambda gradients: np.asarray(scan(jnp.asarray(gradients, jnp.float32)))
 
 
 @functools.cache
@@ -74,21 +82,21 @@ def normal(*shape: int) -> np.ndarray:
 @pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
 @pytest.mark.parametrize("name", METHODS)
 def test_weights_that_never_had_a_gradient_stay_in_a_basis(name: str, decomposition: str) -> None:
-    assert_dead_weights_stay(METHODS[name](decomposition))
+    assert_dead_weights_stay(stepper(name, decomposition))
 
 
 @pytest.mark.parametrize("name", [*ROOTS, *OTHERS])
 def test_weights_that_never_had_a_gradient_stay(name: str) -> None:
-    assert_dead_weights_stay((ROOTS | OTHERS)[name]())
+    assert_dead_weights_stay(stepper(name))
 
 
-def assert_dead_weights_stay(tx: Any) -> None:
+def assert_dead_weights_stay(steps: Callable[[np.ndarray], np.ndarray]) -> None:
     """Inputs and outputs that are never active, wherever they are, beside others of many sizes: to the bit."""
-    gradients = normal(12, M, N) * np.geomspace(1, 1e-3, N)
+    gradients = normal(STEPS, M, N) * np.geomspace(1, 1e-3, N)
     gradients[:, [0, 5, 11]] = 0
     gradients[:, :, [2, 6]] = 0
     for scale in (1e-4, 1e4):
-        u = steps(tx, gradients * scale)
+        u = steps(gradients * scale)
         assert not u[:, [0, 5, 11]].any()
         assert not u[:, :, [2, 6]].any()
         assert np.all(np.abs(u[-1]).sum(axis=1)[[1, 2, 3, 4]] > 0)
@@ -98,30 +106,23 @@ def assert_dead_weights_stay(tx: Any) -> None:
 def test_weights_beside_others_with_far_larger_gradients_are_trained(name: str) -> None:
     """Several of a thousandth, whose eigenvalues cannot be told apart, and all beside one of some thousand times."""
     for small, size in (([1, 4, 8], 1e-3), (list(range(1, M)), 3e-4)):
-        gradients = normal(20, M, N).copy()
+        gradients = normal(STEPS, M, N).copy()
         gradients[:, small] *= size
-        u = np.abs(steps(METHODS[name]("qr"), gradients)[8:])
+        u = np.abs(stepper(name, "qr")(gradients)[8:])
         assert np.mean(u[:, small]) > 0.1 * np.mean(np.delete(u, small, axis=1))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: fo.scale_by_soap(eps=0.0, normalize_updates=True),
-        lambda: fo.scale_by_soap(eps=0.0, max_precond_dim=0),
-        lambda: fo.scale_by_dykaf(eps=0.0, max_precond_dim=0, rank1_second_moment=True),
-    ],
-)
-def test_weights_that_never_had_a_gradient_stay_without_eps(make: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("name", WITHOUT_EPS)
+def test_weights_that_never_had_a_gradient_stay_without_eps(name: str) -> None:
     """Also where there is no basis, and where all entries are scaled by their common size."""
-    assert_dead_weights_stay(make())
+    assert_dead_weights_stay(stepper(name))
 
 
 @functools.cache
 def low_rank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradients of rank 3, and what their columns and rows span."""
     U, V = random_basis(M, 1)[:, :RANK], random_basis(N, 2)[:, :RANK]
-    core = np.diag([1.0, 0.5, 0.25]) @ (np.eye(RANK) + 0.3 * normal(20, RANK, RANK))
+    core = np.diag([1.0, 0.5, 0.25]) @ (np.eye(RANK) + 0.3 * normal(STEPS, RANK, RANK))
     return U @ core @ V.T, U, V
 
 
@@ -131,7 +132,7 @@ def low_rank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_steps_stay_in_the_span_of_the_gradients(name: str, decomposition: str, scale: float) -> None:
     """In a basis that has seen all of it, which a DyKAF from the first gradient's dominant triple has not at first."""
     gradients, U, V = low_rank()
-    u = steps(METHODS[name](decomposition), gradients * scale)[8:]
+    u = stepper(name, decomposition)(gradients * scale)[8:]
     outside = u - U @ U.T @ u @ V @ V.T
     assert np.all(np.linalg.norm(outside, axis=(1, 2)) < 1e-2 * np.linalg.norm(u, axis=(1, 2)))
 
@@ -145,16 +146,18 @@ def test_a_matrix_in_a_batch_moves_as_alone(
     monkeypatch.setitem(PLATFORMS, "cpu", PLATFORMS[platform]._replace(one_factorisation=True))
     tx, gradients = make(precondition_frequency=2), normal(3, 5, 5, 8).astype(np.float32)
 
-    def run(gradients: Any, update: Any) -> Any:
-        state = tx.init({"w": jnp.zeros((5, 8))})
+    def run(gradients: Any, state: Any, update: Any) -> Any:
         for G in gradients:
             u, state = update({"w": G}, state)
         return u["w"]
 
-    mapped = jax.jit(jax.vmap(lambda g: run(g, tx.update)))(gradients)
-    alone = [run(g, jax.jit(tx.update)) for g in gradients]
+    start = tx.init({"w": jnp.zeros((5, 8))})
+    starts = jax.tree.map(lambda x: jnp.stack([x] * len(gradients)), start)
+    mapped = run(gradients.swapaxes(0, 1), starts, jax.jit(jax.vmap(tx.update)))
+    update = jax.jit(tx.update)
+    alone = [run(g, start, update) for g in gradients]
     np.testing.assert_allclose(mapped, np.stack(alone), atol=0.02)
-    np.testing.assert_allclose(run(gradients[0], tx.update), alone[0], atol=0.02)
+    np.testing.assert_allclose(run(gradients[0], start, tx.update), alone[0], atol=0.02)
 
 
 # --- which entries count ---

@@ -74,7 +74,7 @@ def test_without_memory_it_is_the_polar_factor(root: str) -> None:
         storage=fo.Storage(factor_dtype=jnp.float64),
     )
     params = {"kernel": jnp.asarray(G)}
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], U @ V, atol=1e-6)
 
 
@@ -128,14 +128,15 @@ def test_a_failed_root_keeps_the_last_good_one(root: str) -> None:
     )
     params = {"kernel": jnp.asarray(gradients((4, 5), steps=1)[0], jnp.float32)}
     state = tx.init(params)
+    update = jax.jit(tx.update)
     for _ in range(2):
-        _, state = tx.update(params, state, params)
-    clean, _ = tx.update(params, state, params)
+        _, state = update(params, state, params)
+    clean, _ = update(params, state, params)
 
     def spoil(path: Any, x: Any) -> Any:
         return x.at[0, 0, 1].set(jnp.nan) if "factors" in jax.tree_util.keystr(path) and x.ndim == 3 else x
 
-    updates, state = tx.update(params, jax.tree_util.tree_map_with_path(spoil, state), params)
+    updates, state = update(params, jax.tree_util.tree_map_with_path(spoil, state), params)
     assert fo.health(state).failures == 2
     # One more refresh of the same average would have moved the root a little.
     moved = jnp.linalg.norm(updates["kernel"] - clean["kernel"])

@@ -158,9 +158,9 @@ def test_statistics_of_other_axes_are_refused_and_both_are_named(method: str, pa
 def test_kfacs_step_by_hand_where_outputs_are_stored_first() -> None:
     """``(A ⊗ B + λ)⁻¹ G`` of the weight and its bias in NumPy, in the layer's own sense."""
     q, damping = stored({"biased": params()["biased"]}), 1e-2
-    value, grads, stats = fo.value_and_grad(stored_loss)(q, *data())
+    value, grads, stats = jax.jit(fo.value_and_grad(stored_loss))(q, *data())
     tx = fo.scale_by_kfac(damping=damping, axes=fo.infer_axes(stored_loss, q, *data()))
-    U = tx.update(grads, tx.init(q), q, statistics=stats)[0]["biased"]
+    U = jax.jit(tx.update)(grads, tx.init(q), q, statistics=stats)[0]["biased"]
     a = np.concatenate([data()[0], np.ones((N, 1))], 1)
     residual = a @ np.concatenate([q["biased"]["kernel"].T, q["biased"]["bias"][None]])
     residual -= np.sin(np.arange(N * D)).reshape(N, D)
@@ -203,7 +203,7 @@ def test_what_makes_no_difference_is_taken() -> None:
 
     def step(given: Any, axes: Any) -> Any:
         tx = fo.scale_by_kfac(axes=axes)
-        return tx.update(grads, tx.init(q), q, statistics=stats | {"kernel": given})[0]["kernel"]
+        return jax.jit(tx.update)(grads, tx.init(q), q, statistics=stats | {"kernel": given})[0]["kernel"]
 
     wanted = step(stats["kernel"], axes)
     for given in (None, fo.MatrixAxes(-1, -2), fo.MatrixAxes(-1, -2, bias="bias")):
