@@ -2,13 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import PyTree
 
-from .. import linalg
 from .._arguments import in_range, one_of
 from .._xla import select
 from ..capture.to_optimizer import (
@@ -19,14 +16,11 @@ from ..capture.to_optimizer import (
     unused_statistics,
     whole_sides,
 )
-from ..linalg.eigenbasis import LowRank
 from ..matrices.layout import Layer
 from ..preconditioner.contracts import (
     Application,
     Decomposition,
     FactorRule,
-    Kronecker,
-    MatrixState,
     Refresh,
     Storage,
     refresh_of,
@@ -34,9 +28,8 @@ from ..preconditioner.contracts import (
 )
 from ..preconditioner.decompositions import cholesky_inverse, eigh, inverse_root, orthogonal_iteration, with_eigenvalues
 from ..preconditioner.factors import kronecker, tikhonov
+from ..preconditioner.factors.kronecker import is_reached
 from ..preconditioner.precondition import preconditioner
-from ..preconditioner.refresh import START
-from ..preconditioner.step import Step
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
 from ..transforms.decay import Mask, decayed_weights, scheduled
@@ -74,7 +67,7 @@ def captured(
         raise ValueError(f"refresh='adaptive' needs an eigenbasis: decomposition must be {bases}; got 'inverse'.")
     stored = storage_of(name, storage, STORAGE)
     factors, decomposition = _parts(curvature_decay, damping, exponent, options.decomposition, stored.rank)
-    method = preconditioner(
+    return preconditioner(
         factors,
         decomposition,
         where_reached(application),
@@ -83,13 +76,12 @@ def captured(
         refresh=dataclasses.replace(options, transport="squared", first_step="adam"),
         storage=stored,
     )
-    return OfReached.of(method)
 
 
 def _parts(
     decay: optax.ScalarOrSchedule, damping: optax.ScalarOrSchedule, exponent: float, way: str | None, rank: int
 ) -> tuple[FactorRule, Decomposition]:
-    factors = reached_factors(decay, rank)
+    factors = kronecker(decay, rank=rank)
     if way == "inverse":
         root = cholesky_inverse() if exponent == -1 else inverse_root(exponent, ridge=0.0)
         return factors._replace(read=tikhonov(damping)), root
@@ -196,30 +188,6 @@ def check_numbers(
     in_range("kl_clip", 0.0 if kl_clip is None else kl_clip, 0)
 
 
-# An expert without rows has nothing to say, nor has any matrix whose B is zero: all that is kept of it stays, the sum
-# of weights that averages are divided by included, so that over the steps in which e was reached, and no others,
-#
-#     A_e ← β A_e + (1-β) left_e,   w_e ← β w_e + (1-β),   read as A_e / w_e
-#
-# and its bases are made as soon as it is reached at all, not at the next refresh.
-
-
-def reached_factors(decay: optax.ScalarOrSchedule, rank: int | None = None) -> FactorRule:
-    """`factors.kronecker`, where a schedule of the decay counts each matrix's own updates."""
-    rule = kronecker(decay, rank=rank)
-    assert rule.overwrite is not None
-    overwrite = rule.overwrite
-
-    def update(statistics: LayerFactors, factors: Kronecker, bases: PyTree) -> Kronecker:
-        return select(_is_reached(statistics.right), rule.update(statistics, factors, bases), factors)
-
-    def in_place(statistics: LayerFactors, factors: Kronecker, accept: Bool[Array, ""] | None) -> Kronecker:
-        reached = _is_reached(statistics.right)
-        return overwrite(statistics, factors, reached if accept is None else accept & reached)
-
-    return rule._replace(update=update, overwrite=in_place)
-
-
 def where_reached(application: Application) -> Application:
     """The application, whose own averages of statistics are of the matrices that a gradient has reached."""
     observe = application.observe
@@ -227,40 +195,6 @@ def where_reached(application: Application) -> Application:
         return application
 
     def observed(state: PyTree, statistics: LayerFactors, basis: PyTree) -> PyTree:
-        return select(_is_reached(statistics.right), observe(state, statistics, basis), state)
+        return select(is_reached(statistics.right), observe(state, statistics, basis), state)
 
     return application._replace(observe=observed)
-
-
-class OfReached(Preconditioner):
-    """A preconditioner of `reached_factors`, whose bases start when the first gradient reaches a matrix."""
-
-    @classmethod
-    def of(cls, method: Preconditioner) -> "OfReached":
-        """The same otherwise."""
-        return cls(**{field.name: getattr(method, field.name) for field in dataclasses.fields(method)})
-
-    def _renewed(
-        self,
-        step: Step,
-        count: Array,
-        stacks: dict[str, Array],
-        states: dict[str, MatrixState],
-        sides: dict[str, LayerFactors],
-        actions: dict[str, Array],
-    ) -> Any:
-        def started(key: str, action: Array) -> Array:
-            if key not in sides:
-                return action
-            first = (states[key].factors.seen[1] == 0) & _is_reached(sides[key].right)
-            return jnp.where(first if step.accept is None else first & step.accept, START, action)
-
-        actions = {key: started(key, action) for key, action in actions.items()}
-        return super()._renewed(step, count, stacks, states, sides, actions)
-
-
-def _is_reached(B: Array | LowRank) -> Bool[Array, "*stack"]:
-    """Of one matrix, or each of a stack."""
-    if isinstance(B, LowRank):
-        return jnp.any(B.rows != 0, (-2, -1))
-    return jnp.any(linalg.diagonal(B) != 0, -1)

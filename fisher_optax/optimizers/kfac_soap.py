@@ -9,14 +9,14 @@ from jaxtyping import PyTree
 from .._arguments import injectable
 from ..capture.to_optimizer import layer_axes, on_layers, same_shapes, unused_statistics
 from ..matrices.layout import Layer
-from ..preconditioner.contracts import Refresh, Storage
+from ..preconditioner.contracts import FactorRule, Refresh, Storage
+from ..preconditioner.factors import kronecker
 from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
 from ..transforms.decay import Mask
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.skip_nonfinite import Freezable
-from ._kfac import reached_factors
 from .soap import adam_in_bases, decay_of
 
 
@@ -45,7 +45,7 @@ def scale_by_kfac_soap(
     """
     method = adam_in_bases(
         "kfac_soap",
-        reached_factors(decay_of(shampoo_beta, b2)),
+        averages(decay_of(shampoo_beta, b2)),
         b1,
         b2,
         eps,
@@ -116,7 +116,7 @@ def kfac_soap(
     """
     method = adam_in_bases(
         "kfac_soap",
-        reached_factors(decay_of(shampoo_beta, b2)),
+        averages(decay_of(shampoo_beta, b2)),
         b1,
         b2,
         eps,
@@ -150,3 +150,8 @@ def _on_layers(method: Preconditioner) -> Callable[[list[Layer]], Freezable]:
         return on_layers(inner, layers, method="kfac_soap", wants=LayerFactors, check=fits)
 
     return build
+
+
+def averages(decay: optax.ScalarOrSchedule) -> FactorRule:
+    """K-FAC's. A basis begins with all others, since moments follow the order of its columns from then on."""
+    return kronecker(decay)._replace(begins=None)

@@ -69,7 +69,8 @@ class FactorRule(NamedTuple):
     side. ``track(G, factors, basis)`` follows the eigenvalues of `Eigenpairs` between two decompositions; a rule that
     has it needs them. ``read(factors)`` is what is decomposed. With ``of_statistics`` both get, in the place of G, the
     layer's `LayerFactors`, and are not called where there are none. ``overwrite(statistics, factors, accept)`` is
-    ``update`` in place and only where ``accept``, for factors that are kept as they come. ``ignores_zeros``: rows and
+    ``update`` in place and only where ``accept``, for factors that are kept as they come. ``begins(statistics,
+    factors)`` says which of a stack get their first statistics: their bases are made anew. ``ignores_zeros``: rows and
     columns of zeros in G change nothing else, so that near shapes may share a stack.
     """
 
@@ -80,6 +81,7 @@ class FactorRule(NamedTuple):
     read: Callable[[Kronecker], Kronecker] = lambda factors: factors
     of_statistics: bool = False
     overwrite: Callable[[PyTree, Kronecker, Bool[Array, ""] | None], Kronecker] | None = None
+    begins: Callable[[PyTree, Kronecker], Bool[Array, " N"]] | None = None
     ignores_zeros: bool = False
 
 
@@ -137,9 +139,6 @@ class Due(NamedTuple):
 
     places: Int[Array, " N"]  # theirs come first
     count: Int[Array, ""]
-
-
-# Options that belong together: when and how bases are renewed, and what is kept between steps.
 
 
 WHEN = ("every", "adaptive", "staggered")

@@ -21,7 +21,7 @@ from ..statistics import LayerFactors
 from ..transforms.fallback import record_zeros, with_fallback
 from ..transforms.skip_nonfinite import Freezable, counted, skip_first_call
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
-from .refresh import KEEP, Policy, renew
+from .refresh import KEEP, START, Policy, renew
 from .step import Step, Store
 
 
@@ -197,6 +197,8 @@ class Preconditioner:
             _, m, n = stacks[key].shape
             return rule.read(self.storage.load(factors, m, n, stacks[key].dtype))
 
+        if rule.begins is not None:
+            actions = {key: self._begun(step, states[key], sides.get(key), action) for key, action in actions.items()}
         directions = {}
         if itself:
             states = {key: step.observe_stack(G, states[key], sides.get(key)) for key, G in stacks.items()}
@@ -208,6 +210,15 @@ class Preconditioner:
             both = {key: step.apply_stack(G, states[key], actions[key]) for key, G in stacks.items()}
             directions, states = _unzipped(both)
         return directions, states, failed[None]
+
+    def _begun(
+        self, step: Step, state: MatrixState, statistics: LayerFactors | None, action: Int[Array, " N"]
+    ) -> Int[Array, " N"]:
+        """``action``, but to start with the matrices that get their first statistics."""
+        if statistics is None or self.factors.begins is None:
+            return action
+        begins = self.factors.begins(statistics, state.factors)
+        return jnp.where(begins if step.accept is None else begins & step.accept, START, action)
 
 
 def _unzipped(

@@ -18,6 +18,9 @@ from ..contracts import Factor, FactorRule, Kronecker
 def kronecker(decay: optax.ScalarOrSchedule = 0.95, *, rank: int | None = None) -> FactorRule:
     """``A ← β A + (1-β) left;  B ← β B + (1-β) right``, divided by the sum of their weights when they are read.
 
+    A matrix that no gradient reached (B = 0: an expert without rows) has nothing to say: its averages and their weights
+    stay, and its decay counts its own updates.
+
     Args:
       decay: β, number or schedule of the updates with statistics. ``1 - 1/(t+1)`` gives plain means.
       rank: a side too long for a matrix keeps as many rows R, of which ``Rᵀ R`` is the average; None: it has no factor.
@@ -40,7 +43,8 @@ def kronecker(decay: optax.ScalarOrSchedule = 0.95, *, rank: int | None = None) 
         accept: Bool[Array, ""] | None,
     ) -> Kronecker:
         count, weight = factors.seen
-        β = value_at(decay, count)
+        β, reached = value_at(decay, count), is_reached(statistics.right)
+        accept = reached if accept is None else accept & reached
 
         def blend(A: Array, S: Array) -> Array:
             return select(accept, β * A + (1 - β) * S.astype(A.dtype), A)
@@ -61,7 +65,23 @@ def kronecker(decay: optax.ScalarOrSchedule = 0.95, *, rank: int | None = None) 
     def overwrite(statistics: LayerFactors, factors: Kronecker, accept: Bool[Array, ""] | None) -> Kronecker:
         return follow(statistics, factors, linalg.overwritten, accept)
 
-    return FactorRule("Kronecker", init, update, read=mean_factors, of_statistics=True, overwrite=overwrite)
+    def begins(statistics: LayerFactors, factors: Kronecker) -> Bool[Array, "*stack"]:
+        return (factors.seen[1] == 0) & is_reached(statistics.right)
+
+    return FactorRule(
+        "Kronecker", init, update, read=mean_factors, of_statistics=True, overwrite=overwrite, begins=begins
+    )
+
+
+def is_reached(B: Array | LowRank) -> Bool[Array, "*stack"]:
+    """Of one matrix, or each of a stack, whether a gradient has reached it: whether ``B`` is more than zeros.
+
+    >>> print(is_reached(jnp.stack([jnp.eye(2), jnp.zeros((2, 2))])))
+    [ True False]
+    """
+    if isinstance(B, LowRank):
+        return jnp.any(B.rows != 0, (-2, -1))
+    return jnp.any(linalg.diagonal(B) != 0, -1)
 
 
 def mean_factors(factors: Kronecker) -> Kronecker:
