@@ -157,7 +157,7 @@ def followed_by_products(
         least = jnp.where(counted, jnp.min(jnp.where(counted, rayleigh(Q, P), jnp.inf)), 0)
         # In the first of these rounds a larger shift leaves directions that A makes nothing of where they are.
         floor = jnp.where(jnp.logical_and(first, i < FIRST_ROUNDS // 2), ε**0.5, FLOOR * ε)
-        new = cholesky_qr(_spanning(Q, P, places, floor, least), count=jnp.where(settled, 0, len(A)))
+        new = cholesky_qr(_spanning(Q, P, places, floor, least[None]), count=jnp.where(settled, 0, len(A)))
         change = jnp.where(settled, same, places)
         return i + 1, jnp.where(settled, 0, most), jnp.where(settled, Q, new), order[change]
 
@@ -171,7 +171,7 @@ def _spanning(
     P: Float[Array, "*batch d d"],
     order: Int[Array, "*batch d"],
     floor: Float[Array, ""] | float,
-    least: Float[Array, " d"] | float = 0,
+    least: Float[Array, "1 d"] | float = 0,
 ) -> Float[Array, "*batch d d"]:
     """``(A - least I + floor |A| I) Q`` in that order, from ``P = A Q``; Q's own columns where that is rounding."""
     norm = jnp.linalg.norm(P, axis=(-2, -1), keepdims=True)

@@ -52,7 +52,7 @@ def left_by_rule(leaves: Sequence[LeafAxes], layers: Sequence[Layer]) -> list[Le
     pruned = {layer.path for layer in layers}
     rest = [leaf for leaf in leaves if leaf.path not in pruned and sum(d > 1 for d in leaf.shape) >= 2]
     return [
-        LeftDense(leaf.path, leaf.shape, math.prod(leaf.shape), _by_rule(leaf), leaf.kind != "other")
+        LeftDense(leaf.path, leaf.shape, math.prod(leaf.shape), _by_rule(leaf), leaf.kind != "other" or leaf.is_given)
         for leaf in rest
         if leaf.axes is not None or leaf.is_ambiguous or leaf.is_given or leaf.kind in ("embedding", "head")
     ]

@@ -37,7 +37,7 @@ def position_squares(
     except NotImplementedError:  # of what JAX does not batch, as ragged products with sizes of their own
         alone = lambda f, *entries: jax.tree.map(lambda x: x[None], f(*entries))  # noqa: E731
         each = jax.lax.map(lambda x: _summed(alone, loss_fn, labels, params, *x), (batch, keys))
-        found = jax.tree.map(lambda x: jnp.sum(x, 0), each)
+        found = jax.tree.map(lambda x: jnp.sum(x, 0, dtype=x.dtype), each)
     n = found.tokens
     x = [None if s is None else s / jnp.where(n > 0, n, 1).astype(s.dtype) for s in found.squares]
     return jax.tree.structure(params).unflatten(x), n, found.wrong
