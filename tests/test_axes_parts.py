@@ -1,5 +1,7 @@
 """Divided leaves: every method does with the parts of a leaf what it does with leaves that are these parts."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 import fisher_optax as fo
 from fisher_optax.matrices.blocks import divide, from_matrices, matrix_shapes, to_matrices, unite
+from fisher_optax.statistics import Samples
 from tests.grouped import grouped
 
 D, SIZES = 6, (6, 3, 3)  # queries, keys and values of two groups
@@ -112,6 +115,77 @@ def test_statistics_of_a_layer_are_those_of_its_parts(make: Callable[[Any], Any]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, other)
 
 
+BOTH = fo.MatrixAxes(0, 1, parts={0: (2, 2, 2), 1: SIZES})
+ROWS = (slice(0, 2), slice(2, 4), slice(4, 6))
+
+
+@pytest.mark.parametrize("divided", [QKV, BOTH], ids=["outputs", "both"])
+def test_ekfac_on_parts_is_ekfac_on_leaves_of_their_own(divided: fo.MatrixAxes) -> None:
+    """Squares are taken in the bases of the parts, which stand on the diagonal of the layer's."""
+    params = {"qkv": {"kernel": 0.5 * normal(0, D, 12), "bias": normal(1, 12)}}
+    x, y = normal(3, 64, D), normal(4, 64, 12)
+    rows = ROWS if divided is BOTH else (slice(0, D),)
+
+    def split(tree: Any) -> Any:
+        kernels = {f"{k}{i}": part[r] for k, part in apart(tree["kernel"]).items() for i, r in enumerate(rows)}
+        last, biases = len(rows) - 1, apart(tree["bias"][None])
+        return {
+            name: {"kernel": W} | ({"bias": biases[name[0]][0]} if name.endswith(str(last)) else {})
+            for name, W in kernels.items()
+        }
+
+    def separate(params: Any, x: jax.Array) -> jax.Array:
+        def product(name: str, r: slice) -> jax.Array:
+            leaf = params[name]
+            z = x[:, r] @ leaf["kernel"]
+            return z + leaf["bias"] if "bias" in leaf else z
+
+        z = [functools.reduce(jnp.add, [product(f"{k}{i}", r) for i, r in enumerate(rows)]) for k in "qkv"]
+        return fo.losses.gaussian(jnp.concatenate(z, -1), y)
+
+    def whole(params: Any, x: jax.Array) -> jax.Array:
+        return fo.losses.gaussian(x @ params["qkv"]["kernel"] + params["qkv"]["bias"], y)
+
+    def trained(loss: Any, params: Any, axes: Any) -> Any:
+        tx = fo.ekfac(0.05, damping=0.1, precondition_frequency=2, axes=axes)
+        grad, state = jax.jit(fo.value_and_grad(loss, fo.KroneckerFactors(squares=True))), tx.init(params)
+        update = jax.jit(tx.update)
+        for _ in range(STEPS):
+            _, grads, statistics = grad(params, x, bases=fo.eigenbases(state, params, axes))
+            updates, state = update(grads, state, params, statistics=statistics)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    start = split(params["qkv"])
+    axes = {
+        name: {"kernel": fo.MatrixAxes(0, 1)} | ({"bias": None} if "bias" in leaf else {})
+        for name, leaf in start.items()
+    }
+    one = split(trained(whole, params, {"qkv": {"kernel": divided, "bias": None}})["qkv"])
+    other = trained(separate, start, axes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), one, other)
+
+
+@pytest.mark.parametrize("make", [fo.frog, fo.kfrog], ids=["frog", "kfrog"])
+@pytest.mark.parametrize("divided", [QKV, BOTH], ids=["outputs", "both"])
+def test_frog_on_parts_is_frog_on_leaves_of_their_own(make: Callable[..., Any], divided: fo.MatrixAxes) -> None:
+    """From the samples of the layer: some of its inputs, and of the gradients at its outputs."""
+    r = 8
+    samples = Samples(normal(1, r, D), normal(2, r, 12), jnp.asarray(1.0), axes=fo.MatrixAxes(0, 1))
+    kernel, grads = normal(3, D, 12), normal(4, D, 12)
+    tx = make(0.1, axes={"w": divided})
+    update, _ = tx.update({"w": grads}, tx.init({"w": kernel}), {"w": kernel}, statistics={"w": samples})
+    rows = ROWS if divided is BOTH else (slice(0, D),)
+    starts = np.cumsum((0, *SIZES))
+    for a, b in itertools.pairwise(starts):
+        for span in rows:
+            own = Samples(samples.inputs[:, span], samples.gradients[:, a:b], samples.weight, axes=fo.MatrixAxes(0, 1))
+            W, G = kernel[span, a:b], grads[span, a:b]
+            alone = make(0.1, axes={"w": fo.MatrixAxes(0, 1)})
+            step, _ = alone.update({"w": G}, alone.init({"w": W}), {"w": W}, statistics={"w": own})
+            np.testing.assert_allclose(update["w"][span, a:b], step["w"], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("axes", "shape", "matrices"),
     [
@@ -155,9 +229,8 @@ def test_parts_that_do_not_fit_are_refused(parts: Any, error: type[Exception], s
 def test_what_takes_whole_layers_says_so() -> None:
     params = {"head": {"kernel": jnp.ones((4, 6))}}
     axes = {"head": {"kernel": fo.MatrixAxes(0, 1, parts={1: 2})}}
-    for tx in (fo.ekfac(0.1, axes=axes), fo.frog(0.1, axes=axes), fo.kfac(0.1, head="true", axes=axes)):
-        with pytest.raises(ValueError, match=r"parts=.*leave parts= out|leave parts= out"):
-            tx.init(params)
+    with pytest.raises(ValueError, match=r"parts=.*a softmax's Fisher is of whole heads: leave parts= out"):
+        fo.kfac(0.1, head="true", axes=axes).init(params)
     inner = {"head": {"kernel": fo.MatrixAxes(0, (1, 2), parts={2: 2})}}
     with pytest.raises(ValueError, match="parts have to follow one another along the side"):
         fo.kfac(0.1, axes=inner).init({"head": {"kernel": jnp.ones((4, 3, 2))}})

@@ -214,12 +214,9 @@ class Sides(Protocol):
 def require_whole(method: str, layer: Layer) -> None:
     """A ValueError for a layer that is divided."""
     if layer.axes.parts:
-        why = (
-            "its squares are in bases of whole layers" if method == "ekfac" else "a softmax's Fisher is of whole heads"
-        )
         raise ValueError(
-            f"fo.{method}: axes of {layer.path!r} are {layer.axes}, but {why}: leave parts= out, or take fo.kfac "
-            "without head=."
+            f"fo.{method}: axes of {layer.path!r} are {layer.axes}, but a softmax's Fisher is of whole heads: leave "
+            "parts= out, or take fo.kfac without head=."
         )
 
 

@@ -117,8 +117,8 @@ def direction_of(
     def build(layers: list[Layer]) -> Freezable:
         axes = layer_axes(layers)
         heads = [i for i, layer in enumerate(layers) if of_heads and is_head(layer.path)]
-        for layer in layers if squares else [layers[i] for i in heads]:
-            require_whole(name, layer)
+        for i in heads:
+            require_whole(name, layers[i])
         inner = method.on_matrices([a for i, a in enumerate(axes) if i not in heads])
         if of_heads and heads:
             inner = apart(heads, of_heads.transformation, inner)

@@ -1,6 +1,7 @@
 """FROG and K-FROG: natural gradients by a few steps of conjugate gradients on this step's sampled examples."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import jax.numpy as jnp
@@ -9,13 +10,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, PyTree
 
 from .._arguments import in_range, injectable, value_at
-from ..capture.to_optimizer import HOW, KINDS, on_layers, unused_statistics
+from ..capture.to_optimizer import HOW, KINDS, layer_axes, on_layers, unused_statistics
+from ..matrices.axes import MatrixAxes
 from ..matrices.layout import Layer
 from ..preconditioner.applications.conjugate_gradient import (
     Solve,
     check_samples,
     frog_direction,
-    in_stack,
+    in_parts,
     kfrog_direction,
 )
 from ..statistics import Samples
@@ -25,6 +27,7 @@ from ..transforms.momentum import MomentumState
 from ..transforms.momentum import momentum as weighted_mean
 from ..transforms.skip_nonfinite import Freezable, chain, counted, skip_nonfinite
 
+Direction = Callable[[list[MatrixAxes]], Freezable]  # of matrices with these axes
 SOLVES: dict[str, Solve] = {"frog": frog_direction, "kfrog": kfrog_direction}
 LAYERS = ("matrix",)  # the author leaves the last classifier out
 SOURCE = HOW.format(kind=KINDS[Samples])
@@ -174,7 +177,7 @@ def kfrog(
 
 
 def _scale_by(
-    method: str, direction: Freezable, fallback: optax.GradientTransformation | None, axes: PyTree
+    method: str, direction: Direction, fallback: optax.GradientTransformation | None, axes: PyTree
 ) -> optax.GradientTransformationExtraArgs:
     def build(layers: list[Layer]) -> Freezable:
         return _on_samples(direction, method, layers)
@@ -185,7 +188,7 @@ def _scale_by(
 
 def _complete(
     method: str,
-    direction: Freezable,
+    direction: Direction,
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask,
@@ -203,16 +206,16 @@ def _complete(
     return skip_nonfinite(layers_with_fallback(method, build, rest, axes=axes, kinds=LAYERS, unused=unused_statistics))
 
 
-def _on_samples(direction: Freezable, method: str, layers: list[Layer]) -> Freezable:
+def _on_samples(direction: Direction, method: str, layers: list[Layer]) -> Freezable:
     def check(layer: Layer, samples: Samples, shape: tuple[int, ...]) -> None:
         check_samples(layer.path, samples, shape, bias=layer.bias is not None)
+        if samples.window is not None and any(a in layer.axes.inputs for a, _ in layer.axes.parts):
+            raise ValueError(
+                f"fo.{method}: axes of {layer.path!r} are {layer.axes}, which divide the inputs of a convolution; "
+                "samples have these as images, so divide outputs alone."
+            )
 
-    if divided := [layer for layer in layers if layer.axes.parts]:
-        raise ValueError(
-            f"fo.{method}: axes of {divided[0].path!r} are {divided[0].axes}; samples are of whole layers, so leave "
-            "parts= out."
-        )
-    return on_layers(direction, layers, method=method, wants=Samples, check=check)
+    return on_layers(direction(layer_axes(layers)), layers, method=method, wants=Samples, check=check)
 
 
 def _direction(
@@ -221,8 +224,8 @@ def _direction(
     damping: optax.ScalarOrSchedule,
     iterations: int,
     momentum_dtype: DTypeLike | None,
-) -> Freezable:
-    """Z of lists of matrices and their samples."""
+) -> Direction:
+    """Z of lists of matrices with these axes, and their samples."""
     in_range("momentum", momentum, 0, 1)
     in_range("damping", damping, 0)
     if isinstance(damping, int | float) and damping == 0:
@@ -235,6 +238,7 @@ def _direction(
         return FrogState(jnp.zeros([], jnp.int32), cast(MomentumState, average.init(params)))
 
     def update(
+        axes: list[MatrixAxes],
         updates: PyTree,
         state: PyTree,
         params: PyTree = None,
@@ -253,9 +257,9 @@ def _direction(
         )
         τ = value_at(damping, state.count)
         Z = [
-            in_stack(SOLVES[method], averaged.weight.astype(m.dtype) * m, samples, τ, iterations)
-            for m, samples in zip(means, statistics or (), strict=True)
+            in_parts(SOLVES[method], averaged.weight.astype(m.dtype) * m, samples, own, τ, iterations)
+            for m, samples, own in zip(means, statistics or (), axes, strict=True)
         ]
         return Z, FrogState(counted(accept, state.count), averaged)
 
-    return Freezable(init, update)
+    return lambda axes: Freezable(init, functools.partial(update, axes))

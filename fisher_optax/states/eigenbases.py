@@ -1,14 +1,16 @@
 """The bases inside an optimizer's state, by parameter: what capture needs to take squares in them."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from ..matrices.axes import wide_dtype
-from ..matrices.blocks import stack_key
-from ..matrices.layout import layers_of
+from ..capture.to_optimizer import layer_axes
+from ..matrices.axes import MatrixAxes, parts_of, wide_dtype
+from ..matrices.blocks import canonical_shape, matrix_shapes, stack_key
+from ..matrices.layout import Layer, layers_of
 from ..matrices.near import members, own_columns
 from ..matrices.rules import resolve_axes
 from ..preconditioner.contracts import Eigenbasis
@@ -36,36 +38,79 @@ def eigenbases(state: PyTree, params: PyTree, axes: PyTree = None) -> PyTree:
     found = [x for x in jax.tree.leaves(state, is_leaf=is_state) if is_state(x)]
     leaves, treedef = jax.tree.flatten(params)
     layers = layers_of(resolve_axes(params, axes), ("matrix", "head"))
-    stacks = {own: key for state in found for key in state.matrices for own in members(key)}
-    used: dict[str, int] = {}
-    places = []
-    for layer in layers:
-        *batch, m, n = layer.shape(leaves)
+    read = _Reader(found)
+    each = [
+        [read.next_of(layer, leaves, piece) for piece in matrix_shapes(layer.shape(leaves), own)]
+        for layer, own in zip(layers, layer_axes(layers), strict=True)
+    ]
+    for optimizer_state in found:
+        _require_all(read.used, optimizer_state)
+    bases: list[Eigenbasis | None] = [None] * len(leaves)
+    for layer, own, pieces in zip(layers, layer_axes(layers), each, strict=True):
+        of_pieces = [read.basis(piece) for piece in pieces]
+        whole = _whole(of_pieces, layer.shape(leaves), own) if own.parts else of_pieces[0]
+        stack = tuple(leaves[layer.kernel].shape[a] for a in layer.axes.batch)
+        bases[layer.kernel] = Eigenbasis(*(None if Q is None else Q.reshape(*stack, *Q.shape[-2:]) for Q in whole))
+    return treedef.unflatten(bases)
+
+
+class _Piece(NamedTuple):
+    """Matrices of one shape, one after another."""
+
+    key: str  # as `stack_key` names their shape
+    start: int
+    count: int
+    sides: tuple[int, int]
+
+
+class _Reader:
+    """What the stacks of a state hold, layer by layer."""
+
+    def __init__(self, found: list[PreconditionState]) -> None:
+        self.matrices = found[0].matrices if len(found) == 1 else {}
+        self.stacks = {own: key for key in self.matrices for own in members(key)}
+        self.used: dict[str, int] = {}
+
+    def next_of(self, layer: Layer, leaves: list[Array], shape: tuple[int, ...]) -> _Piece:
+        """The next matrices ``(*stack, m, n)`` of that shape."""
+        *stack, m, n = shape
         key = stack_key((m, n), jnp.promote_types(wide_dtype(leaves[layer.kernel].dtype), jnp.float32))
-        if len(found) != 1 or key not in stacks:
+        if key not in self.stacks:
             raise ValueError(
                 f"eigenbases: the state has no bases of {m} x {n} matrices, as {layer.path!r} is. Pass the state of "
                 "fo.ekfac (without block_size) with the params and the axes it was made for."
             )
-        start = used.get(key, 0)
-        used[key] = start + (batch or [1])[0]
-        places.append((key, start, (m, n)))
-    for optimizer_state in found:
-        _require_all(used, optimizer_state)
-    bases: list[Eigenbasis | None] = [None] * len(leaves)
-    for layer, (key, start, sides) in zip(layers, places, strict=True):
-        shape = tuple(leaves[layer.kernel].shape[a] for a in layer.axes.batch)
-        shared = members(stacks[key])
-        start += sum(used[own] for own in shared[: shared.index(key)])
-        place = slice(start, start + math.prod(shape))
-        basis = found[0].matrices[stacks[key]].basis
-        bases[layer.kernel] = Eigenbasis(
-            *(
-                None if Q is None else own_columns(Q[place], d).reshape(*shape, d, d)
-                for Q, d in zip(basis[:2], sides, strict=True)
-            )
-        )
-    return treedef.unflatten(bases)
+        piece = _Piece(key, self.used.get(key, 0), math.prod(stack), (m, n))
+        self.used[key] = piece.start + piece.count
+        return piece
+
+    def basis(self, piece: _Piece) -> Eigenbasis:
+        """Its bases, once all layers are counted."""
+        key, start, count, sides = piece
+        shared = members(self.stacks[key])
+        start += sum(self.used[own] for own in shared[: shared.index(key)])
+        both = zip(self.matrices[self.stacks[key]].basis[:2], sides, strict=True)
+        return Eigenbasis(*(None if Q is None else own_columns(Q[start : start + count], d) for Q, d in both))
+
+
+def _whole(pieces: list[Eigenbasis], shape: tuple[int, ...], axes: MatrixAxes) -> Eigenbasis:
+    """The basis of a divided layer: those of its parts, one after another on the diagonal."""
+    N, parts = math.prod(shape[:-2]), parts_of(shape, axes)
+    left: dict[int, list[Array]] = {}
+    right: dict[int, list[Array]] = {}
+    for (Q_L, Q_R), part in zip(pieces, parts, strict=True):
+        rows, columns = part.span[-2:]
+        m, n = canonical_shape(part.shape, part.axes)[-2:]
+        grid = (N, (rows.stop - rows.start) // m, (columns.stop - columns.start) // n)
+        # Parts that share a side have the same factor there, and so the same basis.
+        if Q_L is not None:
+            left[rows.start] = list(jnp.moveaxis(Q_L.reshape(*grid, m, m)[:, :, 0], 1, 0))
+        if Q_R is not None:
+            right[columns.start] = list(jnp.moveaxis(Q_R.reshape(*grid, n, n)[:, 0], 1, 0))
+    diagonal = jax.vmap(jax.scipy.linalg.block_diag)
+    return Eigenbasis(
+        *(diagonal(*(Q for start in sorted(side) for Q in side[start])) if side else None for side in (left, right))
+    )
 
 
 def _require_all(used: dict[str, int], state: PreconditionState) -> None:

@@ -25,6 +25,7 @@ Source: FROG: Fisher row-wise preconditioning, technical overview (fullfix.githu
   gradients, which moves a step by up to 4e-7 of itself; here they are guarded instead.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,6 +37,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ...linalg import conjugate_gradient
+from ...matrices.axes import MatrixAxes, Part, parts_of
+from ...matrices.blocks import canonical_shape, divide, from_matrices, to_matrices, unite
 from ...statistics import Samples, Window
 
 Solve = Callable[[Array, Array, Array, Window | None, ArrayLike, int], Array]  # `frog_direction` or `kfrog_direction`
@@ -99,6 +102,35 @@ def in_stack(
     if M.ndim == 2:
         return of_layer(M, x, y)
     return jax.vmap(of_layer)(M, *(a.reshape(len(M), *a.shape[-_rank(samples.window) :]) for a in (x, y)))
+
+
+def in_parts(
+    solve: Solve, M: Float[Array, "*stack d n"], samples: Samples, axes: MatrixAxes, damping: ArrayLike, iterations: int
+) -> Array:
+    """`in_stack` of each part of a layer that these axes divide; a bias's row is in the last part of the inputs."""
+    if not axes.parts:
+        return in_stack(solve, M, samples, damping, iterations)
+    done = []
+    for cut, part in zip(divide(M, axes), parts_of(M.shape, axes), strict=True):
+        (X,) = to_matrices(cut, part.axes)
+        own = _of_part(samples, part, math.prod(M.shape[:-2]))
+        Z = in_stack(solve, X.reshape(-1, *X.shape[-2:]), own, damping, iterations)
+        done.append(from_matrices((Z.reshape(X.shape),), part.shape, part.axes))
+    return unite(done, M.shape, axes)
+
+
+def _of_part(samples: Samples, part: Part, N: int) -> Samples:
+    """The samples of equal parts of each of N matrices: their inputs, and the gradients at their outputs."""
+    rank, (*_, m, n) = _rank(samples.window), canonical_shape(part.shape, part.axes)
+    rows, columns = part.span[-2:]
+    height, width = ((span.stop - span.start) // d for span, d in zip((rows, columns), (m, n), strict=True))
+    x, y = (a.reshape(N, *a.shape[-rank:]) for a in (samples.inputs, samples.gradients))
+    if samples.window is None:  # where there is one, inputs are whole
+        x = x[..., rows]
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], height, -1), -2, 1)[:, :, None]
+    y = jnp.moveaxis(y[..., columns].reshape(*y.shape[:-1], width, n), -2, 1)[:, None]
+    x, y = (jnp.broadcast_to(a, (N, height, width, *a.shape[3:])).reshape(-1, *a.shape[3:]) for a in (x, y))
+    return dataclasses.replace(samples, inputs=x, gradients=y)
 
 
 def check_samples(path: str, samples: Samples, shape: tuple[int, ...], bias: bool) -> None:
