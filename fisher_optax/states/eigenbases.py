@@ -1,6 +1,7 @@
 """The bases inside an optimizer's state, by parameter: what capture needs to take squares in them."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..capture.to_optimizer import layer_axes
-from ..matrices.axes import MatrixAxes, parts_of, wide_dtype
+from ..matrices.axes import MatrixAxes, Typed, parts_of, wide_dtype
 from ..matrices.blocks import canonical_shape, matrix_shapes, stack_key
 from ..matrices.layout import Layer, layers_of
 from ..matrices.near import members, own_columns
@@ -67,11 +68,12 @@ class _Reader:
     """What the stacks of a state hold, layer by layer."""
 
     def __init__(self, found: list[PreconditionState]) -> None:
-        self.matrices = found[0].matrices if len(found) == 1 else {}
+        # Of a tree without matrices there is a placeholder.
+        self.matrices = found[0].matrices if len(found) == 1 and isinstance(found[0].matrices, dict) else {}
         self.stacks = {own: key for key in self.matrices for own in members(key)}
         self.used: dict[str, int] = {}
 
-    def next_of(self, layer: Layer, leaves: list[Array], shape: tuple[int, ...]) -> _Piece:
+    def next_of(self, layer: Layer, leaves: Sequence[Typed], shape: tuple[int, ...]) -> _Piece:
         """The next matrices ``(*stack, m, n)`` of that shape."""
         *stack, m, n = shape
         key = stack_key((m, n), jnp.promote_types(wide_dtype(leaves[layer.kernel].dtype), jnp.float32))
@@ -90,7 +92,9 @@ class _Reader:
         shared = members(self.stacks[key])
         start += sum(self.used[own] for own in shared[: shared.index(key)])
         both = zip(self.matrices[self.stacks[key]].basis[:2], sides, strict=True)
-        return Eigenbasis(*(None if Q is None else own_columns(Q[start : start + count], d) for Q, d in both))
+        return Eigenbasis(
+            *(None if Q is None else own_columns(jnp.asarray(Q[start : start + count]), d) for Q, d in both)
+        )
 
 
 def _whole(pieces: list[Eigenbasis], shape: tuple[int, ...], axes: MatrixAxes) -> Eigenbasis:
