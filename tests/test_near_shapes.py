@@ -182,6 +182,30 @@ def test_a_start_from_adam_is_in_the_stack() -> None:
     np.testing.assert_allclose(jnp.trace(stack.factors.left, axis1=1, axis2=2).sum(), wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", [fo.soap, fo.dykaf], ids=["soap", "dykaf"])
+@pytest.mark.parametrize("dead", [0, 3])
+def test_steps_after_a_start_from_adam_are_no_longer_than_adams(make: Callable[..., Any], dead: int) -> None:
+    """Second moments go to the columns that continue their axes: zeros and dead inputs, which come first, take none."""
+    rng = np.random.default_rng(0)
+    params = {f"layer_{i}": {"kernel": jnp.zeros((16 + 2 * i, 20 - i))} for i in range(5)}
+    live = jax.tree.map(lambda x: (jnp.arange(len(x)) < len(x) - dead)[:, None] * jnp.ones_like(x), params)
+
+    def gradient() -> Any:
+        return jax.tree.map(lambda x: x * jnp.asarray(rng.normal(size=x.shape), jnp.float32), live)
+
+    adam = optax.adam(1.0, b1=0.95, b2=0.95)
+    adam_state, advance = adam.init(params), jax.jit(adam.update)
+    for _ in range(50):
+        _, adam_state = advance(gradient(), adam_state)
+    tx = make(1.0, weight_decay=0.0)
+    state, update = fo.from_adam(tx, adam_state, params), jax.jit(tx.update)
+    for _ in range(2):
+        updates, state = update(gradient(), state, params)
+    for u in jax.tree.leaves(updates):
+        assert 0.1 < float(jnp.sqrt(jnp.mean(jnp.square(u[: len(u) - dead])))) < 0.5
+        assert not np.any(u[len(u) - dead :])
+
+
 def test_the_report_counts_the_zeros() -> None:
     params = params_of()
     for tx in (fo.soap(0.1), fo.shampoo(0.1), fo.dykaf(0.1)):

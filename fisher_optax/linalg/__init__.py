@@ -12,7 +12,7 @@ from .eigenbasis import (
     range_of_rows,
     strongest_rows,
 )
-from .following import followed, project
+from .following import followed, nearest_axes, project
 from .inverse_cholesky import inverse_cholesky
 from .krylov import conjugate_gradient
 from .orthogonalize import direct_flops, gram_flops, orthogonalize, restart_steps
@@ -41,6 +41,7 @@ __all__ = [
     "jordan",
     "keep_last_good",
     "matrix_power",
+    "nearest_axes",
     "off_diagonality",
     "orthogonal_iteration",
     "orthogonalize",

@@ -15,6 +15,7 @@ from .following import (
     diagonal,
     followed,
     known,
+    nearest_axes,
     off_diagonal_part,
     project,
     rayleigh,
@@ -163,7 +164,7 @@ def followed_by_products(
 
     start = jnp.zeros([], jnp.int32), jnp.where(first, FIRST_ROUNDS, rounds), Q, same
     _, _, Q, order = jax.lax.while_loop(lambda c: (c[0] < c[1]) & (c[0] < FIRST_ROUNDS), one_round, start)
-    return Q, jnp.where(first, same, order)
+    return Q, jnp.where(first, nearest_axes(Q), order)
 
 
 def _spanning(

@@ -42,7 +42,8 @@ def followed(
       precision: of that product.
 
     Returns:
-      The new basis, in float32 at least, NaN where A is not finite; and which column of Q each of its own continues.
+      The new basis, in float32 at least, NaN where A is not finite; and which column of Q each of its own continues,
+      at the first call which axis.
 
     >>> V, order = followed(jnp.array([[1.0, 1.0], [1.0, 2.0]]), jnp.eye(2), False)
     >>> print(jnp.abs(V).round(2), order)
@@ -60,8 +61,7 @@ def followed(
         settled = settled | ((off_diagonal_part(Q, P) <= tolerance) & jnp.logical_not(first))
 
     def renewed() -> tuple[Array, Array]:
-        basis, order = _orthonormal(start, Q, size, first)
-        return basis, jnp.where(first, same, order)
+        return _orthonormal(start, Q, size, first)
 
     if tolerance is None and first is not True:
         # Only a first basis may be settled: one QR beside its eigenvectors is less than a conditional at every refresh.
@@ -69,7 +69,17 @@ def followed(
         basis = jnp.where(settled, start.basis, basis)
     else:
         basis, order = branch(settled, lambda: (start.basis, same), renewed)
-    return jnp.where(jnp.isfinite(size), without_dust(basis, alone), jnp.nan), order
+    basis = jnp.where(jnp.isfinite(size), without_dust(basis, alone), jnp.nan)
+    return basis, jnp.where(first, nearest_axes(basis), order)
+
+
+def nearest_axes(V: Float[Array, "d d"]) -> Int[Array, " d"]:
+    """Of each column the coordinate that has most of it: what a first basis continues of the identity.
+
+    >>> print(nearest_axes(jnp.array([[0.0, 0.8], [1.0, 0.6]])))
+    [1 0]
+    """
+    return jnp.argmax(jnp.abs(V), axis=0)
 
 
 class _Start(NamedTuple):

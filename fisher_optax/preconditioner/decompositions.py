@@ -74,9 +74,8 @@ def eigh(method: str = "exact") -> Decomposition:
         P = linalg.project(A, Q)
 
         def solve() -> Refreshed:
-            # Before the first basis there are no columns whose order could be followed.
-            order = jnp.where(first, jnp.arange(len(A)), linalg.descending(Q, P))
-            return Refreshed(linalg.eigenbasis(A), order)
+            V = linalg.eigenbasis(A)
+            return Refreshed(V, jnp.where(first, linalg.nearest_axes(V), linalg.descending(Q, P)))
 
         return solve() if tolerance is None else _unless_diagonal(A, Q, P, jnp.where(first, -1, tolerance), solve)
 

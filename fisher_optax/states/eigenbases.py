@@ -124,7 +124,8 @@ def _require_all(used: dict[str, int], state: PreconditionState) -> None:
         count = sum(used.get(own, 0) for own in members(key))
         have = len(leaves[0]) if leaves else count
         # A stack that is shared out over a mesh is filled up by fewer matrices than there are devices.
-        if count != have and not 0 < count < have < count + jax.device_count():
+        fits = count == have or 0 < count < have < count + jax.device_count()
+        if not fits or (leaves and not all(used.get(own) for own in members(key))):
             raise ValueError(
                 f"eigenbases: the state has bases of {have} matrices of shape {key}, and these params and axes have "
                 f"{count}. Pass the params and the axes= that the optimizer was made for."

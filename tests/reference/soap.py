@@ -70,7 +70,11 @@ class Soap:
             self.factors[i] = self.beta * self.factors[i] + (1 - self.beta) * outer
         if self.calls == 1:
             sides = zip(self.factors, self.rotated, strict=True)
-            self._turn([eigenbasis(A) if rotated else np.eye(len(A)) for A, rotated in sides])
+            new = [eigenbasis(A) if rotated else np.eye(len(A)) for A, rotated in sides]
+            if self.transport == "permute":  # a column continues the axis that has most of it
+                for axis, Q in enumerate(new):
+                    self.v = self.v.take(np.abs(Q).argmax(0), axis)
+            self._turn(new)
         elif self.count % self.every == self.phase:
             self._refresh()
         return self.W.copy()
