@@ -149,15 +149,22 @@ def sequenced_after(earlier: PyTree, values: PyTree, count: Array) -> PyTree:
 
 
 def of_each(f: Callable[..., PyTree], *stacks: PyTree, batch_size: int | None = None) -> PyTree:
-    """``f`` of each entry along the leading axes, all together or so many at once; one after another where f has what
-    JAX does not batch, as ragged products with sizes of their own.
+    """``f`` of each entry along the leading axes, all together or so many at once; one after another where f has
+    ragged products, which JAX 0.10 and 0.12 do not batch (`is_of_ragged`).
     """
     try:
         if batch_size is None:
             return jax.vmap(f)(*stacks)
         return jax.lax.map(lambda xs: f(*xs), stacks, batch_size=batch_size)
-    except NotImplementedError:
+    except NotImplementedError as error:
+        if not is_of_ragged(error):
+            raise
         return jax.lax.map(lambda xs: f(*xs), stacks)
+
+
+def is_of_ragged(error: NotImplementedError) -> bool:
+    """Whether it says that `jax.lax.ragged_dot` has no rule for a batch along that axis."""
+    return "ragged_dot" in str(error)
 
 
 def sharding_of(x: object) -> NamedSharding | None:

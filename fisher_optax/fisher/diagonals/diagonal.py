@@ -84,8 +84,8 @@ def diagonal(
         function of a leaf's path and squares; sums, so that totals stay.
       axes: as for `fo.soap`, for "rows" and "heads". None: for "rows" as the program uses each leaf, its tokens being
         the units of what is looked up; what it does not multiply by, and "heads", by the rules of `fo.label_params`.
-      microbatch: how many examples' gradients exist at once. Under a mesh, a multiple of the devices that examples are
-        spread over.
+      microbatch: how many examples' gradients exist at once; one, of a model with `jax.lax.ragged_dot`. Under a mesh, a
+        multiple of the devices that examples are spread over.
       progress: what wraps the batches, as `tqdm.tqdm`.
       on_batch: called with what there is after every batch, to save it.
       resume: what an interrupted call had got to, with the same batches: those it has read are passed over. The result

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from ..._xla import is_of_ragged
 from ...capture.gradients import value_and_grad
 from ...capture.kinds.squares import PositionSquares, captured, leaf_squares
 from ...capture.program.leaves import LeafPlan
@@ -34,7 +35,9 @@ def position_squares(
     together = lambda f, *stacks: jax.vmap(f)(*stacks)  # noqa: E731
     try:
         found = _summed(together, loss_fn, labels, params, batch, keys)
-    except NotImplementedError:  # of what JAX does not batch, as ragged products with sizes of their own
+    except NotImplementedError as error:
+        if not is_of_ragged(error):
+            raise
         alone = lambda f, *entries: jax.tree.map(lambda x: x[None], f(*entries))  # noqa: E731
         each = jax.lax.map(lambda x: _summed(alone, loss_fn, labels, params, *x), (batch, keys))
         found = jax.tree.map(lambda x: jnp.sum(x, 0, dtype=x.dtype), each)
