@@ -86,8 +86,8 @@ def capture_report(
     rows = []
     for leaf, has in zip(leaves, shapes, strict=True):
         frozen = leaf.number not in live and not kind.inputs_alone()
-        why = FROZEN if frozen else leaf.reason or _sampled(kind, has)
-        why = ROUTER if leaf.number in routers and (frozen or not leaf.reason) else why
+        is_router = leaf.number in routers and (frozen or not leaf.reason)
+        why = ROUTER if is_router else FROZEN if frozen else leaf.reason or _sampled(kind, has)
         rows.append(CaptureRow(leaf.path, leaf.shape, leaf.use, has, leaf.axes, len(leaf.sites), why, frozen))
     return CaptureReport(_with_rest(rows, params))
 
