@@ -232,3 +232,20 @@ def test_batched_equals_one_by_one() -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="method must be 'qr' or 'cholesky'; got 'svd'"):
         orthogonal_iteration(jnp.eye(2), jnp.eye(2), method="svd")
+
+
+def test_columns_that_rounding_is_a_hundredth_of_stay() -> None:
+    """Between 16 and 256 units of rounding a column is known, and not turned; larger ones are."""
+    V = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+    turn = np.eye(6)
+    turn[4:, 4:] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
+    Q, ε = jnp.asarray(V @ turn, jnp.float32), float(np.finfo(np.float32).eps)
+
+    def next_basis(small: float) -> np.ndarray:
+        values = np.array([1.0, 0.5, 0.25, 0.1, small, small / 8])
+        A = jnp.asarray((V * values) @ V.T, jnp.float32)
+        return np.asarray(orthogonal_iteration(A, Q))
+
+    faint, clear = next_basis(100 * ε), next_basis(1e4 * ε)
+    np.testing.assert_allclose(np.abs(faint[:, 4:].T @ Q[:, 4:]), np.eye(2), atol=1e-3)
+    assert np.abs(clear[:, 4] @ Q[:, 5]) > 0.1
