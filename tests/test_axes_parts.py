@@ -236,6 +236,14 @@ def test_what_takes_whole_layers_says_so() -> None:
         fo.kfac(0.1, axes=inner).init({"head": {"kernel": jnp.ones((4, 3, 2))}})
 
 
+def test_bases_of_parts_without_a_whole_one_are_refused() -> None:
+    params, axes = {"qkv": jnp.ones((4, 12))}, {"qkv": fo.MatrixAxes(0, 1, parts={1: (8, 4)})}
+    for make in (fo.soap, fo.kfac):
+        state = make(0.1, max_precond_dim=6, axes=axes).init(params)
+        with pytest.raises(ValueError, match=r"a side of length 8.*has no whole basis.*raise it, or leave parts= out"):
+            fo.eigenbases(state, params, axes)
+
+
 def test_a_report_lists_the_parts() -> None:
     params = {"qkv": jnp.ones((D, 12))}
     (row,) = fo.report(fo.soap(0.1, axes={"qkv": QKV}), params).rows

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import fisher_optax as fo
-from fisher_optax.matrices import near
+from fisher_optax.preconditioner import step as near
 from fisher_optax.preconditioner.transform import PreconditionState
 
 SHAPES = ((3, 5), (4, 4), (5, 3), (2, 6), (6, 4), (4, 4))
@@ -215,6 +215,56 @@ def test_the_report_counts_the_zeros() -> None:
         counted = sum(row.state_bytes for row in report.rows)
         assert 0 <= counted - held <= 4 * 4 * len(SHAPES)  # counters
         assert "(zeros)" in str(report)
+        M, N = (max(shape[i] for shape in SHAPES) for i in (0, 1))
+        flops = 14 * (M**3 + N**3) // 3 + 4 * M * N * (M + N)
+        assert abs(sum(row.refresh_flops for row in report.rows) - len(SHAPES) * flops) <= 2 * len(SHAPES)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_start_from_adam_goes_on_as_apart(request: pytest.FixtureRequest) -> None:
+    params, adam = params_of(), optax.adam(0.1)
+    adam_state = adam.init(params)
+    for g in gradients(params, 4):
+        _, adam_state = adam.update(g, adam_state, params)
+
+    def moved() -> Any:
+        tx = fo.soap(0.1, precondition_frequency=2)
+        state, update, total = fo.from_adam(tx, adam_state, params), jax.jit(tx.update), []
+        for g in gradients(params, 4):
+            updates, state = update(g, state, params)
+            total.append(updates)
+        return total
+
+    together = moved()
+    request.getfixturevalue("apart")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9), together, moved())
+
+
+def test_bases_of_other_layers_are_refused() -> None:
+    """Also where as many are in the stack, of other shapes, or fewer by less than there are devices."""
+    shapes = ((3, 5), (3, 5), (5, 3), (4, 4), (4, 4), (2, 6), (6, 4))
+    params = params_of(shapes)
+    axes = {name: {"kernel": fo.MatrixAxes(0, 1)} for name in params}
+    state = fo.soap(0.1, axes=axes).init(params)
+    assert fo.eigenbases(state, params, axes)["layer_0"]["kernel"].left.shape == (3, 3)
+    turned = axes | {"layer_1": {"kernel": fo.MatrixAxes(1, 0)}}
+    with pytest.raises(ValueError, match="bases of 2 matrices of shape 3x5, and these params and axes have 1"):
+        fo.eigenbases(state, params, turned)
+    for layer in ("layer_3", "layer_6"):
+        fewer = {name: leaf for name, leaf in params.items() if name != layer}
+        with pytest.raises(ValueError, match="Pass the params and the axes= that the optimizer was made for"):
+            fo.eigenbases(state, fewer, {name: axes[name] for name in fewer})
+
+
+def test_bases_are_read_on_an_explicit_mesh() -> None:
+    mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+    assert "Explicit" in str(mesh.axis_types)
+    with jax.set_mesh(mesh):
+        params = params_of()
+        tx = fo.soap(0.1, storage=fo.Storage(mesh_axis="x"))
+        bases = fo.eigenbases(tx.init(params), params)
+    for name, leaf in params.items():
+        assert [Q.shape[0] for Q in bases[name]["kernel"]] == list(leaf["kernel"].shape)
 
 
 def test_sharded_leaves_share_a_stack_that_their_mesh_may_not_divide() -> None:

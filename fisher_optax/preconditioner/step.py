@@ -1,13 +1,15 @@
-"""A step of one matrix, and of all matrices of one shape; how its factors and bases are kept between steps."""
+"""A step of one matrix, and of all matrices of one stack; which shapes share one; what is kept between steps."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Inexact, Int, PyTree
 
 from .. import linalg
 from .._xla import select
@@ -178,3 +180,119 @@ class Step:
         copied, read = (values, state.application), (vectors, statistics, action)
         (U, factors), (values, inner) = over_stack(both, (G, state.factors), copied, read, max_stack=self.max_stack)
         return U, MatrixState(factors, type(state.basis)(*vectors, *values), inner)
+
+
+# Near shapes in one stack: rows and columns of zeros instead of more programs.
+#
+# A compiler takes a time for every shape that there is a program for. Of a tree with many shapes, as convolutional
+# networks have, those that are near are brought to a common one, in a stack that is called by all of them and how many
+# there are of each, e.g. "1*9x18+4*10x20". What is done to a matrix has to leave its zeros alone.
+
+
+# No more are left as they are: a transformer has four.
+SHAPES = 4
+# Down to as many, what zeros may add to a state, as a part of it; and further, in numbers: 256 KiB of float32.
+PART, FEW = 0.25, 2**16
+
+
+class Shape(NamedTuple):
+    """The matrices of one shape, or of several that are brought to one."""
+
+    key: str  # as `stack_key` names it; of several, all of them, with how many there are of each
+    stack: tuple[int, ...]  # (N, m, n)
+    dtype: str
+    factors: bool  # whether both sides have one
+
+
+@functools.lru_cache(maxsize=256)
+def near_shapes(shapes: tuple[Shape, ...]) -> tuple[str, ...]:
+    """The names of the stacks. Of more than four shapes pairs are joined, those that add least to the state first: down
+    to four, as long as a quarter is added at most, and further, as long as it is next to nothing.
+
+    >>> near_shapes(tuple(Shape(f"{d}x512", (1, d, 512), "float32", True) for d in (64, 512, 256, 480, 128)))
+    ('64x512+128x512', '512x512', '256x512', '480x512')
+    """
+    stacks, added = list(shapes), 0
+    part = PART * sum(_numbers(stack) for stack in stacks)
+    while len(shapes) > SHAPES:
+        # Of a single factor, some rules take the mean over the other side.
+        pairs = [(a, b) for a, b in itertools.combinations(stacks, 2) if a.dtype == b.dtype and a.factors and b.factors]
+        if not pairs:
+            break
+        a, b = min(pairs, key=lambda pair: _added(*pair))
+        added += _added(a, b)
+        if added > (max(FEW, part) if len(stacks) > SHAPES else FEW):
+            break
+        stacks = [_joined(a, b) if stack is a else stack for stack in stacks if stack is not b]
+    return tuple(stack.key for stack in stacks)
+
+
+def _joined(a: Shape, b: Shape) -> Shape:
+    (N, *own), (M, *others) = a.stack, b.stack
+    key = "+".join(x.key if "*" in x.key else f"{x.stack[0]}*{x.key}" for x in (a, b))
+    return a._replace(key=key, stack=(N + M, *map(max, own, others)))
+
+
+def _numbers(shape: Shape) -> int:
+    """Of a state: a factor and a basis a side, and two moments."""
+    N, m, n = shape.stack
+    return 2 * N * (m * n + (m * m + n * n if shape.factors else 0))
+
+
+def _added(a: Shape, b: Shape) -> int:
+    return _numbers(_joined(a, b)) - _numbers(a) - _numbers(b)
+
+
+def members(key: str) -> dict[str, int | None]:
+    """The shapes in a stack of that name, in order, and how many matrices there are of each; None: all of them.
+
+    >>> members("1*9x18+4*10x20"), members("4x6")
+    ({'9x18': 1, '10x20': 4}, {'4x6': None})
+    """
+    parts = [part.rpartition("*") for part in key.split("+")]
+    return {own: int(count) if count else None for count, _, own in parts}
+
+
+def gather(stacks: Mapping[str, Inexact[Array, "_ _ _"]], keys: Sequence[str]) -> dict[str, Inexact[Array, "N m n"]]:
+    """Stacks of these names from those of one shape each.
+
+    >>> x = gather({"1x2": jnp.ones((1, 1, 2)), "2x1": jnp.ones((1, 2, 1))}, ["1*1x2+1*2x1"])
+    >>> print(x["1*1x2+1*2x1"][0])
+    [[1. 1.]
+     [0. 0.]]
+    """
+    return {key: _together([stacks[own] for own in members(key)]) for key in keys}
+
+
+def _together(stacks: list[Array]) -> Array:
+    if len(stacks) == 1:
+        return stacks[0]
+    m, n = (max(x.shape[axis] for x in stacks) for axis in (1, 2))
+    return jnp.concatenate([jnp.pad(x, ((0, 0), (0, m - x.shape[1]), (0, n - x.shape[2]))) for x in stacks])
+
+
+def scatter(
+    stacks: Mapping[str, Inexact[Array, "_ _ _"]], like: Mapping[str, Inexact[Array, "_ _ _"]]
+) -> dict[str, Inexact[Array, "_ _ _"]]:
+    """The stacks of one shape each again, as long and large as those of ``like``: the inverse of `gather`."""
+    own = {}
+    for key, stack in stacks.items():
+        start = 0
+        for name in members(key):
+            count, m, n = like[name].shape
+            own[name] = stack if len(members(key)) == 1 else stack[start : start + count, :m, :n]
+            start += count
+    return own
+
+
+def own_columns(Q: Float[Array, "N D k"], d: int) -> Float[Array, "N d j"]:
+    """Of bases whose last coordinates are zeros of `gather`, what is of the first d.
+
+    >>> print(own_columns(jnp.array([[[0.0, 1.0], [1.0, 0.0]]]), 1))
+    [[[1.]]]
+    """
+    if Q.shape[1] == d:
+        return Q
+    of_zeros = jnp.sum(jnp.square(Q[:, d:]), axis=1) > 0.5
+    columns = jnp.argsort(of_zeros, axis=1)[:, None, :d]
+    return jnp.take_along_axis(Q[:, :d], columns, axis=2)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +16,12 @@ from .._xla import dynamic_indices
 from ..matrices.axes import LeafAxes, MatrixAxes, Typed
 from ..matrices.blocks import from_stacks, matrix_shapes, to_stacks
 from ..matrices.layout import StackLayout, leaf_layouts, place, share_out, sides_to_stacks, spread
-from ..matrices.near import Shape, gather, members, near_shapes, scatter
 from ..statistics import LayerFactors
 from ..transforms.fallback import record_zeros, with_fallback
 from ..transforms.skip_nonfinite import Freezable, counted, skip_first_call
 from .contracts import Application, Decomposition, FactorRule, Kronecker, MatrixState
 from .refresh import KEEP, START, Policy, renew
-from .step import Step, Store
+from .step import Shape, Step, Store, gather, members, near_shapes, scatter
 
 
 class PreconditionState(NamedTuple):
@@ -30,7 +29,7 @@ class PreconditionState(NamedTuple):
 
     count: Int[Array, ""]  # calls so far
     failures: Int[Array, ""]  # of decompositions: the last good one stayed
-    matrices: dict[str, MatrixState]  # by shape, e.g. "384x1536", or by those that share a stack: "9x18+10x20"
+    matrices: dict[str, MatrixState]  # by shape, e.g. "384x1536", or by those that share a stack: "1*9x18+4*10x20"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Preconditioner:
             return PreconditionState(zero(), zero(), treedef.unflatten([]))
         states, own = {}, leaf_layouts(leaves, axes, self.storage.block_size)
         stacks = self._together(own)
-        record_zeros(sum(map(self._bytes, stacks.values())) - sum(map(self._bytes, own.values())))
+        record_zeros(*(self._total(f, stacks) - self._total(f, own) for f in (self._bytes, self._flops)))
         for key, stack in stacks.items():
             of_matrix = self._start(*stack.shape, stack.dtype)
             state = jax.tree.map(lambda x, n=stack.count: jnp.broadcast_to(x, (n, *x.shape)), of_matrix)
@@ -120,10 +119,16 @@ class Preconditioner:
             stacks[key] = StackLayout((m, n), parts[0].dtype, sum(part.count for part in parts), layouts)
         return stacks
 
+    def _total(self, of_matrix: Callable[[StackLayout], int], stacks: dict[str, StackLayout]) -> int:
+        return sum(stack.count * of_matrix(stack) for stack in stacks.values())
+
     def _bytes(self, stack: StackLayout) -> int:
-        """Of the state of so many matrices, counters apart."""
+        """Of the state of a matrix, counters apart."""
         state = jax.eval_shape(lambda: self._start(*stack.shape, stack.dtype))
-        return stack.count * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state) if x.ndim)
+
+    def _flops(self, stack: StackLayout) -> int:
+        return self._refresh_flops(*stack.shape)
 
     def _start(self, m: int, n: int, dtype: DTypeLike) -> MatrixState:
         """The state of one matrix."""

@@ -1,5 +1,6 @@
 """The bases inside an optimizer's state, by parameter: what capture needs to take squares in them."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from .._xla import automatic
 from ..capture.to_optimizer import layer_axes
 from ..matrices.axes import MatrixAxes, Typed, parts_of, wide_dtype
 from ..matrices.blocks import canonical_shape, matrix_shapes, stack_key
 from ..matrices.layout import Layer, layers_of
-from ..matrices.near import members, own_columns
 from ..matrices.rules import resolve_axes
 from ..preconditioner.contracts import Eigenbasis
+from ..preconditioner.step import members, own_columns
 from ..preconditioner.transform import PreconditionState
 
 
@@ -27,7 +29,8 @@ def eigenbases(state: PyTree, params: PyTree, axes: PyTree = None) -> PyTree:
       axes: the optimizer's ``axes``.
 
     Raises:
-      ValueError: where ``state`` has no bases of these layers, or those of blocks or of other layers.
+      ValueError: where ``state`` has no bases of these layers, or of some of their parts, or those of blocks or of
+        other layers.
 
     Example:
       >>> import jax.numpy as jnp, fisher_optax as fo
@@ -89,12 +92,11 @@ class _Reader:
     def basis(self, piece: _Piece) -> Eigenbasis:
         """Its bases, once all layers are counted."""
         key, start, count, sides = piece
-        shared = members(self.stacks[key])
+        shared = list(members(self.stacks[key]))
         start += sum(self.used[own] for own in shared[: shared.index(key)])
+        read = lambda Q, d: own_columns(jnp.asarray(Q)[start : start + count], d)  # noqa: E731
         both = zip(self.matrices[self.stacks[key]].basis[:2], sides, strict=True)
-        return Eigenbasis(
-            *(None if Q is None else own_columns(jnp.asarray(Q[start : start + count]), d) for Q, d in both)
-        )
+        return Eigenbasis(*(None if Q is None else automatic(functools.partial(read, d=d), Q) for Q, d in both))
 
 
 def _whole(pieces: list[Eigenbasis], shape: tuple[int, ...], axes: MatrixAxes) -> Eigenbasis:
@@ -107,26 +109,30 @@ def _whole(pieces: list[Eigenbasis], shape: tuple[int, ...], axes: MatrixAxes) -
         m, n = canonical_shape(part.shape, part.axes)[-2:]
         grid = (N, (rows.stop - rows.start) // m, (columns.stop - columns.start) // n)
         # Parts that share a side have the same factor there, and so the same basis.
-        if Q_L is not None:
-            left[rows.start] = list(jnp.moveaxis(Q_L.reshape(*grid, m, m)[:, :, 0], 1, 0))
-        if Q_R is not None:
-            right[columns.start] = list(jnp.moveaxis(Q_R.reshape(*grid, n, n)[:, 0], 1, 0))
+        left[rows.start] = list(jnp.moveaxis(_square(Q_L, m, axes).reshape(*grid, m, m)[:, :, 0], 1, 0))
+        right[columns.start] = list(jnp.moveaxis(_square(Q_R, n, axes).reshape(*grid, n, n)[:, 0], 1, 0))
     diagonal = jax.vmap(jax.scipy.linalg.block_diag)
-    return Eigenbasis(
-        *(diagonal(*(Q for start in sorted(side) for Q in side[start])) if side else None for side in (left, right))
-    )
+    return Eigenbasis(*(diagonal(*(Q for start in sorted(side) for Q in side[start])) for side in (left, right)))
+
+
+def _square(Q: Array | None, d: int, axes: MatrixAxes) -> Array:
+    if Q is None or Q.shape[-1] != d:
+        raise ValueError(
+            f"eigenbases: a side of length {d}, of a part of {axes}, has no whole basis, as max_precond_dim is less: "
+            "raise it, or leave parts= out."
+        )
+    return Q
 
 
 def _require_all(used: dict[str, int], state: PreconditionState) -> None:
     """A ValueError unless as many matrices of each shape were used as the state has: else some are another layer's."""
     stacks = state.matrices if isinstance(state.matrices, dict) else {}
     for key, leaves in ((key, jax.tree.leaves(stack)) for key, stack in stacks.items()):
-        count = sum(used.get(own, 0) for own in members(key))
-        have = len(leaves[0]) if leaves else count
-        # A stack that is shared out over a mesh is filled up by fewer matrices than there are devices.
-        fits = count == have or 0 < count < have < count + jax.device_count()
-        if not fits or (leaves and not all(used.get(own) for own in members(key))):
-            raise ValueError(
-                f"eigenbases: the state has bases of {have} matrices of shape {key}, and these params and axes have "
-                f"{count}. Pass the params and the axes= that the optimizer was made for."
-            )
+        for own, count in members(key).items() if leaves else ():
+            want, have = used.get(own, 0), len(leaves[0]) if count is None else count
+            # A stack that is shared out over a mesh is filled up by fewer matrices than there are devices.
+            if want != have and not (count is None and 0 < want < have < want + jax.device_count()):
+                raise ValueError(
+                    f"eigenbases: the state has bases of {have} matrices of shape {own}, and these params and axes "
+                    f"have {want}. Pass the params and the axes= that the optimizer was made for."
+                )

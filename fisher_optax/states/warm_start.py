@@ -12,9 +12,9 @@ from ..capture.to_optimizer import layer_axes
 from ..matrices.axes import arrays, path_names
 from ..matrices.blocks import to_stacks
 from ..matrices.layout import join
-from ..matrices.near import gather
 from ..preconditioner.applications.eigenbasis import AdamState
 from ..preconditioner.contracts import Eigenpairs, Kronecker, MatrixState
+from ..preconditioner.step import gather
 from ..preconditioner.transform import PreconditionState
 from ..transforms.fallback import Routed, marked
 from ..transforms.momentum import MomentumState

@@ -273,11 +273,11 @@ def record(leaf: LeafAxes, **cells: Any) -> None:
         rows.append(Row(path=leaf.path, shape=leaf.shape, kind=leaf.kind, **(defaults | cells)))
 
 
-def record_zeros(state_bytes: int) -> None:
-    """Write a row for what the state holds of no leaf."""
+def record_zeros(state_bytes: int, refresh_flops: int) -> None:
+    """Write a row for what there is of no leaf."""
     if (rows := _rows.get()) is not None and state_bytes:
         why = "near shapes share a program, by rows and columns of zeros"
-        rows.append(Row("(zeros)", (0,), "-", "other", None, (), state_bytes, 0, why))
+        rows.append(Row("(zeros)", (0,), "-", "other", None, (), state_bytes, refresh_flops, why))
 
 
 def paused() -> contextlib.AbstractContextManager[None]:
