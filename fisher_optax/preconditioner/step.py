@@ -210,7 +210,7 @@ def near_shapes(shapes: tuple[Shape, ...]) -> tuple[str, ...]:
     to four, as long as a quarter is added at most, and further, as long as it is next to nothing.
 
     >>> near_shapes(tuple(Shape(f"{d}x512", (1, d, 512), "float32", True) for d in (64, 512, 256, 480, 128)))
-    ('64x512+128x512', '512x512', '256x512', '480x512')
+    ('1*64x512+1*128x512', '512x512', '256x512', '480x512')
     """
     stacks, added = list(shapes), 0
     part = PART * sum(_numbers(stack) for stack in stacks)
