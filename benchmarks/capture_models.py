@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 import fisher_optax as fo
-from models.cnn import CNN
-from models.gpt import GPT
+from experiments.models.cnn import CNN
+from experiments.models.gpt import GPT
 
 
 class Model(NamedTuple):
@@ -60,7 +60,7 @@ def mlp(batch: int = 500) -> Model:
 
 
 def cnn(batch: int = 256) -> Model:
-    """The CNN of `examples/train_images.py` on random images of 28 x 28."""
+    """The CNN of `experiments.train_images` on random images of 28 x 28."""
 
     def draw(key: Any) -> tuple[Any, Any]:
         images, labels = jax.random.split(key)
@@ -70,7 +70,7 @@ def cnn(batch: int = 256) -> Model:
 
 
 def gpt(batch: int = 8, layers: int = 6, width: int = 384, heads: int = 6, context: int = 256) -> Model:
-    """The character GPT of `examples/train_gpt.py`, 10.7M parameters as it stands, on random characters."""
+    """The character GPT of `experiments.train_gpt`, 10.7M parameters as it stands, on random characters."""
 
     def draw(key: Any) -> tuple[Any, Any]:
         text = jax.random.randint(key, (batch, context + 1), 0, 65)

@@ -1,7 +1,7 @@
 """Methods that take statistics of layers beside SGD, AdamW, Muon and SOAP: losses at the best rates, by task.
 
-`digits` is the CNN of `examples/train_images.py` on scikit-learn's digits, 10 epochs; `gpt_head` the 808k-parameter GPT
-of `examples/train_gpt.py`, 300 steps, with an output layer of its own, for K-FAC's ways with that. A method's rate is
+`digits` is the CNN of `experiments.train_images` on scikit-learn's digits, 10 epochs; `gpt_head` the 808k-parameter GPT
+of `experiments.train_gpt`, 300 steps, with an output layer of its own, for K-FAC's ways with that. A method's rate is
 the one of its grid with the lowest final held-out loss on the first seed; it then goes on with the other seeds. The
 runs are kept in a file and never made twice.
 """
@@ -14,16 +14,11 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-import gpt_config
-import images
-import images_config
-import text
-import train_gpt
-import train_images
 from benchmarks import harness, run_tables
 from benchmarks.results import Column, result, spread, table
-from compare_report import Entry, draw_curves, entries
-from comparison import Runs, Task
+from experiments import gpt_config, images, images_config, text, train_gpt, train_images
+from experiments.compare_report import Entry, draw_curves, entries
+from experiments.comparison import Runs, Task
 
 GPT_TITLE = "808k-parameter character GPT with its own head"
 

@@ -1,6 +1,6 @@
 """DyKAF in pre-training and in fine-tuning: validation losses beside SOAP, Muon and AdamW, with and without rank one.
 
-Both regimes train the 808k-parameter GPT of `examples/train_gpt.py` on tiny Shakespeare for 300 steps, a third of an
+Both regimes train the 808k-parameter GPT of `experiments.train_gpt` on tiny Shakespeare for 300 steps, a third of an
 epoch; seeds share their batches. Pre-training begins with random parameters: these are runs of `figure3`, used again.
 Fine-tuning begins with what AdamW reached in 1,000 steps on the Python standard library's sources, reads Shakespeare in
 the symbols of that run, and tries a smaller rate besides. In both, a method's rate is the one tried with the lowest
@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-import train_gpt
 from benchmarks import dykaf_picture, figure3, harness, run_tables
 from benchmarks.results import Cell, Column, result, table
-from compare_options import PRESETS
-from compare_report import Entry, entry
-from comparison import Runs, Task
-from gpt_config import Config
-from text import Corpus, load_corpus
-from trained_gpt import Params, digest, load_start
+from experiments import train_gpt
+from experiments.compare_options import PRESETS
+from experiments.compare_report import Entry, entry
+from experiments.comparison import Runs, Task
+from experiments.gpt_config import Config
+from experiments.text import Corpus, load_corpus
+from experiments.trained_gpt import Params, digest, load_start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-import train_gpt
 from benchmarks import harness, run_tables
 from benchmarks.results import Cell, Column, result, spread, table
-from compare_options import PRESETS
-from compare_report import Entry, entries, picture
-from comparison import Runs, Task
-from gpt_config import DTYPES, Config
-from text import Corpus, load_corpus
+from experiments import train_gpt
+from experiments.compare_options import PRESETS
+from experiments.compare_report import Entry, entries, picture
+from experiments.comparison import Runs, Task
+from experiments.gpt_config import DTYPES, Config
+from experiments.text import Corpus, load_corpus
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,10 +20,10 @@ import fisher_optax as fo
 from benchmarks import harness, results
 from benchmarks.flops import count_matmul_flops
 from benchmarks.results import Column
+from experiments.models.gpt import GPT
 from fisher_optax.fisher.diagonals import diagonal as diagonals
 from fisher_optax.fisher.diagonals.squares import Labels
 from fisher_optax.fisher.head import solve as head_solve
-from models.gpt import GPT
 from tests.reference import softmax_head as oracle
 
 VOCABULARY, TOKENS = 2000, 256

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-import train_images
 from benchmarks import harness, run_tables
 from benchmarks.flops import count_matmul_flops
 from benchmarks.frog_cifar_report import PLAIN, Shown, Steps, describe, picture
 from benchmarks.steps import flops_between_refreshes
-from comparison import Runs, Task
-from image_batches import scale_of, shuffled
-from images import Images, load_images
-from images_config import Config
-from options import option
-from run_folder import Row
+from experiments import train_images
+from experiments.comparison import Runs, Task
+from experiments.image_batches import scale_of, shuffled
+from experiments.images import Images, load_images
+from experiments.images_config import Config
+from experiments.options import option
+from experiments.run_folder import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

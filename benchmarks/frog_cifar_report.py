@@ -11,9 +11,9 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import run_tables
 from benchmarks.results import Cell, Column, result, spread, table
-from compare_options import LABELS as KNOWN
-from compare_report import Entry, appearance, entries, middle
-from comparison import Runs, first_below
+from experiments.compare_options import LABELS as KNOWN
+from experiments.compare_report import Entry, appearance, entries, middle
+from experiments.comparison import Runs, first_below
 
 NOTE = {
     "frog": {88: 1.29, 90: 1.86, 92: 5.37, 94: 11.88},

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import train_gpt
 from benchmarks.steps import PERIOD, RATE
-from gpt_config import Config, make_model
-from loop import Plan, run_steps
-from run_folder import Row
-from text import Corpus
+from experiments import train_gpt
+from experiments.gpt_config import Config, make_model
+from experiments.loop import Plan, run_steps
+from experiments.run_folder import Row
+from experiments.text import Corpus
 
 NOTE = (
     "as released (0.0.8) it stops on jax 0.10: `get_bind_params` returns one value there, not two; "

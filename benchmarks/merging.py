@@ -1,6 +1,6 @@
 """What merging keeps of two CNNs tuned apart: averages, Fishers, task arithmetic, TIES and DARE.
 
-The comparison is that of ``examples/merge_tasks.py`` on scikit-learn's digits, on tasks that distort all images and on
+The comparison is that of `experiments.merge_tasks` on scikit-learn's digits, on tasks that distort all images and on
 tasks with classes of their own. Differences are taken seed by seed. An interrupted run goes on where it was.
 """
 
@@ -14,11 +14,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import merge_tasks
 from benchmarks import harness, results
 from benchmarks.results import Column
-from merge_tasks_parts import TASKS
-from merge_tasks_report import COLORS, FISHER, PLAIN, SCALED, draw_methods
+from experiments import merge_tasks
+from experiments.merge_tasks_parts import TASKS
+from experiments.merge_tasks_report import COLORS, FISHER, PLAIN, SCALED, draw_methods
 
 NAMES = {
     "base": "base",

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import optimizers
 from benchmarks import kfac_jax_step
 from benchmarks.kfac_jax_step import silenced
 from benchmarks.kfac_jax_step import train_kfac_jax as train_kfac_jax
 from benchmarks.trees import hidden
+from experiments import optimizers
 
 
 class Peer(NamedTuple):
@@ -25,7 +25,7 @@ class Peer(NamedTuple):
 
     label: str
     build: Callable[..., optax.GradientTransformation]  # rate, weight decay, steps between refreshes or None: its own
-    learning_rate: float  # a first guess for the GPT of `examples/train_gpt.py`
+    learning_rate: float  # a first guess for the GPT of `experiments.train_gpt`
     note: str = ""  # what it was run with
 
 

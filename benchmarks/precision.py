@@ -3,7 +3,7 @@
 A product at "high" multiplies two parts of bfloat16 of each operand, and leaves out the product of the small ones; at
 "default" it multiplies the operands rounded to bfloat16, as on a TPU; sums are float32. `fo.Products` says which
 products. "Refresh by products" is ``fo.Refresh(decomposition="cholesky")``, what a TPU does. Losses are of the 808k
-character GPT of `examples/train_gpt.py` after 300 steps at one rate, of float32 and of the refresh by products
+character GPT of `experiments.train_gpt` after 300 steps at one rate, of float32 and of the refresh by products
 on several seeds.
 "Apart" is of a matrix of side 8 under gradients whose covariances have well-separated eigenvalues, and change: after
 100 steps with a refresh every 10, the distance from the run in float32 by QR, as a part of the way that one has moved.
@@ -25,13 +25,12 @@ import optax
 from matplotlib.figure import Figure
 
 import fisher_optax as fo
-import optimizers
-import train_gpt
 from benchmarks import harness, run_tables
 from benchmarks.results import Column, result, spread, table
-from comparison import Runs, Task
-from gpt_config import Config
-from text import load_corpus
+from experiments import optimizers, train_gpt
+from experiments.comparison import Runs, Task
+from experiments.gpt_config import Config
+from experiments.text import load_corpus
 
 matmul = jnp.matmul
 RATE = 6e-3

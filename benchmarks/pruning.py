@@ -1,6 +1,6 @@
-"""What pruning leaves of a GPT: magnitude, Wanda, SparseGPT and OBS by perplexity, as `examples/prune_gpt.py` compares.
+"""What pruning leaves of a GPT: magnitude, Wanda, SparseGPT and OBS by perplexity, as `experiments.prune_gpt` compares.
 
-The GPT of ``examples/train_gpt.py`` is trained first, in about two and a half minutes, if ``--run`` does not name one.
+The GPT of ``experiments.train_gpt`` is trained first, in about two and a half minutes, if ``--run`` does not name one.
 Each method is calibrated on several draws of windows of the training text; differences are taken draw by draw. An
 interrupted run goes on where it was.
 """
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import jax
 from matplotlib.figure import Figure
 
-import prune_gpt
 from benchmarks import harness, results
 from benchmarks.results import Column
-from prune_gpt_report import TITLES, picture
-from trained_gpt import read_settings
+from experiments import prune_gpt
+from experiments.prune_gpt_report import TITLES, picture
+from experiments.trained_gpt import read_settings
 
 # What the tables of perplexities are called, by the example's names, and what they hold.
 VARIANTS = {"given": "given", "pruned": "sequential", "owl": "owl", "matrix": "matrix"}
@@ -125,7 +125,7 @@ def result_of(report: Mapping[str, Any], parameters: int, text: str, environment
         "python -m benchmarks pruning",
         tables(Model(report["dense"], parameters, report["steps"]), report["rows"]),
         environment=environment,
-        settings={**settings, "model": "examples/train_gpt.py", "text": text},
+        settings={**settings, "model": "experiments/train_gpt.py", "text": text},
         seeds=range(settings["draws"]),
     )
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Cell, Column, spread, table
-from compare_options import PER_METHOD, split
-from compare_report import Entry
-from comparison import Run, Runs
-from optimizers import find_method
+from experiments.compare_options import PER_METHOD, split
+from experiments.compare_report import Entry
+from experiments.comparison import Run, Runs
+from experiments.optimizers import find_method
 
 KEPT = Path("runs/benchmarks")  # where runs are, unless --runs says another file
 LOSSES = {

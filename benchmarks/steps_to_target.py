@@ -1,6 +1,6 @@
 """Steps to the validation loss that AdamW ends with: SOAP and Muon, SOAP's smaller states, and other JAX packages.
 
-The 808k-parameter character GPT of `examples/train_gpt.py` on the Python standard library's sources: context 64, batch
+The 808k-parameter character GPT of `experiments.train_gpt` on the Python standard library's sources: context 64, batch
 16, 300 steps, warm-up and cosine, the same for all; what the others leave alone gets the AdamW of AdamW's own row. A
 method's rate is the one with the lowest final validation loss on the first seed. Where that is at an end of the grid,
 the grid is extended. The runs are kept in a file and never made twice.
@@ -16,17 +16,16 @@ import jax.numpy as jnp
 from matplotlib.figure import Figure
 
 import fisher_optax as fo
-import optimizers
-import train_gpt
 from benchmarks import harness, peers, run_tables
 from benchmarks.results import Cell, Column, result, table
-from compare_report import Entry, draw_curves, entries
-from comparison import Runs, Task
-from gpt_config import Config
-from text import Corpus, load_corpus
+from experiments import optimizers, train_gpt
+from experiments.compare_report import Entry, draw_curves, entries
+from experiments.comparison import Runs, Task
+from experiments.gpt_config import Config
+from experiments.text import Corpus, load_corpus
 
 if TYPE_CHECKING:
-    from run_folder import Row
+    from experiments.run_folder import Row
 
 RATES = {
     "adamw": (1e-3, 3e-3, 1e-2),

@@ -22,7 +22,7 @@ import fisher_optax as fo
 from benchmarks import harness
 from benchmarks.results import Column, result, spread, table
 from benchmarks.steps import PERIOD, RATE, WARM_UP, means, ratio, where
-from models.gpt import GPT
+from experiments.models.gpt import GPT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

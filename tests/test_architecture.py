@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fisher_optax"
 FILES = sorted(
-    path for folder in ("fisher_optax", "examples", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("fisher_optax", "examples", "experiments", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
 )
 FILE_LINES, FUNCTION_LINES, ARGUMENTS = 300, 45, 16
 EVERYTHING = "*"

@@ -15,7 +15,7 @@ from benchmarks.capture_cost import peak_bytes
 from benchmarks.capture_models import Model, gpt, of_flax
 from benchmarks.flops import count_matmul_flops
 from benchmarks.harness import nbytes
-from models.gpt import Block
+from experiments.models.gpt import Block
 
 LAYERS, WIDTH, BATCH, CONTEXT = 6, 384, 64, 256  # 10.7M parameters
 SIDES = ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))  # of a block's layers

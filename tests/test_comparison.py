@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import loop
-import optimizers
 from benchmarks import curvature, figure3, harness, results, run_tables, steps_to_target
-from compare_report import entries
-from comparison import Runs, Task, first_below
-from loop import Diverged, Plan, Stopwatch, stops
+from experiments import loop, optimizers
+from experiments.compare_report import entries
+from experiments.comparison import Runs, Task, first_below
+from experiments.loop import Diverged, Plan, Stopwatch, stops
 
 
 @dataclasses.dataclass(frozen=True)

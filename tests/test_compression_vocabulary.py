@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import fisher_optax as fo
+from experiments.models.gpt import GPT
 from fisher_optax.compression import removal_bias, removal_loss_change, remove_tokens, tokens_to_remove
-from models.gpt import GPT
 from tests.compression_models import BODY, ENDS, TEXTS, language_model
 
 V, GONE = 11, [0, 4, 10, 4]

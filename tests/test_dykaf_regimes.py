@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import train_gpt
-import trained_gpt
 from benchmarks import dykaf_regimes, results
-from comparison import Runs, Task
-from gpt_config import Config
-from loop import Diverged
-from text import Corpus, load_corpus
+from experiments import train_gpt, trained_gpt
+from experiments.comparison import Runs, Task
+from experiments.gpt_config import Config
+from experiments.loop import Diverged
+from experiments.text import Corpus, load_corpus
 
 TINY: dict[str, Any] = dict(layers=1, width=16, heads=2, context=16, batch=4, steps=6, eval_every=3, eval_batches=2)
 TEXT = Path(argparse.__file__).read_text(encoding="utf-8")

@@ -10,9 +10,9 @@ import pytest
 import fisher_optax as fo
 from benchmarks.flops import count_matmul_flops
 from benchmarks.harness import nbytes
+from experiments.models.gpt import GPT
 from fisher_optax.fisher.diagonals import diagonal as diagonals
 from fisher_optax.fisher.diagonals.squares import Labels
-from models.gpt import GPT
 
 MICROBATCH = 4
 

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import pytest
 
 import fisher_optax as fo
-import train_images
 from benchmarks import frog_cifar, results
 from benchmarks.__main__ import parser_of
 from benchmarks.flops import count_matmul_flops
 from benchmarks.frog_cifar import Setting
 from benchmarks.frog_cifar_report import PLAIN, Shown, Steps, describe
-from comparison import Runs, Task
-from images import Images
-from models.resnet import ResNet
+from experiments import train_images
+from experiments.comparison import Runs, Task
+from experiments.images import Images
+from experiments.models.resnet import ResNet
 from tests.frog_layers import LAYERS, given, sampled
-from tests.test_example_image_parts import random_part
+from tests.test_experiment_image_parts import random_part
 
 DATA = Images("CIFAR-10", random_part(40, 8, 8, 3), random_part(20, 8, 8, 3))
 

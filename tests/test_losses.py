@@ -214,7 +214,7 @@ def test_reduce_with_a_mask_is_over_the_kept_positions_of_each_example() -> None
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("mode", ["expand", "reduce"])
-def test_example_mask_of_a_convolution(mode: str) -> None:
+def test_experiment_mask_of_a_convolution(mode: str) -> None:
     """A mask of examples drops all of their places, and N counts the examples that are kept."""
     W, x, m = normal(0, 2, 3, 4), normal(1, 4, 5, 3), jnp.array([1, 0, 1, 1])
 

@@ -10,12 +10,11 @@ import optax
 import pytest
 
 import fisher_optax as fo
-import optimizers
-import train_gpt
 from benchmarks import peers
 from benchmarks.kfac_jax_step import batch
 from benchmarks.soap_plain import scale_by_soap_plain
-from gpt_config import Config, make_model
+from experiments import optimizers, train_gpt
+from experiments.gpt_config import Config, make_model
 
 CONFIG = Config(steps=3, eval_every=3, eval_batches=1, layers=1, width=16, heads=1, context=8, batch=2, warmup=0)
 PARAMS = {"layer": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}, "wte": {"embedding": jnp.ones((8, 4))}}

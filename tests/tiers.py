@@ -19,7 +19,7 @@ SLOW = (
     "test_docs.py::*",
     "test_docstrings.py::test_examples_run",
     "test_dykaf_regimes.py::*",
-    "test_example_*.py::*",
+    "test_experiment_*.py::*",
     "test_fisher_plots.py::*",
     "test_frog_cifar.py::*",
     "test_optax_suite.py::*",

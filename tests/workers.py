@@ -7,7 +7,7 @@ from xdist.scheduler import LoadScopeScheduling
 # Longest first, so that the workers end together.
 LONGEST = (
     "test_default_compilation.py",
-    "test_example_*.py",
+    "test_experiment_*.py",
     "laws/*.py",
     "test_estimators_agree.py",
     "test_rounding.py",

@@ -1,1 +1,0 @@
-"""Flax models of the examples."""
