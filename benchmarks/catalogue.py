@@ -1,26 +1,19 @@
-"""What can be measured, and the interface that every benchmark has."""
+"""What can be measured, the interface that every benchmark has, and the options that many share."""
 
 import argparse
 import ast
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib.figure import Figure
 
-
-USAGE = """\
-python -m benchmarks                       what there is
-python -m benchmarks step_time             measure; --help lists its options
-python -m benchmarks all                   measure everything but the results that are there already
-python -m benchmarks page                  write the page of results and the documents' tables and numbers anew
-python -m benchmarks compare BEFORE AFTER  two results, or two folders of them, side by side"""
+from benchmarks import results
 
 
 class Benchmark(Protocol):
-    """A module of this folder. The first line of its docstring says what it measures."""
+    """A module of one of the groups. The first line of its docstring says what it measures."""
 
     __doc__: str | None
 
@@ -31,54 +24,54 @@ class Benchmark(Protocol):
     def measure(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         """Results, each made by `results.result` and given as soon as it is there, with more of it later if need be.
 
-        ``options.out`` is the folder that earlier results are in. Progress goes to the terminal.
+        ``options`` has ``command``, what to type for it, and ``out``, the folder of earlier results, besides its own.
+        Progress goes to the terminal.
         """
         ...
 
-    def draw(self, found: dict[str, Any]) -> "Figure | None":
-        """The picture of one of its results, from the result alone."""
+    def draw(self, found: dict[str, Any]) -> Figure | None:
+        """The picture of one of its results, from the result alone; None: its tables say it all."""
         ...
 
 
 class Entry(NamedTuple):
-    """Where a benchmark is, and how long it takes on two CPU cores with its defaults."""
+    """In which group a benchmark is, and how many minutes it takes on two CPU cores with its defaults."""
 
-    module: str
+    group: str
     minutes: int
 
 
 CATALOGUE = {
-    "layouts": Entry("layouts", 1),
-    "scaling": Entry("scaling", 20),
-    "step_time": Entry("step_time", 40),
-    "train_step": Entry("train_step", 5),
-    "capture_cost": Entry("capture_cost", 28),
-    "figure3": Entry("figure3", 60),
-    "steps_to_target": Entry("steps_to_target", 60),
-    "curvature": Entry("curvature", 25),
-    "frog_cifar": Entry("frog_cifar", 40),
-    "dykaf_regimes": Entry("dykaf_regimes", 20),
-    "kronecker_error": Entry("kronecker_error", 1),
-    "orthogonal_iteration": Entry("orthogonal_iteration", 2),
-    "fisher_tools": Entry("fisher_tools", 2),
-    "pruning": Entry("pruning", 14),
-    "merging": Entry("merging", 2),
-    "precision": Entry("precision", 20),
-    "compiled": Entry("compiled", 3),
-    "compression_speed": Entry("compression_speed", 1),
+    "step_time": Entry("speed", 40),
+    "train_step": Entry("speed", 5),
+    "capture_cost": Entry("speed", 28),
+    "scaling": Entry("speed", 20),
+    "compiled": Entry("speed", 3),
+    "compression_speed": Entry("speed", 1),
+    "orthogonal_iteration": Entry("speed", 2),
+    "figure3": Entry("training", 60),
+    "steps_to_target": Entry("training", 60),
+    "curvature": Entry("training", 25),
+    "frog_cifar": Entry("training", 40),
+    "dykaf_regimes": Entry("training", 20),
+    "precision": Entry("training", 20),
+    "kronecker_error": Entry("tools", 1),
+    "fisher_tools": Entry("tools", 2),
+    "pruning": Entry("tools", 14),
+    "merging": Entry("tools", 2),
+    "layouts": Entry("tools", 1),
 }
 
 
 def load(name: str) -> Benchmark:
     """The benchmark called ``name`` in the catalogue."""
-    return cast(Benchmark, importlib.import_module(f"benchmarks.{CATALOGUE[name].module}"))
+    return cast(Benchmark, importlib.import_module(f"benchmarks.{CATALOGUE[name].group}.{name}"))
 
 
 def summary(name: str) -> str:
     """The first line of the benchmark's docstring, read without importing it."""
-    path = Path(__file__).with_name(f"{CATALOGUE[name].module}.py")
-    doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return doc.partition("\n")[0]
+    path = Path(__file__).parent / CATALOGUE[name].group / f"{name}.py"
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 def benchmark_of(found: Mapping[str, Any]) -> str:
@@ -89,9 +82,53 @@ def benchmark_of(found: Mapping[str, Any]) -> str:
     """
     words = found["command"].split()
     if words[:3] != ["python", "-m", "benchmarks"] or len(words) < 4 or words[3] not in CATALOGUE:
-        known = ", ".join(CATALOGUE)
         raise ValueError(
             f"result {found['name']!r} has the command {found['command']!r}; it must begin with "
-            f"'python -m benchmarks NAME', NAME one of {known}."
+            f"'python -m benchmarks NAME', NAME one of {', '.join(CATALOGUE)}."
         )
     return words[3]
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """Of one benchmark."""
+    benchmark = load(name)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks {name}",
+        description=benchmark.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the results")
+    benchmark.add_options(parser)
+    return parser
+
+
+def options_of(name: str, arguments: Collection[str] = ()) -> argparse.Namespace:
+    """A benchmark's options, and as ``command`` what to type for them: no defaults, and no files of this machine."""
+    parser = parser_of(name)
+    options = parser.parse_args([*arguments])
+    words = [f"python -m benchmarks {name}"]
+    for key, value in vars(options).items():
+        if value != parser.get_default(key) and not isinstance(value, Path):
+            text = ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
+            words.append(f"--{key.replace('_', '-')}" + f" {text}" * (value is not True))
+    options.command = " ".join(words)
+    return options
+
+
+def listed(known: Collection[str] = (), of: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
+    """An option's type: a list by commas, perhaps of ``known`` names alone."""
+
+    def parse(text: str) -> list[Any]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        if known and (unknown := [name for name in names if name not in known]):
+            raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; known are {', '.join(known)}")
+        return [of(name) for name in names]
+
+    return parse
+
+
+def positive(text: str) -> int:
+    """An option's type: a count of at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; it must be at least 1")
+    return int(text)

@@ -1,6 +1,7 @@
-"""What every benchmark shares: the machine, compiling and timing, its matrix rate, and text in columns.
+"""What every benchmark shares: the machine, compiling and timing, and what the times of repeats are summed up to.
 
-Times are only comparable within one run, so contenders take turns.
+Times are only comparable within one run, so contenders take turns. A repeat is `PERIOD` steps: every method that
+refreshes something does so once in each.
 """
 
 import contextlib
@@ -19,6 +20,11 @@ import jax
 import jax.numpy as jnp
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
+PERIOD = 10  # steps between refreshes, of every method that has them
+WARM_UP = 2  # steps that are not counted: the first starts the bases
+RATE = 1e-3  # of all optimizers: no time depends on it
+
+Run = Callable[[Any], Any]
 
 
 class Program(NamedTuple):
@@ -31,8 +37,9 @@ class Program(NamedTuple):
     hlo_lines: int  # after the compiler's passes
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
-    """Hardware, versions and settings that a time depends on."""
+    """Hardware, versions and settings that a time depends on, as they were at the first call."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -72,7 +79,7 @@ def compiling_anew() -> Iterator[None]:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[Any], Any]], rounds: int, make_input: Callable[[int], Any], progress: str = ""
+    runs: Mapping[str, Run], rounds: int, make_input: Callable[[int], Any], progress: str = ""
 ) -> dict[str, list[float]]:
     """Seconds of each call of each of ``runs`` over ``rounds`` rounds, in which they take turns.
 
@@ -91,7 +98,7 @@ def interleaved(
     return times
 
 
-def matrix_product(m: int, k: int, n: int, dtype: Any = jnp.float32, precision: Any = None) -> Callable[[Any], Any]:
+def matrix_product(m: int, k: int, n: int, dtype: Any = jnp.float32, precision: Any = None) -> Run:
     """A compiled product of ``(m, k)`` and ``(k, n)``, as a run for `interleaved`: it ignores its input.
 
     ``precision`` as in `jnp.matmul`: without one, an accelerator may round float32 before it multiplies.
@@ -102,24 +109,20 @@ def matrix_product(m: int, k: int, n: int, dtype: Any = jnp.float32, precision: 
     return lambda _: product(left, right)
 
 
-def gflops_per_second(m: int, k: int, n: int, seconds: Sequence[float]) -> float:
-    """The rate of a `matrix_product`, from its median time."""
-    return 2e-9 * m * k * n / statistics.median(seconds)
+def by_repeat(seconds: Sequence[float], sum_up: Callable[[Sequence[float]], float] = statistics.mean) -> list[float]:
+    """Milliseconds a step, one a repeat: by default the mean of its steps, which spreads a refresh over all.
+
+    Example:
+        >>> seconds = [1.0] * 9 + [11.0]
+        >>> by_repeat(seconds), by_repeat(seconds, statistics.median), by_repeat(seconds, max)
+        ([2000.0], [1000.0], [11000.0])
+    """
+    return [1e3 * sum_up(seconds[i : i + PERIOD]) for i in range(0, len(seconds), PERIOD)]
 
 
 def nbytes(tree: Any) -> int:
     """Bytes of all arrays in ``tree``; arrays may be ``jax.ShapeDtypeStruct``."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as text in columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-    return "\n".join(line.rstrip() for line in padded)
 
 
 def _cpu_model() -> str:

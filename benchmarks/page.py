@@ -1,15 +1,29 @@
-"""Pictures, the page of all results and the tables in the documents, made from the results."""
+"""The page of all results and the tables in the documents, written from the results.
 
-import argparse
+A document shows a table between two comments, outside fenced code:
+
+    <!-- table NAME/TABLE columns=a,b rows=x,y first="title of the first column" spread=no -->
+    <!-- end -->
+
+Each option may be left out; quote what holds a space; ``spread=no`` shows medians alone. ``NAME/T,U columns=T:a,U:a``
+joins the rows of two tables. Where a table has a column ``label``, it replaces the names of the rows.
+"""
+
+import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import documents, results
-from benchmarks.catalogue import CATALOGUE, USAGE, benchmark_of, load, summary
+from benchmarks import results
 
-ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = ("columns", "rows", "first", "spread")
+MARKED = re.compile(
+    r"^(?P<fence>```|~~~).*?^(?P=fence)[^\n]*$|<!-- table (?P<what>[^\n]*?) -->.*?(?P<end><!-- (?:end|table)|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
 MOST_ROWS = 30  # of a table on the page; longer ones are left to the file
 MOST_SETTING = 60  # characters of a setting
 
@@ -24,69 +38,91 @@ tables show its median, and some columns `(low to high)` beside it: the least an
 {usage}
 ```
 
-A document shows a table between two comments, as a Markdown table that `page` writes:
+{markers}
 
-```text
-<!-- table NAME/TABLE columns=a,b rows=x,y first="title of the first column" spread=no -->
-<!-- end -->
-```
+Measured are, with the minutes on two CPU cores:
 
-Each option may be left out; quote what holds a space; `spread=no` shows medians alone. `NAME/T,U columns=T:a,U:a` joins
-the rows of two tables. Where a table has a column `label`, it replaces the names of the rows. A number in a sentence is
-a link to its file, with the path of the cell as title, and `page` keeps it up to date; after a repeated measurement,
-`/low`, `/high` or `/n` names another part than the median:
-
-```text
-SparseGPT takes [74 ms](benchmarks/results/compression_speed_cpu.json "sparsegpt/ours/ms").
-```
-
-| benchmark | measures | minutes on two CPU cores |
-|---|---|---|
 {benchmarks}
 """
 
 
-def all_results(folder: Path = results.RESULTS) -> list[dict[str, Any]]:
-    """The results in ``folder``, by the catalogue and by name.
+def documents(root: Path) -> list[Path]:
+    """Those that may show tables of results."""
+    return [root / "README.md", root / "CHANGELOG.md", root / "CONTRIBUTING.md", *sorted(root.glob("docs/**/*.md"))]
+
+
+def rewritten(text: str, folder: Path) -> str:
+    """A document with its tables as the results in ``folder`` say.
 
     Raises:
-        ValueError: a file is no result, or of a benchmark that the catalogue lacks.
+        ValueError, KeyError: a table cannot be made; the message says which, and why.
     """
-    found = [results.read(path) for path in sorted(folder.glob("*.json"))]
-    order = list(CATALOGUE)
-    return sorted(found, key=lambda result: order.index(benchmark_of(result)))
+
+    def renewed(match: re.Match[str]) -> str:
+        what = match["what"]
+        if what is None:
+            return match[0]
+        if match["end"] != "<!-- end":
+            raise ValueError(f"the table {what} has no <!-- end -->: add it")
+        return f"<!-- table {what} -->\n\n{results.markdown(lines_of(what, folder))}\n\n<!-- end"
+
+    return MARKED.sub(renewed, text)
 
 
-def draw(found: dict[str, Any], folder: Path = results.RESULTS) -> Path | None:
-    """Write the picture of a result, if its benchmark has one for it, and return the path."""
-    figure = load(benchmark_of(found)).draw(found)
-    if figure is None:
-        return None
-    path = folder / f"{found['name']}.png"
-    figure.savefig(path, dpi=120, metadata={"Software": None})  # no version, which would change the file
-    return path
+def lines_of(what: str, folder: Path) -> list[list[str]]:
+    """The cells of the table that a comment asks for."""
+    where, *options = shlex.split(what)
+    given = {name: text for name, _, text in (option.partition("=") for option in options)}
+    if unknown := given.keys() - set(OPTIONS):
+        raise ValueError(f"table {where} has the options {', '.join(sorted(unknown))}; known are {', '.join(OPTIONS)}")
+    if given.get("spread", "no") != "no":
+        raise ValueError(f"table {where} has spread={given['spread']}: spread=no leaves it out, and no option shows it")
+    name, _, key = where.partition("/")
+    part = joined(results.read(folder / f"{name}.json"), key.split(","))
+    columns, rows = (given[axis].split(",") if axis in given else [] for axis in ("columns", "rows"))
+    return results.rows_of(part, columns, rows, given.get("first", ""), "spread" not in given)
 
 
-def text_of(found: Iterable[Mapping[str, Any]], folder: Path = results.RESULTS) -> str:
+def joined(found: Mapping[str, Any], keys: Sequence[str]) -> Mapping[str, Any]:
+    """The table of that name; of several, one with the columns of all as ``table:column``."""
+    tables = found["tables"]
+    for key in keys:
+        if key not in tables:
+            raise KeyError(f"{found['name']} has no table {key!r}; there is {', '.join(tables)}")
+    if len(keys) == 1:
+        return tables[keys[0]]
+    whole: dict[str, Any] = {"title": ", ".join(tables[key]["title"] for key in keys), "columns": {}, "rows": {}}
+    for key in keys:
+        columns = tables[key]["columns"]
+        named = {name: name if name == "label" else f"{key}:{name}" for name in columns}
+        for name, column in columns.items():
+            title = column["title"] if name == "label" else f"{key}: {column['title']}"
+            whole["columns"][named[name]] = {**column, "title": title}
+        for row, cells in tables[key]["rows"].items():
+            whole["rows"].setdefault(row, {}).update({named[name]: cell for name, cell in cells.items()})
+    return whole
+
+
+def text_of(found: Sequence[Mapping[str, Any]], usage: str, benchmarks: str, folder: Path) -> str:
     """The page of all results, as Markdown beside ``folder``."""
-    lines = [f"| `{name}` | {summary(name)} | {entry.minutes} |" for name, entry in CATALOGUE.items()]
-    sections = [section(result, folder) for result in found]
-    return HOW.format(usage=USAGE, benchmarks="\n".join(lines)) + "".join(sections)
+    markers = inspect.cleandoc(__doc__ or "").partition("\n\n")[2]
+    how = HOW.format(usage=usage, markers=markers, benchmarks=benchmarks)
+    return how + "".join(section(result, folder) for result in found)
 
 
 def section(found: Mapping[str, Any], folder: Path) -> str:
     """One result on the page."""
     name = found["name"]
     parts = [f"## {name}", found["what"], f"    {found['command']}", f"{found['date']} on {machine(found)}."]
-    if settings := brief(found["settings"]):
-        parts.append(f"Settings: {settings}.")
+    settings = {key: x if isinstance(x, str) else json.dumps(x) for key, x in found["settings"].items()}
+    if short := [f"`{key} = {text}`" for key, text in settings.items() if len(text) <= MOST_SETTING]:
+        parts.append(f"Settings: {', '.join(short)}.")
     for title, part in found["tables"].items():
-        if not part["rows"]:
-            continue
-        link = f"`{title}`, [{len(part['rows'])} rows]({folder.name}/{name}.json)"
-        long = len(part["rows"]) > MOST_ROWS
-        parts.append(f"**{part['title']}** ({link})" if long else f"**{part['title']}** (`{title}`)")
-        parts += [] if long else [documents.markdown(results.rows_of(part))]
+        count = len(part["rows"])
+        if count > MOST_ROWS:
+            parts.append(f"**{part['title']}** (`{title}`, [{count} rows]({folder.name}/{name}.json))")
+        elif count:
+            parts += [f"**{part['title']}** (`{title}`)", results.markdown(results.rows_of(part))]
     if (folder / f"{name}.png").exists():
         parts.append(f"![{name}]({folder.name}/{name}.png)")
     return "\n" + "\n\n".join(parts) + "\n"
@@ -98,40 +134,3 @@ def machine(found: Mapping[str, Any]) -> str:
     host = f"{m['cpu']}, {m['cores']} cores, load {m['load']:g} as it began"
     device = "" if m["platform"] == "cpu" else f"{m['devices']} x {m['device']}; "
     return f"{device}{host}; Python {m['python']}, {versions}"
-
-
-def brief(settings: Mapping[str, Any]) -> str:
-    """The settings that fit into a line."""
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
-    return ", ".join(f"`{key} = {text}`" for key, text in texts.items() if len(text) <= MOST_SETTING)
-
-
-def write_all(folder: Path = results.RESULTS, root: Path = ROOT, pictures: bool = False) -> list[str]:
-    """Write the page, the documents' tables and numbers, and perhaps the pictures anew; what is left to a person.
-
-    Pictures are left out unless asked for, since their bytes differ between versions of matplotlib.
-    """
-    found = all_results(folder)
-    for result in found if pictures else []:
-        draw(result, folder)
-    (folder.parent / "README.md").write_text(text_of(found, folder), encoding="utf-8")
-    problems = []
-    for path in documents.paths(root):
-        text = path.read_text(encoding="utf-8")
-        new = documents.rewrite(text, path, folder)
-        if new != text:
-            path.write_text(new, encoding="utf-8")
-        problems += [f"{path.relative_to(root)}:{line}" for line in documents.problems(new, path, folder)]
-    return problems
-
-
-def main(arguments: Sequence[str]) -> int | str:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks page", description=__doc__)
-    parser.add_argument("--draw", action="store_true", help="pictures, too")
-    options = parser.parse_args(arguments)
-    try:
-        problems = write_all(pictures=options.draw)
-    except ValueError as error:
-        return str(error)
-    print("\n".join(problems) or "the documents say what the results say")
-    return int(bool(problems))

@@ -25,6 +25,7 @@ SPREAD = ("median", "low", "high", "n")
 FEW = 10  # measurements: of fewer, `low` and `high` are the least and the most, else the 10th and 90th percentile
 
 Cell = str | bool | int | float | None | dict[str, Any]
+Cells = dict[str, Cell]
 
 
 class Column(NamedTuple):
@@ -47,6 +48,12 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": float(statistics.median(values)), "low": float(low), "high": float(high), "n": len(values)}
 
 
+def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, Any]:
+    """Of the medians; low and high are of the ratios of each repeat."""
+    of_repeats = spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+    return {**of_repeats, "median": statistics.median(numerators) / statistics.median(denominators)}
+
+
 def table(title: str, columns: Mapping[str, Column], rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, Any]:
     """A table of a result; a cell that a row lacks shows as nothing.
 
@@ -65,44 +72,36 @@ def table(title: str, columns: Mapping[str, Column], rows: Mapping[str, Mapping[
     }
 
 
+def filled(columns: Mapping[str, Column], rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, Column]:
+    """The columns in which some row has something."""
+    return {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows.values())}
+
+
 def result(
     name: str,
     what: str,
     command: str,
     tables: Mapping[str, dict[str, Any]],
     *,
-    environment: Mapping[str, Any],
     settings: Mapping[str, Any] | None = None,
     seeds: Sequence[int] = (),
     details: Any = None,
 ) -> dict[str, Any]:
-    """A whole result.
+    """A whole result, on the machine that `harness.environment` tells of.
 
     Args:
         name: of the file.
         what: one sentence: what was measured, of what.
         command: what to type to measure it again.
         tables: by name, made by `table`.
-        environment: what `harness.environment` said **before** the measurement.
         settings: whatever else the numbers depend on, as JSON values.
         seeds: of random numbers, where they were varied.
         details: what pictures need beside the tables.
     """
-    machine = dict(environment)
+    machine = dict(harness.environment())
     date, versions = machine.pop("date"), machine.pop("versions")
-    return {
-        "schema": SCHEMA,
-        "name": name,
-        "what": what,
-        "command": command,
-        "date": date,
-        "machine": machine,
-        "versions": versions,
-        "settings": dict(settings or {}),
-        "seeds": list(seeds),
-        "tables": dict(tables),
-        "details": details,
-    }
+    values = (SCHEMA, name, what, command, date, machine, versions, dict(settings or {}), list(seeds), dict(tables))
+    return dict(zip(FIELDS, (*values, details), strict=True))
 
 
 def write(found: Mapping[str, Any], folder: Path = RESULTS) -> Path:
@@ -120,8 +119,11 @@ def read(path: Path) -> dict[str, Any]:
     """The result in a file.
 
     Raises:
-        ValueError: the file is not of this form; the message says where.
+        ValueError: the file is not there or not of this form; the message says where.
     """
+    if not path.exists():
+        there = ", ".join(sorted(other.stem for other in path.parent.glob("*.json")))
+        raise ValueError(f"there is no result {path.stem!r} in {path.parent}; there are {there}.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -139,10 +141,8 @@ def check(found: Mapping[str, Any], where: str) -> None:
     for key, part in found["tables"].items():
         for row, cells in part["rows"].items():
             for column, cell in cells.items():
-                known = isinstance(cell, str | int | float | None) or (
-                    isinstance(cell, dict) and list(cell) == [*SPREAD]
-                )
-                if column not in part["columns"] or not known:
+                spread = isinstance(cell, dict) and list(cell) == [*SPREAD]
+                if column not in part["columns"] or not (spread or isinstance(cell, str | int | float | None)):
                     raise ValueError(f"{where} holds {cell!r} in {key}/{row}/{column}: no cell of its table.")
 
 
@@ -163,7 +163,17 @@ def lookup(found: Mapping[str, Any], path: str) -> Any:
             there = ", ".join(place) if isinstance(place, Mapping) else repr(place)
             raise KeyError(f"{found['name']} has no {part!r} of {path!r}; there is {there}")
         place = place[part]
-    return place["median"] if isinstance(place, Mapping) and "median" in place else place
+    return middle(place)
+
+
+def middle(cell: Any) -> Any:
+    """The median of a spread; any other cell as it is."""
+    return cell["median"] if isinstance(cell, Mapping) and "median" in cell else cell
+
+
+def ends(cell: Any) -> tuple[float, float]:
+    """Low and high; of a number that was measured once, itself."""
+    return (cell["low"], cell["high"]) if isinstance(cell, Mapping) else (cell, cell)
 
 
 def shown(cell: Cell, column: Mapping[str, Any]) -> str:
@@ -173,17 +183,14 @@ def shown(cell: Cell, column: Mapping[str, Any]) -> str:
         >>> shown(spread([3.0, 1.0, 2.0]), Column("step, ms", ".1f", spread=True)._asdict())
         '2.0 (1.0 to 3.0)'
     """
-    if cell is None:
-        return ""
+    if cell is None or isinstance(cell, str):
+        return cell or ""
     if isinstance(cell, bool):
         return "yes" if cell else "no"
-    if isinstance(cell, str):
-        return cell
-    if isinstance(cell, Mapping):
-        ends = [_number(cell[end], column["format"]) for end in ("low", "high")]
-        beside = f" ({' to '.join(ends)})" if column["spread"] and cell["n"] > 1 else ""
-        return _number(cell["median"], column["format"]) + beside
-    return _number(cell, column["format"])
+    form = column["format"]
+    if isinstance(cell, Mapping) and column["spread"] and cell["n"] > 1:
+        return f"{_number(cell['median'], form)} ({' to '.join(_number(end, form) for end in ends(cell))})"
+    return _number(middle(cell), form)
 
 
 def rows_of(
@@ -216,9 +223,18 @@ def rows_of(
     return [headings, *lines]
 
 
-def as_text(part: Mapping[str, Any]) -> str:
-    """A table for a terminal."""
-    return harness.aligned(rows_of(part))
+def as_text(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells in columns, for a terminal: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    pads = [str.ljust, *[str.rjust] * (len(widths) - 1)]
+    texts = ("  ".join(pad(c, w) for pad, c, w in zip(pads, line, widths, strict=True)) for line in lines)
+    return "\n".join(text.rstrip() for text in texts)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, headings first, as a Markdown table."""
+    rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 
 
 def _number(value: float, form: str) -> str:

@@ -1,62 +1,113 @@
-"""Steps of methods that refresh every `PERIOD` steps: what their times are summed up to."""
+"""An optimizer's step, compiled: its state is donated from call to call, its products are counted."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.flops import FlopCount
-from benchmarks.results import spread
+import jax
+import jax.numpy as jnp
+import optax
 
-PERIOD = 10  # steps between refreshes, of every method that has them
-WARM_UP = 2  # steps that are not counted: the first starts the bases
-RATE = 1e-3
+from benchmarks import harness
+from benchmarks.flops import FACTORISATIONS, FlopCount, count_matmul_flops
+from benchmarks.harness import PERIOD
+from benchmarks.results import Column, spread
 
-
-def flops_between_refreshes(count: FlopCount) -> int:
-    """Where nothing is ever refreshed, or every step factorises, this is the costliest step."""
-    between = count.most_without_factorisations
-    return count.most if between is None else between
+MS = Column("", ".3g", spread=True)
 
 
-def flops_of_a_refresh(count: FlopCount) -> int:
-    """The costliest step; where bases follow without an eigendecomposition, which then is the first one's, another."""
+def update_of(tx: Any, **extra: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """``(gradients, state, parameters)`` to state and parameters, in the order of the arguments: JAX hands donated
+    buffers to results of their shape in that order, and parameters written where a momentum was would be copied first.
+    """
+
+    def step(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params, **extra)
+        return state, optax.apply_updates(params, updates)
+
+    return step
+
+
+def zeros(shapes: Any) -> Any:
+    """A tree of arrays of these shapes and types."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+class Stepper:
+    """A step as a run for `harness.interleaved`: it takes an input and ``carried``, and returns ``carried`` anew,
+    perhaps with more behind it.
+    """
+
+    def __init__(self, step: Callable[..., Any], given: Any, *carried: Any):
+        self.step, self.given = step, given
+        self.carried = [jax.tree.map(jnp.copy, x) for x in carried]  # no buffer twice, or it could not be donated
+        self.flops = count_matmul_flops(step, given, *carried)
+        self.programs: list[harness.Program] = []
+        self.compile()
+
+    def compile(self) -> None:
+        """Once more, for another measurement of the time it takes."""
+        donate = range(1, 1 + len(self.carried))
+        self.programs.append(harness.compile_program(self.step, self.given, *self.carried, donate=donate))
+
+    def __call__(self, given: Any) -> Any:
+        out = self.programs[-1].run(given, *self.carried)
+        self.carried = [*out[: len(self.carried)]]
+        return out
+
+    def compiling(self) -> dict[str, Any]:
+        """Cells of a table: what compiling took and gave."""
+        first = self.programs[0]
+        return {
+            "compile_s": spread([p.compile_s for p in self.programs]),
+            "trace_s": spread([p.trace_s for p in self.programs]),
+            "stablehlo_lines": first.stablehlo_lines,
+            "hlo_lines": first.hlo_lines,
+        }
+
+
+def update_stepper(tx: optax.GradientTransformation, params: Any, grads: Any = None) -> Stepper:
+    """An optimizer's update alone, from parameters or their shapes."""
+    start = zeros(params) if isinstance(jax.tree.leaves(params)[0], jax.ShapeDtypeStruct) else params
+    return Stepper(update_of(tx), params if grads is None else grads, tx.init(start), start)
+
+
+def ordinary(count: FlopCount) -> FlopCount:
+    """The path that refreshes nothing; where every step factorises, the costliest."""
+    return count.costliest(without=FACTORISATIONS, loops=False) or refreshing(count)
+
+
+def refreshing(count: FlopCount) -> FlopCount:
+    """The costliest path; where bases follow without an eigendecomposition, which then is the first step's, another."""
     later = count.costliest(without=("eigh",))
-    return later.products if later is not None and later.factorisations else count.most
+    whole = count.costliest()
+    assert whole is not None, "without any condition there is a path"
+    return later if later is not None and later.factorisations else whole
 
 
 def mean_flops(count: FlopCount, between: int | None = None) -> float:
     """Of a step, refreshes spread over all; ``between`` of those that refresh nothing, where that is known better."""
-    between = flops_between_refreshes(count) if between is None else between
-    return between + (flops_of_a_refresh(count) - between) / PERIOD
+    between = ordinary(count).products if between is None else between
+    return over_period({"step": between, "refresh": refreshing(count).products})
 
 
-def by_repeat(seconds: Sequence[float]) -> list[list[float]]:
-    """Milliseconds, `PERIOD` steps a list: each holds every refresh once."""
-    return [[1e3 * s for s in seconds[i : i + PERIOD]] for i in range(0, len(seconds), PERIOD)]
+def over_period(each: Mapping[str, Any]) -> Any:
+    """The mean of the steps of a period, one of them a "refresh".
+
+    Example:
+        >>> over_period({"step": 1.0, "refresh": 11.0})
+        2.0
+    """
+    return each["step"] + (each["refresh"] - each["step"]) / PERIOD
 
 
-def means(seconds: Sequence[float]) -> list[float]:
-    """Milliseconds a step, refreshes spread over all, one a repeat."""
-    return [statistics.mean(repeat) for repeat in by_repeat(seconds)]
+def peak_bytes(compiled: Any) -> int:
+    """What a compiled program needs beside its arguments: temporaries and those results that are not donated."""
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
-def medians(seconds: Sequence[float]) -> list[float]:
-    """Milliseconds of the usual step, one a repeat."""
-    return [statistics.median(repeat) for repeat in by_repeat(seconds)]
-
-
-def slowest(seconds: Sequence[float]) -> list[float]:
-    """Milliseconds of the slowest step, one a repeat."""
-    return [max(repeat) for repeat in by_repeat(seconds)]
-
-
-def ratio(mine: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
-    """Of the medians; low and high are of the ratios of each repeat."""
-    of_repeats = spread([a / b for a, b in zip(mine, others, strict=True)])
-    return {**of_repeats, "median": statistics.median(mine) / statistics.median(others)}
-
-
-def where(found: Mapping[str, Any]) -> str:
-    """The machine of a result, in a few words for a title."""
-    machine = found["machine"]
-    return f"{machine['cores']} CPU cores" if machine["platform"] == "cpu" else machine["device"]
+def times_of(seconds: Sequence[float]) -> dict[str, list[float]]:
+    """Milliseconds of the usual step, the slowest and the mean, one a repeat of `PERIOD` steps."""
+    kinds = {"step": statistics.median, "slowest": max, "mean": statistics.mean}
+    return {key: harness.by_repeat(seconds, of) for key, of in kinds.items()}

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.peers import hidden as hidden
+
 
 class Tree(NamedTuple):
     """A GPT in nanoGPT's layout: learned positions, four bias-free kernels a layer, the head tied to the embedding."""
@@ -36,9 +38,9 @@ def make_params(tree: Tree, dtype: Any = jnp.float32) -> dict[str, Any]:
     return {**embeddings, **blocks, "ln_f": leaf("scale", d)}
 
 
-def hidden(params: Any) -> Any:
-    """True for the kernels, which the matrix methods take; embeddings, scales and biases are left to Adam."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+def layers_of(tree: Tree) -> dict[str, Any]:
+    """Its blocks alone: four kernels and two scales each, every one a leaf."""
+    return {name: x for name, x in make_params(tree).items() if name.startswith("block")}
 
 
 def random_like(shapes: Any, seed: Any) -> Any:

@@ -122,6 +122,25 @@ class Runs:
                 on_run(self)
             bar.update(total - bar.n)
 
+    def make_inside(self, seeds: Sequence[int], most: int = 4) -> None:
+        """As `make`, after each grid of several rates is extended by a factor of two, ``most`` times at most, until its
+        best rate is inside.
+        """
+        for _ in range(most):
+            self.make(seeds[:1])
+            rates = {name: [*tried, *self._beyond(name, seeds[0])] for name, tried in self.task.rates.items()}
+            if rates == {name: [*tried] for name, tried in self.task.rates.items()}:
+                break
+            self.task = self.task._replace(rates=rates)
+        self.make(seeds)
+
+    def _beyond(self, method: str, seed: int) -> list[float]:
+        """The rate beyond the end of the grid that is the best so far, if it is one of several."""
+        tried, best = [run["rate"] for run in self.of(method, seed=seed)], self.best(method)[0]["rate"]
+        return [best * 2] * (len(tried) > 1 and best == max(tried)) + [best / 2] * (
+            len(tried) > 1 and best == min(tried)
+        )
+
     def _add(self, method: str, rate: float, seed: int) -> None:
         run: Run = {"method": method, "rate": rate, "seed": seed}
         config = dataclasses.replace(self.task.base, optimizer=method, lr=rate, seed=seed)

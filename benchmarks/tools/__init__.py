@@ -1,0 +1,1 @@
+"""Errors and gains of the Fisher, of compression and of axes."""

@@ -1,0 +1,1 @@
+"""Losses of training runs, each method at its best rate."""
