@@ -11,6 +11,7 @@
 Beside these: `harness` runs the clock, `results` has the one form of results, `flops` counts products, `trees` has the
 parameters of GPTs, `pictures` draws, `page` writes the tables of README and docs and the page of results.
 
-A benchmark is a module with a docstring, whose first line says what it measures, and three functions: ``add_options``,
-``measure``, which yields results, and ``draw``, which makes the picture of one, or None.
+A benchmark is a module with a docstring, whose first line says what it measures, and two or three functions:
+``add_options``, of a parser; ``measure``, of the options (with ``command``, what to type for them), which yields
+results as soon as they are there, with more of it later if need be; and perhaps ``draw``, the picture of a result.
 """

@@ -1,37 +1,13 @@
-"""What can be measured, the interface that every benchmark has, and the options that many share."""
+"""What can be measured, and the options that many benchmarks share."""
 
 import argparse
 import ast
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
-
-from matplotlib.figure import Figure
+from typing import Any, NamedTuple
 
 from benchmarks import results
-
-
-class Benchmark(Protocol):
-    """A module of one of the groups. The first line of its docstring says what it measures."""
-
-    __doc__: str | None
-
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Options of its own; the defaults are those of the committed results."""
-        ...
-
-    def measure(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-        """Results, each made by `results.result` and given as soon as it is there, with more of it later if need be.
-
-        ``options`` has ``command``, what to type for it, and ``out``, the folder of earlier results, besides its own.
-        Progress goes to the terminal.
-        """
-        ...
-
-    def draw(self, found: dict[str, Any]) -> Figure | None:
-        """The picture of one of its results, from the result alone; None: its tables say it all."""
-        ...
 
 
 class Entry(NamedTuple):
@@ -63,9 +39,9 @@ CATALOGUE = {
 }
 
 
-def load(name: str) -> Benchmark:
-    """The benchmark called ``name`` in the catalogue."""
-    return cast(Benchmark, importlib.import_module(f"benchmarks.{CATALOGUE[name].group}.{name}"))
+def load(name: str) -> Any:
+    """The module of the benchmark called ``name`` in the catalogue."""
+    return importlib.import_module(f"benchmarks.{CATALOGUE[name].group}.{name}")
 
 
 def summary(name: str) -> str:
@@ -90,15 +66,13 @@ def benchmark_of(found: Mapping[str, Any]) -> str:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """Of one benchmark."""
-    benchmark = load(name)
+    """Of one benchmark: ``--out`` and what it adds."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {name}",
-        description=benchmark.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        f"python -m benchmarks {name}", description=load(name).__doc__, formatter_class=raw
     )
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder of the results")
-    benchmark.add_options(parser)
+    getattr(load(name), "add_options", lambda parser: None)(parser)
     return parser
 
 

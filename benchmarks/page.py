@@ -75,8 +75,6 @@ def lines_of(what: str, folder: Path) -> list[list[str]]:
     given = {name: text for name, _, text in (option.partition("=") for option in options)}
     if unknown := given.keys() - set(OPTIONS):
         raise ValueError(f"table {where} has the options {', '.join(sorted(unknown))}; known are {', '.join(OPTIONS)}")
-    if given.get("spread", "no") != "no":
-        raise ValueError(f"table {where} has spread={given['spread']}: spread=no leaves it out, and no option shows it")
     name, _, key = where.partition("/")
     part = joined(results.read(folder / f"{name}.json"), key.split(","))
     columns, rows = (given[axis].split(",") if axis in given else [] for axis in ("columns", "rows"))

@@ -1,6 +1,6 @@
 """Pictures of results: bars of a column with low and high, and lines in a band."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,6 @@ class Bars(NamedTuple):
     title: str
     marks: Mapping[str, str] = {}  # columns that are marked on the bars, and what the legend calls them
     log: bool = False
-    ours: Callable[[str], bool] = lambda name: True  # which rows are blue
 
 
 def bars(title: str, *panels: Bars) -> Figure:
@@ -39,10 +38,9 @@ def bars(title: str, *panels: Bars) -> Figure:
 def draw_bars(axes: Axes, panel: Bars) -> None:
     labels = [str(row.get("label") or name).replace("`", "") for name, row in panel.rows.items()]
     cells = {i: row[panel.column] for i, row in enumerate(panel.rows.values()) if row.get(panel.column) is not None}
-    colors = {i: "C0" if panel.ours(name) else "0.7" for i, name in enumerate(panel.rows)}
     values = [middle(cell) for cell in cells.values()]
     around = np.abs(np.array([ends(cell) for cell in cells.values()]).T - values)
-    axes.barh([*cells], values, xerr=around, color=[colors[i] for i in cells], ecolor="0.3")
+    axes.barh([*cells], values, xerr=around, color="C0", ecolor="0.3")
     for (column, label), marker in zip(panel.marks.items(), "|od", strict=False):
         marked = [(middle(row[column]), i) for i, row in enumerate(panel.rows.values()) if row.get(column) is not None]
         x, y = zip(*marked, strict=True) if marked else ((), ())
@@ -67,9 +65,3 @@ def plain_ticks(axes: Axes, x: Sequence[float] = ()) -> None:
     if x:
         axes.set_xticks(x, [f"{size:g}" for size in x])
         axes.minorticks_off()
-
-
-def where(found: Mapping[str, Any]) -> str:
-    """The machine of a result, in a few words for a title."""
-    machine = found["machine"]
-    return f"{machine['cores']} CPU cores" if machine["platform"] == "cpu" else machine["device"]

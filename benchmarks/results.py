@@ -3,8 +3,7 @@
 A file ``results/NAME.json`` holds ``what`` (a sentence), ``command``, ``date``, ``machine``, ``versions``,
 ``settings``, ``seeds``, ``tables`` and, for pictures, ``details`` of any form. A table has a title, columns and rows; a
 cell is a text, a number, None, or a `spread` of repeated measurements. A column ``label`` is shown in place of the
-rows' names, which are for paths: a number is found by ``table/row/column``, or ``table/row/column/low`` for another
-part of a spread.
+rows' names, which tables in documents choose rows by.
 """
 
 import json
@@ -36,6 +35,21 @@ class Column(NamedTuple):
     spread: bool = False  # show low and high beside the median
 
 
+def columns(text: str) -> dict[str, Column]:
+    """Columns from ``key: title``, perhaps with ``| format``, and with ``±`` to show low and high; by semicolons.
+
+    Example:
+        >>> columns("label: method; ms: step, ms | .1f ±")["ms"]
+        Column(title='step, ms', format='.1f', spread=True)
+    """
+    found = {}
+    for part in filter(None, map(str.strip, text.split(";"))):
+        key, _, told = part.partition(": ")
+        title, _, form = told.removesuffix("±").partition(" | ")
+        found[key] = Column(title.strip(), form.strip() or ".3g", told.endswith("±"))
+    return found
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median, low, high and number of repeated measurements.
 
@@ -58,11 +72,9 @@ def table(title: str, columns: Mapping[str, Column], rows: Mapping[str, Mapping[
     """A table of a result; a cell that a row lacks shows as nothing.
 
     Raises:
-        ValueError: a row has a cell without a column, or a name contains what separates the parts of a path.
+        ValueError: a row has a cell without a column.
     """
     for name, row in rows.items():
-        if "/" in name or any("/" in column for column in row):
-            raise ValueError(f"a path separates names by '/': table {title!r}, row {name!r} with {', '.join(row)}.")
         if unknown := row.keys() - columns.keys():
             raise ValueError(f"table {title!r} has no column {', '.join(sorted(unknown))}, which row {name!r} fills.")
     return {
@@ -146,26 +158,6 @@ def check(found: Mapping[str, Any], where: str) -> None:
                     raise ValueError(f"{where} holds {cell!r} in {key}/{row}/{column}: no cell of its table.")
 
 
-def lookup(found: Mapping[str, Any], path: str) -> Any:
-    """The number, or text, at ``table/row/column`` or ``table/row/column/low``; of a spread, the median.
-
-    Raises:
-        KeyError: there is none; the message lists what there is at the first part that is missing.
-
-    Example:
-        >>> steps = table("Steps", {"ms": Column("step, ms")}, {"adamw": {"ms": spread([3.0, 1.0, 2.0])}})
-        >>> lookup({"name": "x", "tables": {"steps": steps}}, "steps/adamw/ms/high")
-        3.0
-    """
-    place: Any = {key: part["rows"] for key, part in found["tables"].items()}
-    for part in path.split("/"):
-        if not isinstance(place, Mapping) or part not in place:
-            there = ", ".join(place) if isinstance(place, Mapping) else repr(place)
-            raise KeyError(f"{found['name']} has no {part!r} of {path!r}; there is {there}")
-        place = place[part]
-    return middle(place)
-
-
 def middle(cell: Any) -> Any:
     """The median of a spread; any other cell as it is."""
     return cell["median"] if isinstance(cell, Mapping) and "median" in cell else cell
@@ -194,11 +186,7 @@ def shown(cell: Cell, column: Mapping[str, Any]) -> str:
 
 
 def rows_of(
-    part: Mapping[str, Any],
-    columns: Sequence[str] = (),
-    rows: Sequence[str] = (),
-    first: str = "",
-    spread: bool = True,
+    part: Mapping[str, Any], columns: Sequence[str] = (), rows: Sequence[str] = (), first: str = "", spread: bool = True
 ) -> list[list[str]]:
     """A table as texts, headings first; only these columns and rows, in this order, where they are given.
 
@@ -223,18 +211,10 @@ def rows_of(
     return [headings, *lines]
 
 
-def as_text(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells in columns, for a terminal: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    pads = [str.ljust, *[str.rjust] * (len(widths) - 1)]
-    texts = ("  ".join(pad(c, w) for pad, c, w in zip(pads, line, widths, strict=True)) for line in lines)
-    return "\n".join(text.rstrip() for text in texts)
-
-
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells, headings first, as a Markdown table."""
-    rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
-    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+    first, *rest = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+    return "\n".join([first, "|" + "---|" * len(lines[0]), *rest])
 
 
 def _number(value: float, form: str) -> str:

@@ -1,7 +1,7 @@
 """An optimizer's step, compiled: its state is donated from call to call, its products are counted."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,9 +11,7 @@ import optax
 from benchmarks import harness
 from benchmarks.flops import FACTORISATIONS, FlopCount, count_matmul_flops
 from benchmarks.harness import PERIOD
-from benchmarks.results import Column, spread
-
-MS = Column("", ".3g", spread=True)
+from benchmarks.results import spread
 
 
 def update_of(tx: Any, **extra: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
@@ -50,6 +48,11 @@ class Stepper:
         donate = range(1, 1 + len(self.carried))
         self.programs.append(harness.compile_program(self.step, self.given, *self.carried, donate=donate))
 
+    @property
+    def refreshes(self) -> bool:
+        """Whether a later step than the first factorises."""
+        return bool(refreshing(self.flops).factorisations)
+
     def __call__(self, given: Any) -> Any:
         out = self.programs[-1].run(given, *self.carried)
         self.carried = [*out[: len(self.carried)]]
@@ -79,8 +82,7 @@ def ordinary(count: FlopCount) -> FlopCount:
 
 def refreshing(count: FlopCount) -> FlopCount:
     """The costliest path; where bases follow without an eigendecomposition, which then is the first step's, another."""
-    later = count.costliest(without=("eigh",))
-    whole = count.costliest()
+    later, whole = count.costliest(without=("eigh",)), count.costliest()
     assert whole is not None, "without any condition there is a path"
     return later if later is not None and later.factorisations else whole
 
@@ -88,17 +90,7 @@ def refreshing(count: FlopCount) -> FlopCount:
 def mean_flops(count: FlopCount, between: int | None = None) -> float:
     """Of a step, refreshes spread over all; ``between`` of those that refresh nothing, where that is known better."""
     between = ordinary(count).products if between is None else between
-    return over_period({"step": between, "refresh": refreshing(count).products})
-
-
-def over_period(each: Mapping[str, Any]) -> Any:
-    """The mean of the steps of a period, one of them a "refresh".
-
-    Example:
-        >>> over_period({"step": 1.0, "refresh": 11.0})
-        2.0
-    """
-    return each["step"] + (each["refresh"] - each["step"]) / PERIOD
+    return between + (refreshing(count).products - between) / PERIOD
 
 
 def peak_bytes(compiled: Any) -> int:

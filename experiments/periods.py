@@ -1,6 +1,5 @@
 """Training for one period between refreshes at a time: what a step's time is measured on."""
 
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -33,19 +32,18 @@ def of_gpt(config: Config, corpus: Corpus) -> Callable[[Any], Any]:
     return train
 
 
-def of_images(config: Any, data: Images) -> tuple[Callable[[Any], Any], tuple[Any, ...]]:
-    """The same for images; and a step with its arguments, for whoever counts what it does."""
+def of_images(config: Any, data: Images) -> Callable[[Any], Any]:
+    """The same for images."""
     images, labels = (jnp.asarray(array) for array in data.train)
     program, scale, peak = train_images.make_program(config, data), scale_of(data.train), jnp.float32(config.lr)
     state = train_images.initial_state(program, images.shape[1:], jax.random.key(config.seed))
     order = shuffled(state.key, jnp.int32(0), len(labels))
-    advance = functools.partial(train_images.advance, program)
 
     def train(_: Any) -> Any:
         nonlocal state
         loss = None
         for _ in range(config.refresh):
-            state, loss = advance(state, images, labels, order, scale, peak)
+            state, loss = train_images.advance(program, state, images, labels, order, scale, peak)
         return loss
 
-    return train, (advance, state, images, labels, order, scale, peak)
+    return train

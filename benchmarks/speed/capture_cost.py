@@ -15,38 +15,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
-from matplotlib.figure import Figure
 
 import fisher_optax as fo
-from benchmarks import harness, pictures
+from benchmarks import harness
 from benchmarks.catalogue import listed, positive
 from benchmarks.harness import PERIOD, RATE, WARM_UP
-from benchmarks.results import Column, ratio, read, result, spread, table
-from benchmarks.steps import MS, Stepper, mean_flops, peak_bytes, times_of
+from benchmarks.results import columns, ratio, result, spread, table
+from benchmarks.steps import Stepper, mean_flops, peak_bytes, times_of, zeros
 from experiments.kfac_jax import NOTE, KfacJax
 from experiments.models.small import MODELS, Model
 
 BATCHES = 4  # drawn beforehand, in turns
 DECAY = 0.95  # of the running mean of statistics
-COLUMNS = {
-    "label": Column("step"),
-    "step_ms": MS._replace(title="step, ms"),
-    "refresh_ms": MS._replace(title="with a refresh, ms"),
-    "mean_ms": MS._replace(title="mean of ten, ms"),
-    "over_sgd": Column("over SGD's", ".2f", spread=True),
-    "promised": Column("at most", ".2g"),
-    "holds": Column("holds"),
-    "mean_gflop": Column("mean of ten, GF", ".3g"),
-    "flops_over_sgd": Column("flops over SGD's", ".2f"),
-    "memory_mb": Column("memory, MB", ".0f"),
-    "memory_over_sgd": Column("memory over SGD's", ".2f"),
-    "statistics_mb": Column("statistics, MB", ".3g"),
-    "compile_s": Column("compile, s", ".2g"),
-    "trace_s": Column("trace, s", ".2g"),
-    "skipped": Column("steps skipped", "d"),
-}
+COLUMNS = columns(
+    "label: step; step_ms: step, ms ±; refresh_ms: with a refresh, ms ±; mean_ms: mean of ten, ms ±;"
+    "over_sgd: over SGD's | .2f ±; promised: at most | .2g; holds: holds; mean_gflop: mean of ten, GF;"
+    "flops_over_sgd: flops over SGD's | .2f; memory_mb: memory, MB | .0f; memory_over_sgd: memory over SGD's | .2f;"
+    "compile_s: compile, s | .2g; skipped: steps skipped | d"
+)
 # Times the plain SGD step, refreshes included, with the cheaper of the two decompositions.
 PROMISES = {("mlp", "kfac_inverse"): 3.4, ("cnn", "kfac_inverse"): 2.4}
 TITLES = {"mlp": "Autoencoder", "cnn": "CNN", "gpt": "GPT"}
@@ -108,31 +95,26 @@ def contender_of(model: Model, row: Row, batch: Any) -> Stepper:
     """A row compiled for a model: ``step(batch, mean of statistics, state, parameters)``."""
     tx: Any = row.optimizer(learning_rate=RATE, **row.options) if row.optimizer else optax.sgd(RATE)
     params = jax.jit(model.init)(jax.random.key(0))
-    grad_fn, state = row.gradient(model), tx.init(params)
-    mean = None if row.optimizer else zeros_of_statistics(model, row, batch, state, params)
+    grad_fn, state, mean = row.gradient(model), tx.init(params), None
+
+    def gradient(batch: Any, state: Any, params: Any) -> Any:
+        x, y, key = batch
+        return grad_fn(params, x, y, **row.extra(key, state, params))
 
     def step(batch: Any, mean: Any, state: Any, params: Any) -> tuple[Any, Any, Any, Any]:
-        x, y, key = batch
-        value, grads, *captured = grad_fn(params, x, y, **row.extra(key, state, params))
+        value, grads, *captured = gradient(batch, state, params)
         given = {"statistics": captured[0]} if row.optimizer else {}
         if mean is not None:
             mean = jax.tree.map(lambda old, new: DECAY * old + (1 - DECAY) * new, mean, captured[0])
         updates, state = tx.update(grads, state, params, **given)
         return mean, state, optax.apply_updates(params, updates), value
 
+    if row.optimizer is None and row.statistics(model) is not None:
+        mean = zeros(jax.eval_shape(gradient, batch, state, params)[2])
     return Stepper(step, batch, mean, state, params)
 
 
-def zeros_of_statistics(model: Model, row: Row, batch: Any, state: Any, params: Any) -> Any:
-    """What a running mean of a row's statistics begins with; None where it has none."""
-    if row.statistics(model) is None:
-        return None
-    x, y, key = batch
-    shapes = jax.eval_shape(lambda p, s: row.gradient(model)(p, x, y, **row.extra(key, s, p))[2], params, state)
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def describe(name: str, contender: Any, statistics: Any, seconds: Sequence[float]) -> dict[str, Any]:
+def describe(name: str, contender: Any, seconds: Sequence[float]) -> dict[str, Any]:
     """One row of the results, without its multiples of SGD. Of a peer nothing is known beside its times.
 
     Where nothing is ever refreshed, the mean is the usual step's: a hiccup is no part of it.
@@ -149,8 +131,6 @@ def describe(name: str, contender: Any, statistics: Any, seconds: Sequence[float
     return cells | {
         "mean_gflop": mean_flops(contender.flops) / 1e9,
         "memory_mb": peak_bytes(contender.programs[0].run) / 1e6,
-        "statistics_mb": harness.nbytes(statistics) / 1e6,
-        "trace_s": contender.programs[0].trace_s,
         "compile_s": contender.programs[0].compile_s,
         "skipped": int(fo.health(contender.carried[1]).skipped) if refreshes else 0,
     }
@@ -187,64 +167,32 @@ def of_model(name: str, only: Sequence[str], repeats: int) -> tuple[dict[str, An
         print(f"{name}: {row}: {absent.get(f'{name} {row}', 'compiled')}", flush=True)
     times = harness.interleaved(contenders, WARM_UP + PERIOD * repeats, lambda i: batches[i % BATCHES], f"{name}: step")
     times = {key: seconds[WARM_UP:] for key, seconds in times.items()}
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    rows = {}
-    for key, contender in contenders.items():
-        held = None
-        if key in ROWS:
-            held = zeros_of_statistics(model, ROWS[key], batches[0], *contender.carried[1:])
-        rows[key] = describe(key, contender, held, times[key])
+    rows = {key: describe(key, contender, times[key]) for key, contender in contenders.items()}
     compare(name, rows, times)
+    params = jax.eval_shape(model.init, jax.random.key(0))
     count, shape = harness.nbytes(params) // 4, list(batches[0][0].shape)
     settings = {"parameters": count, "batch": shape, "max_examples": model.max_examples, "repeats": repeats}
     return table(f"{TITLES[name]}, {count / 1e6:.3g}M parameters, batch {shape[0]}", COLUMNS, rows), settings, absent
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=listed(MODELS), default=list(MODELS), help="what is there of others stays")
+    parser.add_argument("--model", type=listed(MODELS), default=list(MODELS), help="by commas")
     parser.add_argument("--repeats", type=positive, default=3, help="tens of steps that are timed (%(default)s)")
     rows = [*ROWS, *PEERS]
     parser.add_argument("--only", type=listed(rows), default=rows, help=f"rows beside sgd, of {', '.join(rows)}")
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    around = harness.environment()
-    called, only = f"capture_cost_{around['platform']}", list(dict.fromkeys(["sgd", *options.only]))
-    tables, settings, absent = others(options.out / f"{called}.json", options.model)
+    tables, settings, absent = {}, {}, {}
     for name in options.model:
         with harness.compiling_anew():
+            only = list(dict.fromkeys(["sgd", *options.only]))
             tables[name], settings[name], gone = of_model(name, only, options.repeats)
-        settings[name] |= {key: around[key] for key in ("date", "load")}
         absent |= {row: {"reason": reason} for row, reason in gone.items()}
         yield result(
-            called,
+            f"capture_cost_{harness.environment()['platform']}",
             "Training steps with curvature's statistics, and with the optimizers that use them, beside plain SGD's",
-            "python -m benchmarks capture_cost",
-            {
-                **{model: tables[model] for model in MODELS if model in tables},
-                "absent": table("Left out", {"reason": Column("left out")}, absent),
-            },
+            options.command,
+            {**tables, "absent": table("Left out", columns("reason: left out"), absent)},
             settings={**settings, "steps_a_repeat": PERIOD, "kfac_jax": NOTE},
         )
-
-
-def others(path: Any, models: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Tables, settings and missing peers of other models, from the same versions on the same device."""
-    found, around = (read(path) if path.exists() else None), harness.environment()
-    if found is None or (found["versions"], found["machine"]["device"]) != (around["versions"], around["device"]):
-        return {}, {}, {}
-    kept = [model for model in MODELS if model in found["tables"] and model not in models]
-    absent = {key: row for key, row in found["tables"]["absent"]["rows"].items() if key.split()[0] in kept}
-    return {m: found["tables"][m] for m in kept}, {m: found["settings"][m] for m in kept}, absent
-
-
-def draw(found: Mapping[str, Any]) -> Figure:
-    tables = {key: part for key, part in found["tables"].items() if key in TITLES}
-    rows = {key: {n: row for n, row in part["rows"].items() if n != "sgd"} for key, part in tables.items()}
-    return pictures.bars(
-        f"Training steps with curvature over SGD's, refreshes spread over ten, {pictures.where(found)}",
-        *(
-            pictures.Bars(rows[key], "over_sgd", part["title"], ours=lambda name: name not in PEERS)
-            for key, part in tables.items()
-        ),
-    )

@@ -9,15 +9,15 @@ The compilers come with JAX's plugins and need no device; nothing is run. Each m
 
 A step is an optimizer's update and its addition to the parameters, which give their memory to the results, as the state
 does. Optimizers are compiled in turns, and ratios are of the same turn. Statistics are arguments of K-FAC's step.
-"Decompositions" are the calls of a factorisation in the program, loops counted once. In "scanned" the layers' kernels
-are stacked along a leading axis; in "distinct" each of twelve small layers has a shape of its own. ``--machine cpu`` is
-the compiler for the CPU at hand.
+"Decompositions" are the calls of a factorisation in the program, loops counted once. In the tree "distinct" each of
+twelve small layers has a shape of its own. ``--machine cpu`` is the compiler for the CPU at hand.
 """
 
 import argparse
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,48 +31,42 @@ from tqdm import tqdm
 import fisher_optax as fo
 from benchmarks import harness, pictures, results
 from benchmarks.catalogue import listed, positive
-from benchmarks.results import Column
+from benchmarks.results import columns
 from benchmarks.steps import update_of
 from benchmarks.trees import TREES, hidden, make_params
 from fisher_optax.statistics import LayerFactors
 
 TOPOLOGIES = {
-    "v5e": ("tpu", "v5e:2x2"),
-    "v5p": ("tpu", "v5p:2x2x1"),
-    "v6e": ("tpu", "v6e:2x2"),
-    "h200": ("gpu", "1x1x1"),
-}
-# What NVIDIA's compiler has to know of an H200.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 151397597184 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation"
-  platform_version: "Compute Capability 9.0" device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
-  model_str: "sm_9.0 with 151397597184B RAM, 132 cores, 1980000KHz clock, 3750000KHz mem clock, 52428800B L2$"
-  name: "NVIDIA H200 141GB HBM3e"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200 141GB HBM3e"
-"""
+    "v5e": ("tpu", "v5e:2x2"), "v5p": ("tpu", "v5p:2x2x1"), "v6e": ("tpu", "v6e:2x2"), "h200": ("gpu", "1x1x1"),
+}  # fmt: skip
+H200 = Path(__file__).with_name("h200.textproto")  # what NVIDIA's compiler has to know of one
 DISTINCT = "distinct"
-# There, over optax.contrib.muon's compile time, by the compiler for a CPU.
-OF_DISTINCT = {"muon": 1.0, "soap": 1.5, "dykaf": 2.0}
 DECOMPOSITIONS = re.compile(r"syevd|syevj|geqrf|potrf|getrf|gesvd|QrDecomp|Qr|Eigh|Cholesky|Lu")
+COUNTED = {"conditionals": " conditional(", "loops": " while(", "copies": " copy("}  # in the program's text
+COLUMNS = columns(
+    "label: optimizer; compile: compile, s | .1f ±; ratio: over optax.contrib.muon's | .2f ±; ratio_at_most: at most;"
+    "temporaries_mb: temporaries, MB | .0f; over_state: over the state | .2f;"
+    "over_parameters: over the parameters | .2f; temporaries_at_most: at most; code_mb: code | .0f;"
+    "decompositions: decompositions | .0f; conditionals: conditionals | .0f; loops: loops | .0f; copies: copies | .0f;"
+    "holds: holds"
+)
 
 
 class Contender(NamedTuple):
-    """An optimizer, and its bounds over optax.contrib.muon's compile time, on a TPU and a GPU."""
+    """An optimizer, and its bounds over optax.contrib.muon's compile time."""
 
     label: str
     make: Callable[[Any], optax.GradientTransformation]
-    compile_at_most: tuple[float, float] | None = None
-    temporaries_at_most: float | None = None  # over the state, or, of Muon, the parameters
+    of_tpu: float | None = None
+    of_gpu: float | None = None
+    of_distinct: float | None = None  # by the compiler for a CPU
+    temporaries: float | None = None  # the bound over the state, or, of Muon, the parameters
     captured: bool = False
+
+    def compile_at_most(self, tree: str, machine: str) -> float | None:
+        if tree == DISTINCT or machine == "cpu":
+            return self.of_distinct if (tree, machine) == (DISTINCT, "cpu") else None
+        return self.of_gpu if machine == "h200" else self.of_tpu
 
 
 def _optax_muon(axes: Any) -> Any:
@@ -83,22 +77,22 @@ def _optax_muon(axes: Any) -> Any:
     return optax.contrib.muon(1e-3, muon_weight_dimension_numbers=jax.tree.map(numbers, axes, is_leaf=is_axes))
 
 
-def ours(make: Callable[..., Any], *bounds: Any, captured: bool = False) -> Contender:
+def _ours(make: Callable[..., Any], *bounds: float | None, captured: bool = False) -> Contender:
+    bounds = (*bounds, *[None] * (4 - len(bounds)))
     return Contender(f"fo.{make.__name__}", lambda axes: make(1e-3, axes=axes), *bounds, captured=captured)
 
 
-REST = (2.5, 1.75)
 CONTENDERS = {
     "adamw": Contender("optax.adamw", lambda axes: optax.adamw(1e-3)),
     "optax_muon": Contender("optax.contrib.muon", _optax_muon),
-    "muon": ours(fo.muon, (0.6, 0.6), 0.5),
-    "soap": ours(fo.soap, (2.0, 1.25), 0.35),
-    "kl_soap": ours(fo.kl_soap, REST),
-    "dykaf": ours(fo.dykaf, REST),
-    "shampoo": ours(fo.shampoo, REST),
-    "kfac": ours(fo.kfac, REST, 0.35, captured=True),
-    "ekfac": ours(fo.ekfac, REST, captured=True),
-    "kfac_soap": ours(fo.kfac_soap, REST, captured=True),
+    "muon": _ours(fo.muon, 0.6, 0.6, 1.0, 0.5),
+    "soap": _ours(fo.soap, 2.0, 1.25, 1.5, 0.35),
+    "kl_soap": _ours(fo.kl_soap, 2.5, 1.75),
+    "dykaf": _ours(fo.dykaf, 2.5, 1.75, 2.0),
+    "shampoo": _ours(fo.shampoo, 2.5, 1.75),
+    "kfac": _ours(fo.kfac, 2.5, 1.75, None, 0.35, captured=True),
+    "ekfac": _ours(fo.ekfac, 2.5, 1.75, captured=True),
+    "kfac_soap": _ours(fo.kfac_soap, 2.5, 1.75, captured=True),
 }
 
 
@@ -112,28 +106,12 @@ def device_of(machine: str) -> Any:
     if platform == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")  # there is nothing to tune on
-    return topologies.get_topology_desc("", "cuda", target_config=H200, topology=topology).devices[0]
-
-
-def params_and_axes(params: Any, scanned: bool) -> tuple[Any, Any]:
-    """Parameters without values, and which axes of the kernels are inputs and outputs."""
-    if scanned:
-        params = dict(params)
-        blocks = {name: params.pop(name) for name in list(params) if name.startswith("block_")}
-        block = next(iter(blocks.values()))
-        stacked = lambda x: jax.ShapeDtypeStruct((len(blocks), *x.shape), x.dtype)  # noqa: E731
-        params["blocks"] = jax.tree.map(stacked, block)
-    first = 1 if scanned else 0
-    of_kernel = fo.MatrixAxes((first,), (first + 1,), tuple(range(first)))
-    return params, jax.tree.map(lambda x: of_kernel if x else None, hidden(params))
+    return topologies.get_topology_desc("", "cuda", target_config=H200.read_text(), topology=topology).devices[0]
 
 
 def layers_of_distinct_shapes(count: int = 12) -> dict[str, Any]:
     """Dense layers, each a little larger than the one before."""
-
-    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
+    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     sizes = [(8 + i, 16 + 2 * i) for i in range(count)]
     return {f"layer_{i}": {"kernel": leaf(m, n), "bias": leaf(n)} for i, (m, n) in enumerate(sizes)}
 
@@ -141,123 +119,89 @@ def layers_of_distinct_shapes(count: int = 12) -> dict[str, Any]:
 def statistics_of(params: Any, axes: Any, squares: bool) -> Any:
     """Factors of each kernel, as capture gives them."""
 
-    def one(x: Any, a: Any) -> Any:
+    def of_leaf(x: Any, a: Any) -> Any:
         if a is None:
             return None
-        batch = x.shape[: len(a.batch)]
-        side = lambda d: jax.ShapeDtypeStruct((*batch, d, d), jnp.float32)  # noqa: E731
+        side = lambda d: jax.ShapeDtypeStruct((d, d), jnp.float32)  # noqa: E731
         weight = jax.ShapeDtypeStruct((), jnp.float32)
-        return LayerFactors(side(x.shape[-2]), side(x.shape[-1]), x if squares else None, weight, axes=a)
+        return LayerFactors(side(x.shape[0]), side(x.shape[1]), x if squares else None, weight, axes=a)
 
-    return jax.tree.map(one, params, axes, is_leaf=lambda x: x is None)
+    return jax.tree.map(of_leaf, params, axes, is_leaf=lambda x: x is None)
 
 
-def compiled(contender: Contender, device: Any, params: Any, scanned: bool = False) -> dict[str, float]:
+def compiled(contender: Contender, device: Any, params: Any) -> dict[str, float]:
     """What one compilation takes and gives."""
-    params, axes = params_and_axes(params, scanned)
+    axes = jax.tree.map(lambda x: fo.MatrixAxes(0, 1) if x else None, hidden(params))
     mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Auto,))
     whole = NamedSharding(mesh, PartitionSpec())
     placed = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), t)  # noqa: E731
-    tx, statistics = contender.make(axes), None
+    tx, state = contender.make(axes), jax.eval_shape(contender.make(axes).init, params)
+    given = {}
     if contender.captured:
-        statistics = statistics_of(params, axes, squares=contender.label == "fo.ekfac")
-    state = jax.eval_shape(tx.init, params)
+        given = {"statistics": statistics_of(params, axes, squares=contender.label == "fo.ekfac")}
 
-    def step(grads: Any, state: Any, params: Any, statistics: Any) -> Any:
-        given = {"statistics": statistics} if contender.captured else {}
+    def step(grads: Any, state: Any, params: Any, given: Any) -> Any:
         return update_of(tx, **given)(grads, state, params)
 
-    given = map(placed, (params, state, params, statistics))
     with jax.set_mesh(mesh), harness.compiling_anew():
-        program = harness.compile_program(step, *given, donate=(1, 2))
-    return measures(program.run, {"trace_s": program.trace_s, "compile_s": program.compile_s}, params, state)
+        program = harness.compile_program(step, *map(placed, (params, state, params, given)), donate=(1, 2))
+    return measures(program.run, params, state) | {"compile": program.trace_s + program.compile_s}
 
 
-def measures(program: Any, times: Mapping[str, float], params: Any, state: Any) -> dict[str, float]:
+def measures(program: Any, params: Any, state: Any) -> dict[str, float]:
     """Of a compiled program, read from its text and its memory plan."""
     memory, text = program.memory_analysis(), program.as_text() or ""
     calls = re.findall(r'custom_call_target="([^"]+)"', text)
     temporaries = memory.temp_size_in_bytes
     return {
-        **times,
         "temporaries_mb": temporaries / 1e6,
         "over_state": temporaries / max(harness.nbytes(state), 1),
         "over_parameters": temporaries / harness.nbytes(params),
         "code_mb": memory.generated_code_size_in_bytes / 1e6,
         "decompositions": sum(bool(DECOMPOSITIONS.search(call)) for call in calls),
-        "conditionals": text.count(" conditional("),
-        "loops": text.count(" while("),
-        "copies": text.count(" copy("),
+        **{name: text.count(word) for name, word in COUNTED.items()},
     }
-
-
-COLUMNS = {
-    "label": Column("optimizer"),
-    "compile": Column("compile, s", ".1f", spread=True),
-    "ratio": Column("over optax.contrib.muon's", ".2f", spread=True),
-    "ratio_at_most": Column("at most", ".3g"),
-    "temporaries_mb": Column("temporaries, MB", ".0f"),
-    "over_state": Column("over the state", ".2f"),
-    "over_parameters": Column("over the parameters", ".2f"),
-    "temporaries_at_most": Column("at most", ".3g"),
-    **{name: Column(name.removesuffix("_mb"), ".0f") for name in ("code_mb", "decompositions", "conditionals")},
-    **{name: Column(name, ".0f") for name in ("loops", "copies")},
-    "holds": Column("holds"),
-}
 
 
 def rows_of(found: Mapping[str, list[dict[str, float]]], tree: str, machine: str) -> dict[str, dict[str, Any]]:
     """A row of the table for each optimizer; a ratio is of one turn."""
     rows: dict[str, dict[str, Any]] = {}
-    totals = {name: [x["trace_s"] + x["compile_s"] for x in turns] for name, turns in found.items()}
+    seconds = {name: [turn["compile"] for turn in turns] for name, turns in found.items()}
     for name, turns in found.items():
-        contender, last, judged = CONTENDERS[name], turns[-1], []
-        row: dict[str, Any] = {"label": contender.label, "compile": results.spread(totals[name])}
-        row |= {key: last[key] for key in COLUMNS if key in last}
-        if ratios := [a / b for a, b in zip(totals[name], totals.get("optax_muon", []), strict=False)]:
+        contender, judged = CONTENDERS[name], []
+        row: dict[str, Any] = {"label": contender.label, **turns[-1], "compile": results.spread(seconds[name])}
+        if ratios := [a / b for a, b in zip(seconds[name], seconds.get("optax_muon", []), strict=False)]:
             row["ratio"] = results.spread(ratios)
-            if at_most := compile_bound(name, tree, machine):
+            if at_most := contender.compile_at_most(tree, machine):
                 row["ratio_at_most"] = at_most
                 judged.append(row["ratio"]["median"] <= at_most)
-        if contender.temporaries_at_most and machine != "cpu" and tree != DISTINCT:
-            row["temporaries_at_most"] = contender.temporaries_at_most
-            judged.append(last["over_parameters" if name == "muon" else "over_state"] <= contender.temporaries_at_most)
+        if contender.temporaries and machine != "cpu" and tree != DISTINCT:
+            row["temporaries_at_most"] = contender.temporaries
+            judged.append(row["over_parameters" if name == "muon" else "over_state"] <= contender.temporaries)
         rows[name] = row | ({"holds": all(judged)} if judged else {})
     return rows
-
-
-def compile_bound(name: str, tree: str, machine: str) -> float | None:
-    """Over optax.contrib.muon's time, where there is one."""
-    if tree == DISTINCT or machine == "cpu":
-        return OF_DISTINCT.get(name) if (tree, machine) == (DISTINCT, "cpu") else None
-    bounds = CONTENDERS[name].compile_at_most
-    return bounds and bounds[machine == "h200"]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", choices=[*TOPOLOGIES, "cpu"], default="cpu", help="to compile for")
     parser.add_argument("--tree", choices=[*TREES, DISTINCT], default="gpt2")
-    parser.add_argument("--scanned", action="store_true", help="kernels of all layers in one array")
     parser.add_argument("--rounds", type=positive, default=3, help="how often each is compiled")
     parser.add_argument("--only", type=listed(CONTENDERS), default=list(CONTENDERS), help=", ".join(CONTENDERS))
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    if options.scanned and options.tree == DISTINCT:
-        raise SystemExit(f"--scanned stacks layers of one shape; --tree {DISTINCT} has none.")
     device, found = device_of(options.machine), {name: [] for name in options.only}
-    tree = options.tree + ("_scanned" if options.scanned else "")
     params = layers_of_distinct_shapes() if options.tree == DISTINCT else make_params(TREES[options.tree])
     turns = tqdm([(i, name) for i in range(options.rounds) for name in options.only])
     for _, name in turns:
         turns.set_description(name)
-        found[name].append(compiled(CONTENDERS[name], device, params, options.scanned))
+        found[name].append(compiled(CONTENDERS[name], device, params))
     yield results.result(
-        f"compiled_{tree}_{options.machine}",
+        f"compiled_{options.tree}_{options.machine}",
         f"What the compiler for {options.machine} makes of a step of each optimizer.",
         options.command,
         {"steps": results.table("One step, compiled", COLUMNS, rows_of(found, options.tree, options.machine))},
-        settings={"tree": tree, "machine": options.machine, "rounds": options.rounds},
+        settings={"tree": options.tree, "machine": options.machine, "rounds": options.rounds},
     )
 
 

@@ -7,51 +7,35 @@ compared with the faster.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from threadpoolctl import threadpool_limits
 
 import fisher_optax as fo
-from benchmarks import harness, results
+from benchmarks import harness
 from benchmarks.catalogue import positive
-from benchmarks.results import Column
+from benchmarks.results import columns, result, spread, table
+from experiments.sparsegpt_numpy import BLOCK, DAMPING, in_numpy, problem
 from fisher_optax.compression.matrix.masks import keep_largest
 
-BLOCK, DAMPING = 128, 0.01
 SPARSEGPT, OBS, SHARES = (768, 3072), (512, 128), (0.5, 0.8)  # inputs x outputs, shares of weights that OBS removes
 
 
-def problem(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights, and the second moment of 4 correlated examples an input."""
-    rng = np.random.default_rng(0)
-    X = rng.standard_normal((4 * inputs, inputs)) @ (
-        rng.standard_normal((inputs, inputs)) / inputs**0.5 + 0.3 * np.eye(inputs)
-    )
-    return rng.standard_normal((inputs, outputs)).astype(np.float32), (X.T @ X / len(X)).astype(np.float32)
-
-
-def in_numpy(W: np.ndarray, H: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """SparseGPT, the mask of each output chosen by block."""
-    W, stays, m = W.copy(), np.ones(W.shape, bool), len(W)
-    H_d = H + np.float32(DAMPING * np.trace(H) / m) * np.eye(m, dtype=H.dtype)
-    L_inverse = scipy.linalg.solve_triangular(np.linalg.cholesky(H_d[::-1, ::-1]), np.eye(m, dtype=H.dtype), lower=True)
-    U = np.ascontiguousarray(L_inverse[::-1, ::-1])
-    for i1 in range(0, m, BLOCK):
-        i2 = min(i1 + BLOCK, m)
-        w, u, E = W[i1:i2], U[i1:i2, i1:i2], np.zeros((i2 - i1, W.shape[1]), W.dtype)
-        k = int(np.ceil(share * i2) - np.ceil(share * i1))
-        order = np.argpartition(w**2 / np.diag(u)[:, None] ** 2, k - 1, axis=0)
-        np.put_along_axis(stays[i1:i2], order[:k], False, 0)
-        for i in range(i2 - i1):
-            E[i] = np.where(stays[i1 + i], 0, w[i] / u[i, i])
-            w[i:] -= u[i, i:, None] * E[i]
-        W[i2:] -= U[i1:i2, i2:].T @ E
-    return np.where(stays, W, 0), stays
+SPARSEGPT_COLUMNS = columns(
+    "label: program; ms: ms ±; share: share of the faster NumPy's time | .2f; trace_s: trace, s | .2f;"
+    "compile_s: compile, s | .2f; difference: relative difference from NumPy's weights | .1e;"
+    "other_masks: weights that one alone removed | d"
+)
+OBS_COLUMNS = columns(
+    "s: s | .2g ±; ratio: times SparseGPT's time | .2g; compile_s: compile, s | .2f;"
+    "loss: loss, share of SparseGPT's | .2f"
+)
+SELECTION_COLUMNS = columns("label: program; ms: ms ±; ratio: times bit by bit | .0f; same: same as the sort's")
 
 
 def sparsegpt(rounds: int, shape: tuple[int, int] = SPARSEGPT) -> dict[str, Any]:
@@ -73,7 +57,7 @@ def sparsegpt(rounds: int, shape: tuple[int, int] = SPARSEGPT) -> dict[str, Any]
     }
 
 
-def selection(rounds: int, shape: tuple[int, int] = SPARSEGPT) -> dict[str, Any]:
+def selection(rounds: int, shape: tuple[int, int] = SPARSEGPT) -> dict[str, dict[str, Any]]:
     """Which of all weights of a matrix are the smaller half: bit by bit, and by a stable sort."""
     scores, k = jnp.abs(jnp.asarray(problem(*shape)[0])).ravel(), shape[0] * shape[1] // 2
     ranks = lambda x: jnp.zeros(x.size, jnp.int32).at[jnp.argsort(x, stable=True)].set(jnp.arange(x.size))  # noqa: E731
@@ -82,85 +66,45 @@ def selection(rounds: int, shape: tuple[int, int] = SPARSEGPT) -> dict[str, Any]
         "sort": harness.compile_program(lambda x: ranks(x) >= k, scores),
     }
     runs = {name: lambda _, p=program: p.run(scores) for name, program in programs.items()}
-    seconds = harness.interleaved(runs, rounds, lambda _: None, "selection")
+    times = harness.interleaved(runs, rounds, lambda _: None, "selection")
+    bits, sort = (spread([1e3 * s for s in times[name]]) for name in ("bits", "sort"))
     same = bool(jnp.all(programs["bits"].run(scores) == programs["sort"].run(scores)))
-    return {"seconds": seconds, "same": same}
+    return {
+        "bits": {"label": "bit by bit", "ms": bits, "same": "yes" if same else "no"},
+        "sort": {"label": "stable sort", "ms": sort, "ratio": sort["median"] / bits["median"]},
+    }
 
 
-def obs(rounds: int, shape: tuple[int, int] = OBS) -> list[dict[str, Any]]:
-    """Seconds, and the loss as a share of SparseGPT's."""
+def obs(rounds: int, shape: tuple[int, int] = OBS) -> dict[str, dict[str, Any]]:
+    """Rows by the share removed: seconds, and the loss as a share of SparseGPT's."""
     W, H = map(jnp.asarray, problem(*shape))
-    rows = []
+    rows = {}
     for share in SHARES:
-        programs = {
-            "obs": harness.compile_program(lambda W, H, s=share: fo.compression.obs(W, H, s, DAMPING), W, H),
-            "sparsegpt": harness.compile_program(
-                lambda W, H, s=share: fo.compression.sparsegpt(W, H, s, BLOCK, DAMPING), W, H
-            ),
+        makers = {
+            "obs": lambda W, H, s=share: fo.compression.obs(W, H, s, DAMPING),
+            "sparsegpt": lambda W, H, s=share: fo.compression.sparsegpt(W, H, s, BLOCK, DAMPING),
         }
+        programs = {name: harness.compile_program(make, W, H) for name, make in makers.items()}
         # The runs that come first are not timed.
-        errors = {name: fo.compression.output_error(W, p.run(W, H).weights, H) for name, p in programs.items()}
+        errors = {name: float(fo.compression.output_error(W, p.run(W, H).weights, H)) for name, p in programs.items()}
         runs = {name: lambda _, p=program: p.run(W, H) for name, program in programs.items()}
-        seconds = harness.interleaved(runs, rounds, lambda _: None, f"OBS {share}")
-        loss = float(errors["obs"] / errors["sparsegpt"])
-        rows.append({"share": share, "seconds": seconds, "compile_s": programs["obs"].compile_s, "loss": loss})
+        s, theirs = map(spread, harness.interleaved(runs, rounds, lambda _: None, f"OBS {share}").values())
+        times = {"s": s, "ratio": s["median"] / theirs["median"], "compile_s": programs["obs"].compile_s}
+        rows[f"{share:.0%}"] = times | {"loss": errors["obs"] / errors["sparsegpt"]}
     return rows
 
 
-def tables(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `sparsegpt`, `obs` and `selection` found, by their names."""
-    greedy, choice = measured["sparsegpt"], measured["selection"]
-    seconds = {**greedy["seconds"], **choice["seconds"]}
-    ms = {name: results.spread([1e3 * s for s in times]) for name, times in seconds.items()}
-    faster = min(ms["numpy"]["median"], ms["numpy_threads"]["median"])
-    ours = {key: greedy[key] for key in ("trace_s", "compile_s", "difference", "other_masks")}
-    of_sparsegpt = {
-        "ours": {"label": "`fo.compression.sparsegpt`", "share": ms["ours"]["median"] / faster, **ours},
-        "numpy": {"label": "the same in NumPy, one thread"},
-        "numpy_threads": {"label": "... alone, all threads"},
-    }
-    of_selection = {
-        "bits": {"label": "bit by bit", "same": "yes" if choice["same"] else "no"},
-        "sort": {"label": "stable sort", "ratio": ms["sort"]["median"] / ms["bits"]["median"]},
-    }
-    for rows in (of_sparsegpt, of_selection):
-        for name, row in rows.items():
-            row["ms"] = ms[name]
-    of_obs = {}
-    for row in measured["obs"]:
-        s, theirs = (results.spread(row["seconds"][name]) for name in ("obs", "sparsegpt"))
-        cells = {"s": s, "compile_s": row["compile_s"], "loss": row["loss"]}
-        of_obs[f"{row['share']:.0%}"] = cells | {"ratio": s["median"] / theirs["median"]}
-    half, whole = (f"{m} inputs x {n} outputs" for m, n in (SPARSEGPT, OBS))
-    count = f"{SPARSEGPT[0] * SPARSEGPT[1]:,}"
+def sparsegpt_rows(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of what `sparsegpt` found; the share is of the faster NumPy's time."""
+    ms = {name: {"ms": spread([1e3 * s for s in seconds])} for name, seconds in found["seconds"].items()}
+    faster = min(ms[name]["ms"]["median"] for name in ("numpy", "numpy_threads"))
+    share = ms["ours"]["ms"]["median"] / faster
+    ours = {key: value for key, value in found.items() if key != "seconds"}
     return {
-        "sparsegpt": results.table(f"SparseGPT, half of {half}", SPARSEGPT_COLUMNS, of_sparsegpt),
-        "obs": results.table(f"Exact OBS, {whole}, by the share removed", OBS_COLUMNS, of_obs),
-        "selection": results.table(f"The smaller half of {count} scores", SELECTION_COLUMNS, of_selection),
+        "ours": {"label": "`fo.compression.sparsegpt`", **ms["ours"], "share": share, **ours},
+        "numpy": {"label": "the same in NumPy, one thread", **ms["numpy"]},
+        "numpy_threads": {"label": "... alone, all threads", **ms["numpy_threads"]},
     }
-
-
-SPARSEGPT_COLUMNS = {
-    "label": Column("program"),
-    "ms": Column("ms", spread=True),
-    "share": Column("share of the faster NumPy's time", ".2f"),
-    "trace_s": Column("trace, s", ".2f"),
-    "compile_s": Column("compile, s", ".2f"),
-    "difference": Column("relative difference from NumPy's weights", ".1e"),
-    "other_masks": Column("weights that one alone removed", "d"),
-}
-OBS_COLUMNS = {
-    "s": Column("s", ".2g", spread=True),
-    "ratio": Column("times SparseGPT's time", ".2g"),
-    "compile_s": Column("compile, s", ".2f"),
-    "loss": Column("loss, share of SparseGPT's", ".2f"),
-}
-SELECTION_COLUMNS = {
-    "label": Column("program"),
-    "ms": Column("ms", spread=True),
-    "ratio": Column("times bit by bit", ".0f"),
-    "same": Column("same as the sort's"),
-}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -170,16 +114,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rounds, few = options.rounds, max(1, options.rounds // 3)
     with threadpool_limits(1, "blas"):
-        measured = {"selection": selection(few), "obs": obs(few), "sparsegpt": sparsegpt(rounds)}
+        choice, of_obs, greedy = selection(few), obs(few), sparsegpt_rows(sparsegpt(rounds))
+    half, whole = (f"{m} inputs x {n} outputs" for m, n in (SPARSEGPT, OBS))
     counts = {"rounds": rounds, "rounds_obs": few, "rounds_selection": few, "block": BLOCK, "damping": DAMPING}
-    yield results.result(
+    yield result(
         f"compression_speed_{harness.environment()['platform']}",
         "Time to prune one matrix and to choose the smaller half of its weights, float32.",
         options.command,
-        tables(measured),
+        {
+            "sparsegpt": table(f"SparseGPT, half of {half}", SPARSEGPT_COLUMNS, greedy),
+            "obs": table(f"Exact OBS, {whole}, by the share removed", OBS_COLUMNS, of_obs),
+            "selection": table(f"The smaller half of {math.prod(SPARSEGPT):,} scores", SELECTION_COLUMNS, choice),
+        },
         settings=counts,
     )
-
-
-def draw(found: dict[str, Any]) -> None:
-    """Its tables say it all."""

@@ -5,8 +5,8 @@
 Widths: one square kernel. Layers: those of a GPT, four kernels and two scales each, every one a leaf. Devices: the
 same layers, the matrices shared out over a mesh (``mesh_axis=``) or not; on a CPU the devices are threads that share
 its cores, so what counts there is one device's part of the work, not the time. A step is ``tx.update`` and
-``optax.apply_updates``, float32, state and parameters donated. An ordinary step and one that refreshes are timed
-apart; the amortised step is the ordinary one and a tenth of the difference.
+``optax.apply_updates``, float32, state and parameters donated; ten are a repeat, in which the median is the ordinary
+step, the slowest refreshes, and the mean is the amortised one.
 """
 
 import argparse
@@ -14,44 +14,35 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from matplotlib.axes import Axes
+import optax
 from matplotlib.figure import Figure
 
 from benchmarks import harness, pictures
 from benchmarks.catalogue import listed, positive
-from benchmarks.results import Column, ends, middle, result, spread, table
+from benchmarks.harness import PERIOD, WARM_UP
+from benchmarks.results import columns, result, spread, table
 from benchmarks.speed import devices
-from benchmarks.speed.sized import METHODS, Contender, apart, period, timed
+from benchmarks.speed.contenders import CONTENDERS
+from benchmarks.steps import Stepper, mean_flops, times_of, update_stepper
 from benchmarks.trees import Tree, layers_of, random_like
 
-WHAT = "Cost of an optimizer's step against the width of a kernel and the number of layers and devices."
 COMPILES = 3  # of a program that is quick to compile; the median counts
 APART = "fo_muon_apart"
-COLORS = {name: f"C{i}" for i, name in enumerate((*METHODS, APART))}
-TIMES = {
-    "step_ms": Column("ordinary step, ms", spread=True),
-    "refresh_ms": Column("step that refreshes, ms", spread=True),
-    "amortised_ms": Column("amortised, ms", spread=True),
-    "gflop": Column("products, GF"),
-    "over_adamw": Column("times AdamW", ".1f"),
-    "compile_s": Column("compile, s", ".2g", spread=True),
-    "trace_s": Column("trace, s", ".2g"),
-    "stablehlo_lines": Column("StableHLO lines", "d"),
-    "hlo_lines": Column("HLO lines", "d"),
-}
+METHODS = ["adamw", "optax_muon", "fo_muon", "fo_soap", "fo_dykaf", "fo_shampoo_128"]
+TIMES = columns(
+    "step_ms: ordinary step, ms ±; refresh_ms: step that refreshes, ms ±; amortised_ms: amortised, ms ±;"
+    "gflop: products, GF; over_adamw: times AdamW | .1f; compile_s: compile, s | .2g ±; trace_s: trace, s | .2g;"
+    "stablehlo_lines: StableHLO lines | d; hlo_lines: HLO lines | d"
+)
 TABLES = {
     "width": ("One square kernel: method_width", TIMES),
     "layers": (f"Layers of a GPT: method_layers; {APART}: every leaf a stack of its own", TIMES),
-    "devices": (
-        "Layers of a GPT on devices: method_devices; method_every_devices: each device computes all",
-        devices.COLUMNS,
-    ),
+    "devices": ("Layers of a GPT: method_devices; method_every_devices: each device computes all", devices.COLUMNS),
 }
 
 
@@ -62,74 +53,85 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer-width", type=positive, default=128)
     parser.add_argument("--devices", type=sizes, default=[1, 2, 4, 8])
     parser.add_argument("--device-layers", type=positive, default=12)
-    parser.add_argument("--methods", type=listed(METHODS), default=list(METHODS))
-    parser.add_argument("--repeats", type=positive, default=5)
-    parser.add_argument("--patience", type=float, default=15.0, help="seconds after which no step is repeated")
+    parser.add_argument("--methods", type=listed(METHODS), default=METHODS, help=", ".join(METHODS))
+    parser.add_argument("--repeats", type=positive, default=1, help="tens of steps that are timed (%(default)s)")
+    parser.add_argument("--patience", type=float, default=15.0, help="seconds to compile that are left to a method")
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     platform, left_out = harness.environment()["platform"], dict[str, str]()
     found: dict[str, dict[str, Any]] = {key: {} for key in TABLES}
+    methods = {name: CONTENDERS[name].build for name in options.methods}
 
     def so_far() -> dict[str, Any]:
-        tables = {key: table(*TABLES[key], rows) for key, rows in found.items()}
+        what = "Cost of an optimizer's step against the width of a kernel and the number of layers and devices."
         settings = {key: value for key, value in vars(options).items() if key not in ("out", "command")}
-        return result(f"scaling_{platform}", WHAT, options.command, tables, settings={**settings, "left_out": left_out})
+        tables = {key: table(*TABLES[key], rows) for key, rows in found.items()}
+        return result(f"scaling_{platform}", what, options.command, tables, settings={**settings, "left_out": left_out})
 
     for width in options.widths:
         kernel = {"layer": {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)}}
-        contenders = {name: Contender(METHODS[name], kernel) for name in options.methods}
-        found["width"] |= rows_of("width", width, contenders, kernel, options)
+        steppers = {name: update_stepper(build(jnp.float32), kernel) for name, build in methods.items()}
+        found["width"] |= rows_of("width", width, steppers, kernel, options.repeats)
         yield so_far()
+    if "fo_muon" in methods:
+        methods[APART] = lambda dtype: apart(lambda: CONTENDERS["fo_muon"].build(dtype))
     for layers in options.layers:
         tree = layers_of(Tree(layers, options.layer_width))
-        found["layers"] |= rows_of("layers", layers, on_layers(tree, layers, options, left_out), tree, options)
+        steppers = on_layers(methods, tree, layers, options.patience, left_out)
+        found["layers"] |= rows_of("layers", layers, steppers, tree, options.repeats)
         yield so_far()
     if options.devices:
         found["devices"] = on_devices(options, platform, left_out)
         yield so_far()
 
 
-def on_layers(tree: Any, layers: int, options: argparse.Namespace, left_out: dict[str, str]) -> dict[str, Contender]:
+def apart(build: Callable[[], optax.GradientTransformation]) -> optax.GradientTransformation:
+    """``build()`` once a matrix, so that none is stacked with another, and once for the rest."""
+
+    def of(tree: Any) -> optax.GradientTransformationExtraArgs:
+        labels = jax.tree.map_with_path(lambda p, x: jax.tree_util.keystr(p) if len(x.shape) > 1 else "rest", tree)
+        return optax.partition({label: build() for label in jax.tree.leaves(labels)}, labels)
+
+    update = lambda updates, state, params=None: of(updates).update(updates, state, params)  # noqa: E731
+    return optax.GradientTransformation(lambda params: of(params).init(params), update)
+
+
+def on_layers(
+    methods: Mapping[str, Any], tree: Any, layers: int, patience: float, left_out: dict[str, str]
+) -> dict[str, Stepper]:
     """The methods on so many layers, but for those that took too long to compile on fewer."""
-    methods = {name: METHODS[name] for name in options.methods}
-    if "fo_muon" in methods:
-        methods[APART] = METHODS["fo_muon"]._replace(build=lambda: apart(METHODS["fo_muon"].build))
-    contenders = {}
+    steppers = {}
     for name in (name for name in methods if name not in left_out):
-        contenders[name] = Contender(methods[name], tree, COMPILES, options.patience / 10)
-        seconds = contenders[name].steps.programs[0].compile_s
+        with harness.compiling_anew():
+            stepper = steppers[name] = update_stepper(methods[name](jnp.float32), tree)
+            seconds = stepper.programs[0].compile_s
+            while len(stepper.programs) < COMPILES and seconds < patience / 10:
+                stepper.compile()
         print(f"{layers} layers: {name} compiled in {seconds:.1f} s", flush=True)
-        if seconds > options.patience:
+        if seconds > patience:
             left_out[name] = f"on more than {layers} layers, which took {seconds:.0f} s to compile"
-    return contenders
+    return steppers
 
 
-def rows_of(
-    part: str, size: int, contenders: Mapping[str, Contender], tree: Any, options: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
+def rows_of(part: str, size: int, steppers: Mapping[str, Stepper], tree: Any, repeats: int) -> dict[str, Any]:
     """A row of each contender; all take turns."""
     inputs = [jax.block_until_ready(random_like(tree, seed)) for seed in range(2)]
-    runs = {f"{name} {kind}": run for name, c in contenders.items() for kind, run in c.runs().items()}
-    times = timed(runs, inputs, options.repeats, options.patience, f"{part} {size}")
-    rows = {}
-    for name, contender in contenders.items():
-        ms = {kind: spread([1e3 * t for t in times[f"{name} {kind}"]]) for kind in contender.runs()}
-        cells = {f"{kind}_ms": cell for kind, cell in ms.items()} | {"amortised_ms": period(ms)}
-        rows[name] = {**cells, "gflop": contender.gflop, **contender.steps.compiling()}
+    rounds = WARM_UP + PERIOD * repeats
+    times = harness.interleaved(steppers, rounds, lambda i: inputs[i % 2], f"{part} {size}: step")
+    rows = {name: row(stepper, times[name][WARM_UP:]) for name, stepper in steppers.items()}
     if "adamw" in rows:
-        for row in rows.values():
-            row["over_adamw"] = row["amortised_ms"]["median"] / rows["adamw"]["amortised_ms"]["median"]
-    return {f"{name}_{size}": row for name, row in rows.items()}
+        for cells in rows.values():
+            cells["over_adamw"] = cells["amortised_ms"]["median"] / rows["adamw"]["amortised_ms"]["median"]
+    return {f"{name}_{size}": cells for name, cells in rows.items()}
 
 
-def curve(rows: Mapping[str, Any], method: str, column: str) -> tuple[list[float], list[Any]]:
-    """Sizes and cells of the rows ``method_SIZE`` that have this cell."""
-    named = [(*name.rpartition("_")[::2], row.get(column)) for name, row in rows.items()]
-    points = sorted(
-        (float(size), i) for i, (name, size, cell) in enumerate(named) if name == method and cell is not None
-    )
-    return [size for size, _ in points], [named[i][2] for _, i in points]
+def row(stepper: Stepper, seconds: list[float]) -> dict[str, Any]:
+    """A method that never refreshes has one kind of step."""
+    ms = {kind: spread(values) for kind, values in times_of(seconds).items()}
+    cells = {"step_ms": ms["step"], "amortised_ms": ms["mean" if stepper.refreshes else "step"]}
+    cells |= {"refresh_ms": ms["slowest"]} if stepper.refreshes else {}
+    return {**cells, "gflop": mean_flops(stepper.flops) / 1e9, **stepper.compiling()}
 
 
 def on_devices(options: argparse.Namespace, platform: str, left_out: dict[str, str]) -> dict[str, Any]:
@@ -154,34 +156,22 @@ def on_devices(options: argparse.Namespace, platform: str, left_out: dict[str, s
 def draw(found: dict[str, Any]) -> Figure:
     """Times against width and layers, compile times against layers, and one device's part."""
     figure = Figure(figsize=(12, 8.8), layout="constrained")
-    panels = figure.subplots(2, 2).ravel()
-    rows, settings = {key: part["rows"] for key, part in found["tables"].items()}, found["settings"]
-    time, layers = "amortised step (ms)", f"layers of a GPT, width {settings['layer_width']}"
-    draw_methods(panels[0], rows["width"], "amortised_ms")
-    draw_methods(panels[1], rows["layers"], "amortised_ms")
-    draw_methods(panels[2], rows["layers"], "compile_s")
-    for name, column in (("fo_soap", "gflop_share"), ("fo_soap", "memory_share"), ("fo_muon", "memory_share")):
-        sizes, shares = curve(rows["devices"], name, column)
-        what = "products and state" if column == "gflop_share" else "temporaries and results"
-        style = "o-" if column == "gflop_share" else "s-."
-        panels[3].plot(sizes, [100 * x for x in shares], style, color=COLORS[name], label=f"{name}: {what}")
-    panels[3].legend(frameon=False)
-    panels[0].set(title="One square kernel", xlabel="width", ylabel=time)
-    panels[1].set(title="Unrolled layers", xlabel=layers, ylabel=time)
-    panels[2].set(title="Unrolled layers: compiling", xlabel=layers, ylabel="compile time (s)")
-    title = f"{settings['device_layers']} layers, matrices shared out (mesh_axis=)"
-    panels[3].set(title=title, xlabel="devices", ylabel="one device's part (%)")
-    for axes in panels:
-        axes.set(xscale="log", yscale="log")
+    panels, rows = figure.subplots(2, 2).ravel(), {key: part["rows"] for key, part in found["tables"].items()}
+    layers, colors = f"layers of a GPT, width {found['settings']['layer_width']}", [*METHODS, APART]
+    for axes, part, column, title, x, y in (
+        (panels[0], "width", "amortised_ms", "One square kernel", "width", "amortised step, ms"),
+        (panels[1], "layers", "amortised_ms", "Unrolled layers", layers, "amortised step, ms"),
+        (panels[2], "layers", "compile_s", "Unrolled layers: compiling", layers, "compile time, s"),
+        (panels[3], "devices", "gflop_share", "Matrices shared out (mesh_axis=)", "devices", "one device's products"),
+        (panels[3], "devices", "state_share", "Matrices shared out (mesh_axis=)", "devices", "products, dashed: state"),
+    ):
+        for i, name in enumerate(colors):
+            cells = {float(key.rpartition("_")[2]): row.get(column) for key, row in rows[part].items()
+                     if key.rpartition("_")[0] == name}  # fmt: skip
+            if sizes := sorted(size for size, cell in cells.items() if cell is not None):
+                style = "s--" if column == "state_share" else "o-"
+                pictures.line(axes, sizes, [cells[x] for x in sizes], style, color=f"C{i}", label=name, markersize=4)
+        axes.set(title=title, xlabel=x, ylabel=y, xscale="log", yscale="log")
         pictures.plain_ticks(axes, sorted({size for line in axes.get_lines() for size in line.get_xdata()}))
-    handles, labels = panels[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(COLORS), frameon=False)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
-
-
-def draw_methods(axes: Axes, rows: Mapping[str, Any], column: str) -> None:
-    for name, color in COLORS.items():
-        sizes, cells = curve(rows, name, column)
-        if sizes:
-            around = np.abs(np.array([ends(cell) for cell in cells]).T - [middle(cell) for cell in cells])
-            axes.errorbar(sizes, [middle(c) for c in cells], around, fmt="o-", markersize=4, color=color, label=name)

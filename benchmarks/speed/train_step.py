@@ -12,67 +12,33 @@ accelerator, with activations and Muon's products in bfloat16.
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from matplotlib.figure import Figure
 
 import fisher_optax as fo
-from benchmarks import harness, pictures
+from benchmarks import harness
 from benchmarks.catalogue import positive
 from benchmarks.harness import PERIOD, RATE, WARM_UP
-from benchmarks.results import Column, ratio, result, spread, table
-from benchmarks.steps import MS, update_stepper
-from experiments.models.gpt import GPT
+from benchmarks.results import columns, ratio, result, spread, table
+from benchmarks.steps import update_stepper
+from experiments.gpt_step import PRESETS, make_gradient
 
 GRADIENTS = 3  # timed a repeat
 
 
-class Preset(NamedTuple):
-    """A GPT, and what it sees in a step."""
-
-    layers: int
-    width: int
-    heads: int
-    vocabulary: int
-    context: int
-    micro_batch: int  # windows in one backward pass
-    micro_batches: int
-    dtype: str  # of the model's computation; parameters and gradients are float32
-
-    @property
-    def tokens(self) -> int:
-        """Of one step."""
-        return self.micro_batches * self.micro_batch * self.context
-
-    @property
-    def model(self) -> GPT:
-        shape = (self.vocabulary, self.context, self.layers, self.width, self.heads)
-        return GPT(*shape, dtype=jnp.dtype(self.dtype))
-
-
-PRESETS = {
-    "small": Preset(6, 384, 6, 65, 256, micro_batch=16, micro_batches=4, dtype="float32"),
-    "gpt2": Preset(12, 768, 12, 50_304, 1024, micro_batch=16, micro_batches=32, dtype="bfloat16"),
-}
 OPTIMIZERS: dict[str, tuple[str, Callable[[Any], optax.GradientTransformation]]] = {
     "adamw": ("`optax.adamw`", lambda dtype: optax.adamw(RATE)),
     "fo_muon": ("`fo.muon`", lambda dtype: fo.muon(RATE, dtype=dtype)),
     "fo_soap": ("`fo.soap`, every 10", lambda dtype: fo.soap(RATE, precondition_frequency=PERIOD)),
 }
 PROMISES = {"fo_muon": 0.03, "fo_soap": 0.12}  # of GPT-2's step on a GPU, at most
-COLUMNS = {
-    "label": Column("optimizer"),
-    "gradient_ms": MS._replace(title="gradient, ms"),
-    "update_ms": MS._replace(title="update, mean of ten, ms"),
-    "whole_ms": MS._replace(title="both, ms"),
-    "share": Column("update's share", ".1%", spread=True),
-    "over_adamw": Column("both, over AdamW's", ".3f", spread=True),
-    "promised": Column("at most", ".0%"),
-    "holds": Column("holds"),
-}
+COLUMNS = columns(
+    "label: optimizer; gradient_ms: gradient, ms ±; update_ms: update, mean of ten, ms ±; whole_ms: both, ms ±;"
+    "share: update's share | .1% ±; over_adamw: both, over AdamW's | .3f ±; promised: at most | .0%; holds: holds"
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -110,23 +76,6 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     )
 
 
-def make_gradient(preset: Preset) -> Callable[[Any, Any], Any]:
-    """The gradient of the mean loss over all micro-batches, summed up in float32 by a loop."""
-
-    def loss(params: Any, windows: Any) -> Any:
-        logits = jnp.asarray(preset.model.apply({"params": params}, windows[:, :-1]))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
-
-    def gradient(params: Any, tokens: Any) -> Any:
-        def add(total: Any, windows: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, windows)), None
-
-        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), tokens)
-        return jax.tree.map(lambda x: x / len(tokens), total)
-
-    return gradient
-
-
 def described(
     gradients: list[float], times: Mapping[str, list[float]], promised: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
@@ -147,10 +96,3 @@ def described(
             "holds": None if most is None else share["median"] <= most,
         }
     return rows
-
-
-def draw(found: Mapping[str, Any]) -> Figure:
-    rows, tokens = found["tables"]["steps"]["rows"], found["settings"]["tokens"]
-    title = f"A training step on {tokens:,} tokens, {pictures.where(found)}"
-    panels = [pictures.Bars(rows, "whole_ms", "gradient and mean update, ms", {"gradient_ms": "the gradient alone"})]
-    return pictures.bars(title, *panels, pictures.Bars(rows, "share", "update's share"))

@@ -16,20 +16,9 @@ from tqdm import tqdm
 
 from benchmarks import pictures, results
 from benchmarks.catalogue import positive
-from benchmarks.results import Column
-from experiments.kronecker_error import (
-    DECAY,
-    EVERY,
-    NEAREST,
-    SAMPLES,
-    SAMPLES_DECAY,
-    SETTINGS,
-    SHAPE,
-    STEPS,
-    TURN,
-    hessian_errors,
-    run_setting,
-)
+from benchmarks.results import columns
+from experiments import kronecker_error as experiment
+from experiments.kronecker_error import EVERY, NEAREST, SAMPLES, SETTINGS, STEPS
 
 EARLY = 20  # steps: an error that tables tell beside the last
 LABELS = {
@@ -41,20 +30,14 @@ LABELS = {
     "kl": "KL",
 }
 TITLES = {"independent": "independent N(0, I)", "kronecker": "Kronecker covariance", "drifting": "drifting"}
-ERRORS = {
-    "label": Column("method"),
-    **{
-        f"{setting}{key}": Column(f"{title}: {what}", spread=True)
-        for setting, title in TITLES.items()
-        for key, what in (("_early", f"error at {EARLY}"), ("", f"at {STEPS}"), ("_off", "off-diagonal"))
-    },
-    **{f"hessian_{count}": Column(f"Hessian: error, {count} samples", spread=True) for count in SAMPLES},
-}
-DYKAF = {
-    "lower": Column("error lower by", ".1%", spread=True),
-    "lower_off": Column("off-diagonal lower by", ".1%", spread=True),
-    "first": Column("first nearer at step", "d"),
-}
+WHAT = {"_early": f"error at {EARLY}", "": f"at {STEPS}", "_off": "off-diagonal"}
+ERRORS = columns("label: method") | columns(
+    ";".join(f"{setting}{key}: {title}: {what} ±" for setting, title in TITLES.items() for key, what in WHAT.items())
+    + "".join(f"; hessian_{count}: Hessian: error, {count} samples ±" for count in SAMPLES)
+)
+DYKAF = columns(
+    "lower: error lower by | .1% ±; lower_off: off-diagonal lower by | .1% ±; first: first nearer at step | d"
+)
 Measured = Mapping[str, Mapping[str, Any]]  # by setting and method: a list over seeds of what a seed gave
 
 
@@ -66,7 +49,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     measured, medians = dict[str, dict[str, Any]](), dict[str, Any]()
     with jax.enable_x64(True):
         for setting, make in {**SETTINGS, "hessian": None}.items():
-            of_seed = hessian_errors if make is None else functools.partial(run_setting, make)
+            of_seed = experiment.hessian_errors if make is None else functools.partial(experiment.run_setting, make)
             seeds = [of_seed(seed) for seed in tqdm(range(options.seeds), desc=setting)]
             measured[setting] = {name: [seed[name] for seed in seeds] for name in seeds[0]}
     for setting in SETTINGS:
@@ -77,14 +60,20 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "How far Kronecker products made from single gradients are from a Fisher that is known.",
         options.command,
         tables(measured),
-        settings={"shape": SHAPE, "decay": DECAY, "decay_hessian": SAMPLES_DECAY, "steps": STEPS, "turn": TURN},
+        settings={
+            "shape": experiment.SHAPE,
+            "decay": experiment.DECAY,
+            "decay_hessian": experiment.SAMPLES_DECAY,
+            "steps": STEPS,
+            "turn": experiment.TURN,
+        },
         seeds=range(options.seeds),
         details={"steps": list(range(EVERY, STEPS + 1, EVERY)), "medians": medians},
     )
 
 
 def tables(measured: Measured) -> dict[str, Any]:
-    """Of what `run_setting` and `hessian_errors` found for each seed."""
+    """Of what `experiment.run_setting` and `experiment.hessian_errors` found for each seed."""
     rows: dict[str, dict[str, Any]] = {name: {"label": label} for name, label in LABELS.items()}
     for setting in SETTINGS:
         for name, seeds in measured[setting].items():

@@ -16,6 +16,7 @@ from fisher_optax.matrices.rules import resolve_axes
 
 LONGEST = 2**31
 # Each optimizer, and the statistics that axes are inferred for.
+FACTORS = fo.KroneckerFactors(max_dim=LONGEST)
 METHODS: dict[str, tuple[Any, object]] = {
     "Muon": (fo.muon, None),
     "SOAP": (fo.soap, None),
@@ -23,9 +24,9 @@ METHODS: dict[str, tuple[Any, object]] = {
     "DyKAF": (fo.dykaf, None),
     "KL-SOAP": (fo.kl_soap, None),
     "KL-Shampoo": (fo.kl_shampoo, None),
-    "K-FAC": (fo.kfac, fo.KroneckerFactors(max_dim=LONGEST)),
+    "K-FAC": (fo.kfac, FACTORS),
     "EKFAC": (fo.ekfac, fo.KroneckerFactors(max_dim=LONGEST, squares=True)),
-    "KFAC-SOAP": (fo.kfac_soap, fo.KroneckerFactors(max_dim=LONGEST)),
+    "KFAC-SOAP": (fo.kfac_soap, FACTORS),
     "FROG": (fo.frog, fo.LayerSamples()),
 }
 WAYS = ("default", "inferred")
@@ -95,10 +96,6 @@ def shares(layout: Layout, found: Mapping[str, Words]) -> dict[str, Any]:
     }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
-
-
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     layouts = {key: make() for key, make in MODELS.items()}
     found = {name: {key: words(name, layout) for key, layout in layouts.items()} for name in METHODS}
@@ -116,7 +113,3 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             **{key: leaves_table(layout, of_each[key], groups) for key, layout in layouts.items()},
         },
     )
-
-
-def draw(found: dict[str, Any]) -> None:
-    """Its tables say it all."""

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import results
 from benchmarks.catalogue import positive
-from benchmarks.results import Column
+from benchmarks.results import columns, result, spread, table
 from experiments import merge_tasks
 from experiments.merge_tasks_parts import TASKS
 from experiments.merge_tasks_report import COLORS, FISHER, PLAIN, SCALED, draw_methods, draw_paths
@@ -33,79 +32,51 @@ NAMES = {
     "dare_ties": "DARE + TIES",
 }
 DIFFERENCES = (("fisher", "average"), ("fisher", "fisher_scaled"), ("arithmetic_fisher", "arithmetic"))
+METHODS = columns(
+    "label: method; both: both tasks | .1% ±; task_1: task 1 | .1% ±; task_2: task 2 | .1% ±;"
+    "half: both, number at 0.5 | .1% ±; number: number chosen | .2f ±"
+)
+GAINS = columns(
+    "label: method; gain: gain on both tasks, points | .1f ±; better: seeds better | d; worse: seeds worse | d"
+)
+Seeds = Sequence[Mapping[str, Any]]  # what the experiment measured, by seed
 
-Seeds = Sequence[Mapping[str, Any]]  # what the example measured, by seed
 
-
-def both(seeds: Seeds, method: str, at: str) -> np.ndarray:
-    """Mean accuracy on both tasks, by seed, at the number that validation ``"test"`` chose or ``"at one half"``."""
+def both(seeds: Seeds, method: str, at: str = "test") -> np.ndarray:
+    """Mean accuracy on both tasks, by seed, at the number that validation chose or ``"at one half"``."""
     return np.mean([seed["methods"][NAMES[method]][at] for seed in seeds], axis=1)
 
 
 def of_method(seeds: Seeds, method: str) -> dict[str, Any]:
-    found = [seed["methods"][NAMES[method]] for seed in seeds]
-    cells: dict[str, Any] = {"label": NAMES[method], "both": results.spread(both(seeds, method, "test").tolist())}
-    for i in range(2):
-        cells[f"task_{i + 1}"] = results.spread([row["test"][i] for row in found])
-    if found[0]["number"] is not None:
-        cells["half"] = results.spread(both(seeds, method, "at one half").tolist())
-        cells["number"] = results.spread([row["number"] for row in found])
+    rows = [seed["methods"][NAMES[method]] for seed in seeds]
+    cells: dict[str, Any] = {"label": NAMES[method], "both": spread(both(seeds, method).tolist())}
+    cells |= {f"task_{i + 1}": spread([row["test"][i] for row in rows]) for i in range(2)}
+    if rows[0]["number"] is not None:
+        cells["half"] = spread(both(seeds, method, "at one half").tolist())
+        cells["number"] = spread([row["number"] for row in rows])
     return cells
 
 
 def of_pair(seeds: Seeds, ours: str, other: str) -> dict[str, Any]:
-    gain = 100 * (both(seeds, ours, "test") - both(seeds, other, "test"))
-    return {
-        "label": f"{NAMES[ours]} over {NAMES[other]}",
-        "gain": results.spread(gain.tolist()),
-        "better": int((gain > 0).sum()),
-        "worse": int((gain < 0).sum()),
-    }
+    gain = 100 * (both(seeds, ours) - both(seeds, other))
+    counts = {"better": int((gain > 0).sum()), "worse": int((gain < 0).sum())}
+    return {"label": f"{NAMES[ours]} over {NAMES[other]}", "gain": spread(gain.tolist()), **counts}
 
 
 def tables(measured: Mapping[str, Seeds]) -> dict[str, Any]:
     """Of the seeds of each pair of tasks."""
-    methods = {kind: {method: of_method(seeds, method) for method in NAMES} for kind, seeds in measured.items()}
-    together = {
-        method: {"label": label, **{kind: rows[method]["both"] for kind, rows in methods.items()}}
-        for method, label in NAMES.items()
-    }
-    titles = {kind: "; ".join(TASKS[kind]) for kind in measured}
-    columns = {"label": Column("method"), **{kind: accuracy(title) for kind, title in titles.items()}}
-    found = {"both": results.table("Accuracy on both tasks together", columns, together)}
-    for kind, title in titles.items():
-        found[kind] = results.table(f"Accuracy, tasks: images {title}", METHODS, methods[kind])
-        pairs = {f"{ours}_over_{other}": of_pair(measured[kind], ours, other) for ours, other in DIFFERENCES}
-        found[f"{kind}_gain"] = results.table(f"Differences seed by seed, tasks: images {title}", GAINS, pairs)
-    return found
-
-
-def accuracy(title: str) -> Column:
-    return Column(title, ".1%", spread=True)
-
-
-METHODS = {
-    "label": Column("method"),
-    "both": accuracy("both tasks"),
-    "task_1": accuracy("task 1"),
-    "task_2": accuracy("task 2"),
-    "half": accuracy("both, number at 0.5"),
-    "number": Column("number chosen", ".2f", spread=True),
-}
-GAINS = {
-    "label": Column("method"),
-    "gain": Column("gain on both tasks, points", ".1f", spread=True),
-    "better": Column("seeds better", "d"),
-    "worse": Column("seeds worse", "d"),
-}
-
-
-def paths(seeds: Seeds) -> dict[str, Any]:
-    """Of both averages, along the coefficient of task 2: (seeds, points, tasks)."""
-    found = {name: [seed["methods"][name] for seed in seeds] for name in COLORS}
-    return {
-        name: {"numbers": rows[0]["numbers"], "accuracy": [row["path"] for row in rows]} for name, rows in found.items()
-    }
+    titles, found = {kind: "; ".join(TASKS[kind]) for kind in measured}, {}
+    rows = {name: {"label": label} for name, label in NAMES.items()}
+    for kind, seeds in measured.items():
+        of_kind = {method: of_method(seeds, method) for method in NAMES}
+        pairs = {f"{ours}_over_{other}": of_pair(seeds, ours, other) for ours, other in DIFFERENCES}
+        found[kind] = table(f"Accuracy, tasks: images {titles[kind]}", METHODS, of_kind)
+        found[f"{kind}_gain"] = table(f"Differences seed by seed, tasks: images {titles[kind]}", GAINS, pairs)
+        for method, cells in of_kind.items():
+            rows[method][kind] = cells["both"]
+    of_tasks = {kind: METHODS["both"]._replace(title=title) for kind, title in titles.items()}
+    of_tasks = {"label": METHODS["label"], **of_tasks}
+    return {"both": table("Accuracy on both tasks together", of_tasks, rows), **found}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -114,21 +85,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    measured, config = dict[str, Seeds](), {}
+    measured, config, paths = dict[str, Seeds](), {}, {}
     for kind in TASKS:
         out = options.work / kind
         resume = ["--resume"] if (out / "config.json").exists() else []
         merge_tasks.main([f"--tasks={kind}", f"--seeds={options.seeds}", f"--out={out}", *resume])
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         measured[kind], config = report["seeds"], report["config"]
-    yield results.result(
+        averages = {name: [seed["methods"][name] for seed in measured[kind]] for name in COLORS}
+        paths[kind] = {
+            name: {"numbers": rows[0]["numbers"], "accuracy": [row["path"] for row in rows]}
+            for name, rows in averages.items()
+        }
+    yield result(
         "merging_digits",
         "Test accuracy of small CNNs merged from two that were tuned apart on two tasks of scikit-learn's digits.",
         options.command,
         tables(measured),
         settings={name: value for name, value in config.items() if name not in ("tasks", "seeds")},
         seeds=range(options.seeds),
-        details={kind: paths(seeds) for kind, seeds in measured.items()},
+        details=paths,
     )
 
 
@@ -137,23 +113,17 @@ def draw(found: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(13, 10.5), layout="constrained")
     axes = figure.subplots(len(TASKS), 2, width_ratios=(1.1, 1))
     for (left, right), (kind, tasks) in zip(axes, TASKS.items(), strict=True):
-        paths, rows = found["details"][kind], found["tables"][kind]["rows"]
-        seeds = [
-            {
-                "methods": {
-                    name: {"numbers": path["numbers"], "path": path["accuracy"][i]} for name, path in paths.items()
-                }
-            }
-            for i in found["seeds"]
-        ]
-        draw_paths(left, {"seeds": seeds, "tasks": tasks})
-        both = {row["label"]: row["both"] for row in rows.values()}
-        of_tasks = {row["label"]: [row[f"task_{i}"]["median"] for i in (1, 2)] for row in rows.values()}
-        methods = {
-            name: {"both": cell["median"], "both_by_seed": [cell["low"], cell["high"]], "tasks": of_tasks[name]}
-            for name, cell in both.items()
+        paths = {
+            name: [{"numbers": path["numbers"], "path": seed} for seed in path["accuracy"]]
+            for name, path in found["details"][kind].items()
         }
+        seeds = [{"methods": {name: rows[i] for name, rows in paths.items()}} for i in found["seeds"]]
+        draw_paths(left, {"seeds": seeds, "tasks": tasks})
+        methods = {}
+        for row in found["tables"][kind]["rows"].values():
+            cell, of_tasks = row["both"], [row[f"task_{i}"]["median"] for i in (1, 2)]
+            ends = [cell["low"], cell["high"]]
+            methods[row["label"]] = {"both": cell["median"], "both_by_seed": ends, "tasks": of_tasks}
         draw_methods(right, {"methods": methods})
-    count = len(found["seeds"])
-    figure.suptitle(f"Merging a CNN tuned on two tasks; test accuracy, means along the lines, {count} seeds")
+    figure.suptitle(f"Merging a CNN tuned on two tasks; test accuracy, {len(found['seeds'])} seeds")
     return figure

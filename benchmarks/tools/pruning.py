@@ -10,18 +10,17 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from matplotlib.figure import Figure
 
-from benchmarks import results
-from benchmarks.results import Column
+from benchmarks.results import Column, result, spread, table
 from experiments import prune_gpt
 from experiments.prune_gpt_report import TITLES, picture
 from experiments.trained_gpt import read_settings
 
-# What the tables of perplexities are called, by the example's names, and what they hold.
+# What the tables of perplexities are called, by the experiment's names, and what they hold.
 VARIANTS = {"given": "given", "pruned": "sequential", "owl": "owl", "matrix": "matrix"}
 WHAT = {
     "given": "inputs of the model as given, shares of each output's weights",
@@ -29,92 +28,61 @@ WHAT = {
     "owl": "OWL's share for each block",
     "matrix": "shares of whole matrices",
 }
-
-
-class Model(NamedTuple):
-    """What was pruned."""
-
-    perplexity: float
-    parameters: int
-    steps: int
-
-
-def column_of(sparsity: str) -> str:
-    """``0.5`` -> ``50%``; patterns as they are."""
-    return sparsity if ":" in sparsity else f"{float(sparsity):.0%}"
-
-
-class Grid:
-    """The values of a quantity by the draws, of what `prune_gpt` measured."""
-
-    def __init__(self, rows: Sequence[Mapping[str, Any]], quantity: str):
-        self.draws: dict[tuple[str, str, str], list[float]] = {}
-        for row in sorted(rows, key=lambda row: row["draw"]):
-            key = VARIANTS[row["variant"]], row["method"], column_of(row["sparsity"])
-            self.draws.setdefault(key, []).append(row[quantity])
-        self.columns = list(dict.fromkeys(column for _, _, column in self.draws))
-
-    def rows(self, variant: str) -> dict[str, dict[str, Any]]:
-        """Spreads by method and sparsity."""
-        found: dict[str, dict[str, Any]] = {}
-        for (of, method, column), values in self.draws.items():
-            if of == variant:
-                found.setdefault(method, {"label": TITLES[method]})[column] = results.spread(values)
-        return found
-
-    def ratios(self, over: tuple[str, str], under: tuple[str, str]) -> dict[str, Any]:
-        """One variant and method by another, draw by draw; what needs no data has one draw for all."""
-        found = {}
-        for column in self.columns:
-            a, b = (self.draws.get((*key, column), []) for key in (over, under))
-            if a and b:
-                count = max(len(a), len(b))
-                pairs = zip(a * (count // len(a)), b * (count // len(b)), strict=True)
-                found[column] = results.spread([x / y for x, y in pairs])
-        return found
-
-
-def tables(model: Model, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the example's ``rows``, one for each model that was pruned."""
-    grid, errors = Grid(rows, "perplexity"), Grid(rows, "error")
-    found = {"model": results.table("The model before", MODEL, {"dense": model._asdict()})}
-    for name, what in WHAT.items():
-        found[name] = by_sparsity(f"Perplexity after pruning: {what}", ".2f", grid.rows(name))
-    steps = {
-        better: {
-            "label": f"{TITLES[better]} over {TITLES[worse]}",
-            **grid.ratios(("given", better), ("given", worse)),
-        }
-        for worse, better in itertools.pairwise(grid.rows("given"))
-    }
-    found["order"] = by_sparsity("Perplexity as a share of the method's before", ".3f", steps)
-    for name, what in WHAT.items():
-        if name != "given":
-            title = f"Perplexity by {what}, share of that by inputs as given"
-            found[f"{name}_share"] = by_sparsity(title, ".3f", against_given(grid, name))
-    title = "Error of the layers by inputs as pruned so far, share of that by inputs as given"
-    found["sequential_error"] = by_sparsity(title, ".3f", against_given(errors, "sequential"))
-    return {name: part for name, part in found.items() if part["rows"]}
-
-
-def against_given(grid: Grid, variant: str) -> dict[str, dict[str, Any]]:
-    """A variant's values over those of inputs as given, by method."""
-    rows = {method: grid.ratios((variant, method), ("given", method)) for method in TITLES}
-    return {method: {"label": TITLES[method], **cells} for method, cells in rows.items() if cells}
-
-
-def by_sparsity(title: str, form: str, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A table with a column for each sparsity that there is."""
-    keys = dict.fromkeys(key for row in rows.values() for key in row if key != "label")
-    columns = {"label": Column("method"), **{key: Column(key, form, spread=True) for key in keys}}
-    return results.table(title, columns, rows)
-
-
 MODEL = {
     "perplexity": Column("perplexity by character"),
     "parameters": Column("parameters", ",d"),
     "steps": Column("training steps", "d"),
 }
+Draws = Mapping[tuple[str, str], Mapping[str, list[float]]]  # by variant and method, and by sparsity
+
+
+def draws_of(rows: Sequence[Mapping[str, Any]], quantity: str) -> Draws:
+    """The values of a quantity, of what `prune_gpt` measured."""
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in sorted(rows, key=lambda row: row["draw"]):
+        of_method = found.setdefault((VARIANTS[row["variant"]], row["method"]), {})
+        sparsity = row["sparsity"] if ":" in row["sparsity"] else f"{float(row['sparsity']):.0%}"
+        of_method.setdefault(sparsity, []).append(row[quantity])
+    return found
+
+
+def ratios(draws: Draws, over: tuple[str, str], under: tuple[str, str]) -> dict[str, Any]:
+    """One variant and method by another, draw by draw; what needs no data has one draw for all."""
+    found = {}
+    for key, a in draws.get(over, {}).items():
+        if b := draws.get(under, {}).get(key):
+            count = max(len(a), len(b))
+            pairs = zip(a * (count // len(a)), b * (count // len(b)), strict=True)
+            found[key] = spread([x / y for x, y in pairs])
+    return found
+
+
+def tables(model: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the experiment's ``rows``, one for each model that was pruned."""
+    draws, errors, found = draws_of(rows, "perplexity"), draws_of(rows, "error"), dict[str, Any]()
+
+    def add(name: str, title: str, form: str, cells: Mapping[str, Mapping[str, Any]]) -> None:
+        keys = dict.fromkeys(key for row in cells.values() for key in row)
+        columns = {"label": Column("method"), **{key: Column(key, form, spread=True) for key in keys}}
+        filled = {method: {"label": TITLES.get(method, method), **row} for method, row in cells.items() if row}
+        if filled:
+            found[name] = table(title, columns, filled)
+
+    for name, what in WHAT.items():
+        of_variant = {m: {key: spread(x) for key, x in draws.get((name, m), {}).items()} for m in TITLES}
+        add(name, f"Perplexity after pruning: {what}", ".2f", of_variant)
+    order = [method for method in TITLES if ("given", method) in draws]
+    steps = {b: ratios(draws, ("given", b), ("given", a)) for a, b in itertools.pairwise(order)}
+    add("order", "Perplexity as a share of the method's before", ".3f", steps)
+    shared = [(f"{name}_share", draws, f"Perplexity by {what}") for name, what in WHAT.items() if name != "given"]
+    shared.append(("sequential_error", errors, "Error of the layers by inputs as pruned so far"))
+    for name, of, told in shared:
+        variant = name.partition("_")[0]
+        shares = {method: ratios(of, (variant, method), ("given", method)) for method in TITLES}
+        add(name, f"{told}, share of that by inputs as given", ".3f", shares)
+    for worse, better in itertools.pairwise(order):
+        found["order"]["rows"][better]["label"] = f"{TITLES[better]} over {TITLES[worse]}"
+    return {"model": table("The model before", MODEL, {"dense": model}), **found}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -129,31 +97,27 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     report = json.loads((work / "report.json").read_text(encoding="utf-8"))
     run = Path(report["config"]["run"] or work / "gpt")
     parameters = sum(x.size for x in jax.tree.leaves(prune_gpt.load(run)[0].params))
-    text, model = Path(read_settings(run)[0].data).name, Model(report["dense"], parameters, report["steps"])
+    model = {"perplexity": report["dense"], "parameters": parameters, "steps": report["steps"]}
     settings = {name: value for name, value in report["config"].items() if name not in ("run", "steps")}
-    yield results.result(
+    yield result(
         "pruning_gpt",
         "Perplexity on validation text of a character GPT whose kernels of attention and MLP are pruned.",
         options.command,
         tables(model, report["rows"]),
-        settings={**settings, "model": "experiments/train_gpt.py", "text": text},
+        settings=settings | {"model": "experiments/train_gpt.py", "text": Path(read_settings(run)[0].data).name},
         seeds=range(settings["draws"]),
     )
 
 
 def draw(found: dict[str, Any]) -> Figure:
-    """The example's picture, of medians and ranges over the draws."""
-    table = [
-        {
-            "method": method,
-            "variant": variant,
-            "sparsity": column if ":" in column else str(float(column.rstrip("%")) / 100),
-            "perplexity": {"mean": cell["median"], "least": cell["low"], "most": cell["high"]},
-        }
-        for variant, name in VARIANTS.items()
-        for method, row in found["tables"].get(name, {"rows": {}})["rows"].items()
-        for column, cell in row.items()
-        if column != "label"
-    ]
-    model = found["tables"]["model"]["rows"]["dense"]
-    return picture({"table": table, "dense": model["perplexity"], "steps": model["steps"]})
+    """The experiment's picture, of medians and ranges over the draws."""
+    parts, rows = found["tables"], []
+    for variant, name in VARIANTS.items():
+        for method, row in parts[name]["rows"].items() if name in parts else ():
+            for key in row.keys() - {"label"}:
+                ends = {"mean": row[key]["median"], "least": row[key]["low"], "most": row[key]["high"]}
+                sparsity = key if ":" in key else str(float(key.rstrip("%")) / 100)
+                rows.append({"method": method, "variant": variant, "sparsity": sparsity, "perplexity": ends})
+    model = parts["model"]["rows"]["dense"]
+    rows.sort(key=lambda row: row["sparsity"])
+    return picture({"table": rows, "dense": model["perplexity"], "steps": model["steps"]})
