@@ -1,7 +1,6 @@
 """Measures, and writes the tables of what was measured: `benchmarks/README.md` says how."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,10 +80,7 @@ def main(arguments: Sequence[str]) -> int | str:
     if name == "page":
         return write_page(rest)
     if name not in CATALOGUE:
-        known = [*CATALOGUE, "page"]
-        near = difflib.get_close_matches(name, known, 1)
-        meant = f" Did you mean {near[0]!r}?" if near else ""
-        return f"unknown benchmark {name!r}.{meant} There are {', '.join(known)}."
+        return f"unknown benchmark {name!r}. There are {', '.join(CATALOGUE)}, and page."
     measure(name, rest)
     return 0
 

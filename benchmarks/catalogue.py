@@ -17,26 +17,27 @@ class Entry(NamedTuple):
     minutes: int
 
 
-CATALOGUE = {
-    "step_time": Entry("speed", 40),
-    "train_step": Entry("speed", 5),
-    "capture_cost": Entry("speed", 28),
-    "scaling": Entry("speed", 20),
-    "compiled": Entry("speed", 3),
-    "compression_speed": Entry("speed", 1),
-    "orthogonal_iteration": Entry("speed", 2),
-    "figure3": Entry("training", 60),
-    "steps_to_target": Entry("training", 60),
-    "curvature": Entry("training", 25),
-    "frog_cifar": Entry("training", 40),
-    "dykaf_regimes": Entry("training", 20),
-    "precision": Entry("training", 20),
-    "kronecker_error": Entry("tools", 1),
-    "fisher_tools": Entry("tools", 2),
-    "pruning": Entry("tools", 14),
-    "merging": Entry("tools", 2),
-    "layouts": Entry("tools", 1),
+GROUPS = {
+    "speed": {
+        "step_time": 40,
+        "train_step": 5,
+        "capture_cost": 28,
+        "scaling": 20,
+        "compiled": 3,
+        "compression_speed": 1,
+        "orthogonal_iteration": 2,
+    },
+    "training": {
+        "figure3": 60,
+        "steps_to_target": 60,
+        "curvature": 25,
+        "frog_cifar": 40,
+        "dykaf_regimes": 20,
+        "precision": 20,
+    },
+    "tools": {"kronecker_error": 1, "fisher_tools": 2, "pruning": 14, "merging": 2, "layouts": 1},
 }
+CATALOGUE = {name: Entry(group, m) for group, names in GROUPS.items() for name, m in names.items()}
 
 
 def load(name: str) -> Any:
@@ -56,12 +57,10 @@ def benchmark_of(found: Mapping[str, Any]) -> str:
     Raises:
         ValueError: the command is of no benchmark in the catalogue.
     """
-    words = found["command"].split()
+    words, known = found["command"].split(), ", ".join(CATALOGUE)
     if words[:3] != ["python", "-m", "benchmarks"] or len(words) < 4 or words[3] not in CATALOGUE:
-        raise ValueError(
-            f"result {found['name']!r} has the command {found['command']!r}; it must begin with "
-            f"'python -m benchmarks NAME', NAME one of {', '.join(CATALOGUE)}."
-        )
+        told = f"it must begin with 'python -m benchmarks NAME', NAME one of {known}"
+        raise ValueError(f"result {found['name']!r} has the command {found['command']!r}; {told}.")
     return words[3]
 
 

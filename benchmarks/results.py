@@ -84,11 +84,6 @@ def table(title: str, columns: Mapping[str, Column], rows: Mapping[str, Mapping[
     }
 
 
-def filled(columns: Mapping[str, Column], rows: Mapping[str, Mapping[str, Cell]]) -> dict[str, Column]:
-    """The columns in which some row has something."""
-    return {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows.values())}
-
-
 def result(
     name: str,
     what: str,
@@ -99,16 +94,10 @@ def result(
     seeds: Sequence[int] = (),
     details: Any = None,
 ) -> dict[str, Any]:
-    """A whole result, on the machine that `harness.environment` tells of.
+    """A whole result, of a file's name, a sentence, what to type to measure it again, and tables made by `table`.
 
-    Args:
-        name: of the file.
-        what: one sentence: what was measured, of what.
-        command: what to type to measure it again.
-        tables: by name, made by `table`.
-        settings: whatever else the numbers depend on, as JSON values.
-        seeds: of random numbers, where they were varied.
-        details: what pictures need beside the tables.
+    ``settings`` are whatever else the numbers depend on, ``seeds`` those that were varied, ``details`` what pictures
+    need beside the tables. The machine is what `harness.environment` tells of.
     """
     machine = dict(harness.environment())
     date, versions = machine.pop("date"), machine.pop("versions")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import harness
-from benchmarks.flops import FACTORISATIONS, FlopCount, count_matmul_flops
 from benchmarks.harness import PERIOD
 from benchmarks.results import spread
+from experiments.flops import FACTORISATIONS, FlopCount, count_matmul_flops
 
 
 def update_of(tx: Any, **extra: Any) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
@@ -59,14 +59,8 @@ class Stepper:
         return out
 
     def compiling(self) -> dict[str, Any]:
-        """Cells of a table: what compiling took and gave."""
-        first = self.programs[0]
-        return {
-            "compile_s": spread([p.compile_s for p in self.programs]),
-            "trace_s": spread([p.trace_s for p in self.programs]),
-            "stablehlo_lines": first.stablehlo_lines,
-            "hlo_lines": first.hlo_lines,
-        }
+        """Cells of a table: what compiling took."""
+        return {key: spread([getattr(p, key) for p in self.programs]) for key in ("compile_s", "trace_s")}
 
 
 def update_stepper(tx: optax.GradientTransformation, params: Any, grads: Any = None) -> Stepper:

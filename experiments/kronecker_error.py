@@ -21,6 +21,7 @@ from fisher_optax.preconditioner.contracts import Eigenpairs, Kronecker
 SHAPE, DECAY, STEPS, EVERY = (8, 6), 0.95, 400, 10
 SAMPLES, SAMPLES_DECAY = (30, 100, 300, 1000, 3000), 0.999
 TURN = 0.02  # radians a step
+SETTINGS_TOLD = {"shape": SHAPE, "decay": DECAY, "decay_hessian": SAMPLES_DECAY, "steps": STEPS, "turn": TURN}
 
 
 def shampoo(decay: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 import fisher_optax as fo
 from benchmarks.capture_cost import peak_bytes
 from benchmarks.capture_models import Model, gpt, of_flax
-from benchmarks.flops import count_matmul_flops
+from experiments.flops import count_matmul_flops
 from benchmarks.harness import nbytes
 from experiments.models.gpt import Block
 

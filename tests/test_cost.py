@@ -9,7 +9,7 @@ import pytest
 
 import fisher_optax as fo
 from benchmarks import harness
-from benchmarks.flops import FlopCount, count_matmul_flops
+from experiments.flops import FlopCount, count_matmul_flops
 from benchmarks.steps import flops_of_a_refresh
 from benchmarks.trees import TREES, make_params
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.contenders import CONTENDERS
-from benchmarks.flops import count_matmul_flops
+from experiments.flops import count_matmul_flops
 from benchmarks.harness import nbytes
 from benchmarks.trees import TREES, hidden, make_params
 

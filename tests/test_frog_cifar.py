@@ -12,7 +12,7 @@ import pytest
 import fisher_optax as fo
 from benchmarks import frog_cifar, results
 from benchmarks.__main__ import parser_of
-from benchmarks.flops import count_matmul_flops
+from experiments.flops import count_matmul_flops
 from benchmarks.frog_cifar import Setting
 from benchmarks.frog_cifar_report import PLAIN, Shown, Steps, describe
 from experiments import train_images

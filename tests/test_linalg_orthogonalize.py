@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.flops import count_matmul_flops
+from experiments.flops import count_matmul_flops
 from fisher_optax._xla import PLATFORMS
 from fisher_optax.linalg import direct_flops, gram_flops, jordan, orthogonalize, polar_express, restart_steps, you
 from tests.reference.newton_schulz import (

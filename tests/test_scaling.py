@@ -15,7 +15,7 @@ from jax.extend.core import Jaxpr, Literal
 
 import fisher_optax as fo
 from benchmarks import results, scaling, scaling_devices
-from benchmarks.flops import FACTORISATIONS, FlopCount
+from experiments.flops import FACTORISATIONS, FlopCount
 from benchmarks.scaling_model import Product, Rates, exponent
 from benchmarks.scaling_parts import METHODS, PERIOD, Contender, Method, apart, one_kernel, over_period
 from benchmarks.trees import random_like

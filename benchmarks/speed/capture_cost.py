@@ -4,10 +4,9 @@
 
 A step is loss, gradients, statistics and the parameters' update on a batch drawn beforehand. Rows without an optimizer
 take SGD's step and keep a running mean of the statistics; the others hand them to the optimizer, whose refresh every
-ten steps is timed apart and spread over the ten, which are a repeat. All rows of a model take turns in one run, each
-with what it carries donated. Flops are those of matrix products, before the compiler drops what nothing reads, which is
-much of a Monte-Carlo pass. Memory is the compiler's own count of a step's temporaries and results, without what is
-donated.
+ten steps is timed apart and spread over the ten, which are a repeat. All rows of a model take turns. Flops are those of
+matrix products, before the compiler drops what nothing reads, which is much of a Monte-Carlo pass. Memory is the
+compiler's own count of a step's temporaries and results, without what is donated.
 """
 
 import argparse
@@ -65,24 +64,22 @@ def samples(model: Model) -> fo.LayerSamples:
     return fo.LayerSamples(64)
 
 
+def bases(key: Any, state: Any, params: Any) -> dict[str, Any]:
+    return {"bases": fo.eigenbases(state, params)}
+
+
 INVERSE = {"precondition_frequency": PERIOD, "refresh": fo.Refresh(decomposition="inverse")}
+SQUARES = fo.KroneckerFactors(squares=True)
 ROWS = {
     "sgd": Row("SGD"),
     "empirical": Row("`fo.KroneckerFactors()`, empirical", factors),
-    "max_examples": Row(
-        "the same, `max_examples=`", lambda model: fo.KroneckerFactors(max_examples=model.max_examples)
-    ),
+    "max_examples": Row("the same, `max_examples=`", lambda m: fo.KroneckerFactors(max_examples=m.max_examples)),
     "mc": Row("the same, Monte-Carlo", factors, fisher="mc", extra=lambda key, state, params: {"fisher_key": key}),
     "layer_samples": Row("`fo.LayerSamples(64)`", samples),
     "input_gram": Row("`fo.InputGram()`", lambda model: fo.InputGram()),
     "kfac": Row("`fo.kfac`", factors, fo.kfac),
     "kfac_inverse": Row('`fo.kfac(refresh=fo.Refresh(decomposition="inverse"))`', factors, fo.kfac, INVERSE),
-    "ekfac": Row(
-        "`fo.ekfac`",
-        lambda model: fo.KroneckerFactors(squares=True),
-        fo.ekfac,
-        extra=lambda key, state, params: {"bases": fo.eigenbases(state, params)},
-    ),
+    "ekfac": Row("`fo.ekfac`", lambda model: SQUARES, fo.ekfac, extra=bases),
     "kfac_soap": Row("`fo.kfac_soap`", factors, fo.kfac_soap),
     "frog": Row("`fo.frog`", samples, fo.frog, {}),
     "kfrog": Row("`fo.kfrog`", samples, fo.kfrog, {}),
@@ -138,15 +135,14 @@ def describe(name: str, contender: Any, seconds: Sequence[float]) -> dict[str, A
 
 def compare(model: str, rows: Mapping[str, dict[str, Any]], times: Mapping[str, Sequence[float]]) -> None:
     """Add each row's multiples of SGD, and what is promised of them."""
-    kinds = {key: "mean" if row["refresh_ms"] else "step" for key, row in rows.items()}
-    ms = {key: times_of(times[key])[kind] for key, kind in kinds.items()}
+    ms = {key: times_of(times[key])["mean" if row["refresh_ms"] else "step"] for key, row in rows.items()}
     for key, row in rows.items():
-        row["over_sgd"] = ratio(ms[key], ms["sgd"])
-        for over, cell in (("flops_over_sgd", "mean_gflop"), ("memory_over_sgd", "memory_mb")):
-            row[over] = row[cell] / rows["sgd"][cell] if cell in row else None
-        if (model, key) in PROMISES:
-            row["promised"] = PROMISES[model, key]
-            row["holds"] = row["over_sgd"]["median"] <= row["promised"]
+        row["over_sgd"], sgd = ratio(ms[key], ms["sgd"]), rows["sgd"]
+        if key not in PEERS:
+            row["flops_over_sgd"] = row["mean_gflop"] / sgd["mean_gflop"]
+            row["memory_over_sgd"] = row["memory_mb"] / sgd["memory_mb"]
+        if promised := PROMISES.get((model, key)):
+            row |= {"promised": promised, "holds": row["over_sgd"]["median"] <= promised}
 
 
 def of_model(name: str, only: Sequence[str], repeats: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:

@@ -23,7 +23,7 @@ import fisher_optax as fo
 from benchmarks import harness
 from benchmarks.harness import PERIOD, RATE, WARM_UP
 from benchmarks.results import columns, spread
-from benchmarks.steps import Stepper, mean_flops, peak_bytes, times_of, update_stepper
+from benchmarks.steps import Stepper, mean_flops, times_of, update_stepper
 from benchmarks.trees import Tree, layers_of, random_like
 
 AXIS = "data"
@@ -31,10 +31,9 @@ COLUMNS = columns(
     "step_ms: ordinary step, ms ±; refresh_ms: slowest of ten, ms ±; amortised_ms: mean of ten, ms ±;"
     "gflop: one device's products, GF; gflop_share: of all products | .0%; collectives: collectives | d;"
     "collective_mb: one device's collectives, MB; state_mb: one device's state, MB; state_share: of all state | .0%;"
-    "memory_mb: one device's temporaries and results, MB; memory_share: of all of these | .0%;"
     "compile_s: compile, s | .2g"
 )
-SHARES = {"gflop_share": "gflop", "state_share": "state_mb", "memory_share": "memory_mb"}
+SHARES = {"gflop_share": "gflop", "state_share": "state_mb"}
 SOAP = functools.partial(fo.soap, RATE, precondition_frequency=PERIOD)
 METHODS = {
     "fo_muon": lambda axis: fo.muon(RATE, mesh_axis=axis),
@@ -73,7 +72,6 @@ def size(stepper: Stepper, shared_by: int) -> dict[str, Any]:
         "collectives": number,
         "collective_mb": traffic / 1e6,
         "state_mb": sum(x.addressable_shards[0].data.nbytes for x in state) / 1e6,
-        "memory_mb": peak_bytes(program.run) / 1e6,
         "compile_s": program.compile_s,
     }
 

@@ -33,8 +33,8 @@ COLUMNS = columns(
     "label: optimizer; step_ms: step, ms ±; slowest_ms: slowest of ten, ms ±; mean_ms: mean of ten, ms ±;"
     "floor_ms: its floor, ms; gemm_share: share of the matrix rate | .0%;"
     "over_optax_muon: mean over optax.contrib.muon's | .2f ±; over_adamw: mean over AdamW's | .1f ±;"
-    "compile_s: compile, s | .2g; trace_s: trace, s | .2g; stablehlo_lines: lines of StableHLO | d;"
-    "hlo_lines: of HLO | d; state: state / parameters; step_gflop: step, GF | .4g; mean_gflop: mean of ten, GF | .4g"
+    "compile_s: compile, s | .2g; trace_s: trace, s | .2g;"
+    "state: state / parameters; step_gflop: step, GF | .4g; mean_gflop: mean of ten, GF | .4g"
 )
 PROMISED = columns(
     "label: optimizer; what: what; of: over that of; ratio: ratio | .2f ±; at_most: at most, as promised | .2g;"

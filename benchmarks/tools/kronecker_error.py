@@ -60,13 +60,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "How far Kronecker products made from single gradients are from a Fisher that is known.",
         options.command,
         tables(measured),
-        settings={
-            "shape": experiment.SHAPE,
-            "decay": experiment.DECAY,
-            "decay_hessian": experiment.SAMPLES_DECAY,
-            "steps": STEPS,
-            "turn": experiment.TURN,
-        },
+        settings=experiment.SETTINGS_TOLD,
         seeds=range(options.seeds),
         details={"steps": list(range(EVERY, STEPS + 1, EVERY)), "medians": medians},
     )

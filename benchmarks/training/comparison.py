@@ -1,8 +1,7 @@
 """A comparison of training runs: each method at the best rate of its grid, its losses, its steps and its time.
 
-Rates are tried on the first seed; the best, by the task's final loss, runs on the other seeds. Runs are kept in a file
-and never made twice. A step's time is measured apart from them: all methods train in turns, whole periods between
-refreshes, after all are compiled.
+Rates are tried on the first seed; the best, by the task's final loss, runs on the others. Runs are kept in a file and
+never made twice. A step's time is measured apart: all methods train in turns, whole periods between refreshes.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import jax
 from matplotlib.figure import Figure
 
 from benchmarks import harness
-from benchmarks.results import Cell, Cells, Column, columns, filled, result, spread, table
+from benchmarks.results import Cell, Cells, Column, columns, result, spread, table
 from experiments.compare_options import PER_METHOD
 from experiments.compare_report import Entry, draw_curves, entries
 from experiments.comparison import Runs, Task
@@ -88,6 +87,9 @@ def describe(
         rows[name] = method_cells(entry, comparison.losses) | time_cells(name, entry, times)
         rows[name] |= comparison.cells(runs, name, entry, times)
     shown = {**columns("label: method; rate: rate"), **{key: LOSSES[key] for key in comparison.losses}}
+    shown |= {**TIMES, **comparison.columns}
+    there = {key for row in rows.values() for key, cell in row.items() if cell is not None}
+    rows = {name: {key: cell for key, cell in row.items() if key in there} for name, row in rows.items()}
     drawn = {name: {key: x for key, x in entry.items() if key != "to_adamw"} for name, entry in found.items()}
     for name in times.keys() & drawn.keys():
         drawn[name]["seconds"] = [1e-3 * statistics.median(times[name]) * step for step in drawn[name]["steps"]]
@@ -97,7 +99,7 @@ def describe(
         comparison.what,
         command,
         {
-            "methods": table(title, filled({**shown, **TIMES, **comparison.columns}, rows), rows),
+            "methods": table(title, {key: column for key, column in shown.items() if key in there}, rows),
             **comparison.tables(runs, found, times),
             "grid": grid_table(runs, list(found)),
         },

@@ -13,7 +13,6 @@ pre-training.
 """
 
 import argparse
-import dataclasses
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,20 +21,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.results import Cells, columns, result, table
-from benchmarks.training import figure3
 from benchmarks.training.comparison import KEPT, by_seed, cell, grid_table, method_cells, setting_of
-from experiments import fine_tuning, train_gpt
-from experiments.compare_options import PRESETS
+from experiments import fine_tuning
 from experiments.compare_report import Entry, draw_curves, entry
-from experiments.comparison import Runs, Task
-from experiments.text import load_corpus
+from experiments.comparison import Runs
 
-METHODS: tuple[str, ...] = ("adamw", "muon", "soap", "dykaf", "dykaf_rank1")
-BASE = PRESETS["cpu"]
-RATES: dict[str, tuple[float, ...]] = {
-    "pre-training": figure3.RATES["cpu"],
-    "fine-tuning": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-}
 COLUMNS = columns(
     "label: method; rate: rate; val_loss: validation loss | .3f ±; train_loss: training loss | .3f ±;"
     "over_soap: validation loss less SOAP's | +.3f ±; verdict: beside SOAP"
@@ -48,29 +38,17 @@ RANK1 = columns(
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=KEPT, help="folder of runs to go on with (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="rates are tried on the first (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=BASE.steps, help="of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=fine_tuning.BASE.steps, help="of each run (default: %(default)s)")
     parser.add_argument("--start-steps", type=int, default=fine_tuning.START.steps, help="before (%(default)s)")
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    base = BASE
-    if options.steps != base.steps:
-        base = dataclasses.replace(base, steps=options.steps, eval_every=max(1, options.steps // 10))
-    _, given = fine_tuning.make_start(options.runs / "dykaf_start", options.start_steps, base)
-    corpus, runs = load_corpus(base.data, base.vocab, base.context), dict[str, Runs]()
-    for regime, data, train, name in (
-        ("pre-training", corpus, train_gpt.train, f"figure3_{figure3.NAMES['cpu']}"),
-        ("fine-tuning", given, fine_tuning.fine_tune, "dykaf_finetuning"),
-    ):
-        task = Task(base, data, train, "val_loss", dict.fromkeys(METHODS, RATES[regime]))
-        runs[regime] = Runs(options.runs / f"{name}.json", task)
-        print(regime, flush=True)
-        runs[regime].make(range(options.seeds))
+    runs = fine_tuning.make_runs(options.runs, range(options.seeds), options.steps, options.start_steps)
     yield describe(runs, options)
 
 
 def describe(runs: Mapping[str, Runs], options: argparse.Namespace) -> dict[str, Any]:
-    found = {regime: {name: entry(runs[regime], name) for name in METHODS} for regime in runs}
+    found = {regime: {name: entry(runs[regime], name) for name in fine_tuning.METHODS} for regime in runs}
     start, told = fine_tuning.START, "final losses in nats per character"
     return result(
         "dykaf_regimes",

@@ -2,8 +2,7 @@
 
 ResNet-18. The preset `full` is a research note's setting, for a GPU: batches of 512, of which FROG samples 64 images,
 and of 128 for SGD, which has a row with the others' batch besides. `cpu` has a fourth of all three, an eighth of the
-width, and few epochs; it is meant for a part of CIFAR-10. The final accuracy decides on a rate. Minutes are of training
-steps alone, without compiling and evaluations.
+width, and few epochs, for a part of CIFAR-10. The final accuracy decides on a rate. Minutes are of steps alone.
 
 Source: "FROG: My attempt to create efficient second-order optimizer", 2026
   (fullfix.github.io/notes/2026/01/25/frog-optimizer).

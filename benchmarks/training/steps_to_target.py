@@ -6,46 +6,23 @@ final validation loss decides on a rate; where that is at an end of the grid, th
 """
 
 import argparse
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-import fisher_optax as fo
 from benchmarks import harness
 from benchmarks.catalogue import listed
 from benchmarks.results import Cells, columns, table
 from benchmarks.training import comparison
-from experiments import optimizers, peers, train_gpt
+from experiments import peers, train_gpt
 from experiments.compare_report import Entry
 from experiments.comparison import Runs, Task
 from experiments.gpt_config import Config
-from experiments.kfac_jax import train_kfac_jax
-from experiments.text import Corpus, load_corpus
+from experiments.steps_to_target import KFAC_JAX, LABELS, register, train
+from experiments.text import load_corpus
 
-RATES = {
-    "adamw": (1e-3, 3e-3, 1e-2),
-    "muon": (5e-3, 1e-2, 2e-2),
-    "soap": (3e-3, 6e-3, 1e-2),
-    "optax_muon": (1e-2, 3e-2, 6e-2),
-}
 PROMISES = {"soap": 0.55, "muon": 0.65}  # the share of AdamW's steps that the project promises
-SMALL_RATE = 6e-3  # the smaller states are compared with the full one at one rate
-SMALLER = {
-    "soap_packed": ("packed=True", fo.Storage(packed=True)),
-    "soap_bfloat16": ("factor_dtype=jnp.bfloat16", fo.Storage(factor_dtype=jnp.bfloat16)),
-    "soap_shorter": ('sides="shorter"', fo.Storage(sides="shorter")),
-}
-KFAC_JAX = {"kfac_jax": (1e-2, 3e-2, 1e-1)}
-LABELS = {name: peer.label for name, peer in peers.PEERS.items()} | {
-    **{name: f"`fo.soap(storage=fo.Storage({how}))`" for name, (how, _) in SMALLER.items()},
-    "muon": "`fo.muon`",
-    "soap": "`fo.soap`",
-    "optax_muon": "`optax.contrib.muon`",
-    "kfac_jax": "K-FAC (kfac-jax)",
-}
 COLUMNS = columns("promise: at most, as promised | .2f; holds: holds for every seed; state: state, in parameters")
 
 
@@ -75,23 +52,6 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield from comparison.measure(compared, path, range(options.seeds), options.command)
 
 
-def register() -> tuple[dict[str, Sequence[float]], dict[str, str]]:
-    """The rates to try of each method, after all have a row of `optimizers.METHODS`; why others are absent."""
-    rows, absent = peers.methods()
-    grid: dict[str, Sequence[float]] = {**RATES, **dict.fromkeys(SMALLER, (SMALL_RATE,))}
-    grid |= {name: (row.learning_rate / 2, row.learning_rate, row.learning_rate * 2) for name, row in rows.items()}
-    for name, (_, storage) in SMALLER.items():
-        rows[name] = optimizers.Method(functools.partial(optimizers.soap, storage=storage), SMALL_RATE)
-    optimizers.METHODS.update(rows)
-    if reason := peers.absence("kfac_jax"):
-        return grid, {**absent, "kfac_jax": reason}
-    return {**grid, **KFAC_JAX}, absent
-
-
-def train(config: Config, corpus: Corpus) -> list[dict[str, Any]]:
-    return (train_kfac_jax if config.optimizer == "kfac_jax" else train_gpt.train)(config, corpus)
-
-
 def row(runs: Runs, name: str, entry: Entry) -> Cells:
     """Whether what is promised holds, and the optimizer's bytes over the parameters'."""
     shares, promise = entry.get("to_adamw", []), PROMISES.get(name)
@@ -112,12 +72,10 @@ def state_ratio(method: str, symbols: int) -> float:
 
 def notes(methods: Sequence[str], absent: dict[str, str]) -> dict[str, Any]:
     """Tables of how other packages were run, and which were not."""
-    told, why = {name: peers.NOTES[name] for name in methods if peers.NOTES.get(name)}, columns("why: why")
-    named = {"notes": ("How other packages were run", told), "absent": ("Not measured", absent)}
-    return {
-        key: table(title, why, {name: {"why": text} for name, text in texts.items()})
-        for key, (title, texts) in named.items()
-    }
+    told = {name: {"why": peers.NOTES[name]} for name in methods if peers.NOTES.get(name)}
+    gone = {name: {"why": reason} for name, reason in absent.items()}
+    titles = {"notes": ("How other packages were run", told), "absent": ("Not measured", gone)}
+    return {key: table(title, columns("why: why"), rows) for key, (title, rows) in titles.items()}
 
 
 draw = comparison.draw
