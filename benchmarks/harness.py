@@ -106,13 +106,7 @@ def matrix_product(m: int, k: int, n: int, dtype: Any = jnp.float32, precision: 
 
 
 def by_repeat(seconds: Sequence[float], sum_up: Callable[[Sequence[float]], float] = statistics.mean) -> list[float]:
-    """Milliseconds a step, one a repeat: by default the mean of its steps, which spreads a refresh over all.
-
-    Example:
-        >>> seconds = [1.0] * 9 + [11.0]
-        >>> by_repeat(seconds), by_repeat(seconds, statistics.median), by_repeat(seconds, max)
-        ([2000.0], [1000.0], [11000.0])
-    """
+    """Milliseconds a step, one a repeat: by default the mean of its steps, which spreads a refresh over all."""
     return [1e3 * sum_up(seconds[i : i + PERIOD]) for i in range(0, len(seconds), PERIOD)]
 
 

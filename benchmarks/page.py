@@ -24,8 +24,7 @@ MARKED = re.compile(
     r"^(?P<fence>```|~~~).*?^(?P=fence)[^\n]*$|<!-- table (?P<what>[^\n]*?) -->.*?(?P<end><!-- (?:end|table)|\Z)",
     re.DOTALL | re.MULTILINE,
 )
-MOST_ROWS = 30  # of a table on the page; longer ones are left to the file
-MOST_SETTING = 60  # characters of a setting
+MOST_ROWS, MOST_SETTING = 30, 60  # of a table on the page, longer ones are left to the file; characters of a setting
 
 HOW = """# Results
 
@@ -48,7 +47,7 @@ Measured are, with the minutes on two CPU cores:
 
 def documents(root: Path) -> list[Path]:
     """Those that may show tables of results."""
-    return [root / "README.md", root / "CHANGELOG.md", root / "CONTRIBUTING.md", *sorted(root.glob("docs/**/*.md"))]
+    return [root / "README.md", *sorted(root.glob("docs/**/*.md"))]
 
 
 def rewritten(text: str, folder: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.results import ends, middle
 
@@ -27,8 +28,7 @@ def bars(title: str, *panels: Bars) -> Figure:
     for i, (axes, panel) in enumerate(zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)):
         draw_bars(axes, panel)
         axes.set(title=panel.title, xscale="log" if panel.log else "linear")
-        if i:
-            axes.set_yticklabels([])
+        axes.tick_params(labelleft=not i)
     figure.suptitle(title)
     if labels := figure.axes[0].get_legend_handles_labels()[1]:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(labels))
@@ -46,7 +46,7 @@ def draw_bars(axes: Axes, panel: Bars) -> None:
         x, y = zip(*marked, strict=True) if marked else ((), ())
         axes.scatter(x, y, marker=marker, color="black", s=60 if marker == "|" else 25, zorder=3, label=label)
     axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
 
 
@@ -59,9 +59,11 @@ def line(axes: Axes, x: Sequence[float], cells: Iterable[Any], style: str, **opt
 
 
 def plain_ticks(axes: Axes, x: Sequence[float] = ()) -> None:
-    """Numbers instead of powers of ten on logarithmic axes, at ``x`` where it is given; and a grid."""
-    axes.grid(alpha=0.3)
+    """Numbers instead of powers of ten on a logarithmic vertical axis, and at ``x`` where it is given; and a grid."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
     if x:
         axes.set_xticks(x, [f"{size:g}" for size in x])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())

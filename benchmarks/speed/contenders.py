@@ -16,6 +16,8 @@ from experiments.soap_plain import scale_by_soap_plain
 
 DECAY = 0.01
 COMPILES = 7  # of each contender, in turns
+PLAIN = scale_by_soap_plain(every=PERIOD)
+AS_ADAMW = optax.add_decayed_weights(DECAY), optax.scale_by_learning_rate(RATE)
 PATIENCE = 20.0  # seconds; what takes longer to compile is compiled once
 
 
@@ -38,11 +40,6 @@ def of_matrices(build: Callable[[], optax.GradientTransformation]) -> Callable[[
     return lambda dtype: peers.on_hidden(build(), optax.adamw(RATE, weight_decay=DECAY))
 
 
-def soap_plain() -> optax.GradientTransformation:
-    decay, rate = optax.add_decayed_weights(DECAY), optax.scale_by_learning_rate(RATE)
-    return optax.chain(scale_by_soap_plain(every=PERIOD), decay, rate)
-
-
 def of_package(make: Callable[..., optax.GradientTransformation], **options: Any) -> Callable[[Any], Any]:
     return lambda dtype: make(RATE, weight_decay=DECAY, precondition_frequency=PERIOD, **options)
 
@@ -59,7 +56,7 @@ CONTENDERS = {
     "fo_muon": Row("`fo.muon`", lambda dtype: fo.muon(RATE, weight_decay=DECAY, dtype=dtype)),
     "fo_soap": Row("`fo.soap`, every 10", of_package(fo.soap)),
     "fo_soap_staggered": Row("`fo.soap`, staggered", of_package(fo.soap, refresh="staggered")),
-    "soap_plain": Row("SOAP leaf by leaf, QR", of_matrices(soap_plain)),
+    "soap_plain": Row("SOAP leaf by leaf, QR", of_matrices(lambda: optax.chain(PLAIN, *AS_ADAMW))),
     "fo_dykaf": Row("`fo.dykaf`, every 10", of_package(fo.dykaf)),
     "fo_shampoo_128": Row("`fo.shampoo`, blocks of 128, every 10", of_package(fo.shampoo, storage=BLOCKS)),
     **{name: of_peer(name) for name in peers.PEERS},

@@ -158,8 +158,8 @@ def draw(found: dict[str, Any]) -> Figure:
         (panels[0], "width", "amortised_ms", "One square kernel", "width", "amortised step, ms"),
         (panels[1], "layers", "amortised_ms", "Unrolled layers", layers, "amortised step, ms"),
         (panels[2], "layers", "compile_s", "Unrolled layers: compiling", layers, "compile time, s"),
-        (panels[3], "devices", "gflop_share", "Matrices shared out (mesh_axis=)", "devices", "one device's products"),
-        (panels[3], "devices", "state_share", "Matrices shared out (mesh_axis=)", "devices", "products, dashed: state"),
+        (panels[3], "devices", "gflop_share", "", "", ""),
+        (panels[3], "devices", "state_share", "Matrices shared out", "devices", "products; dashed: state"),
     ):
         for i, name in enumerate(colors):
             cells = {float(key.rpartition("_")[2]): row.get(column) for key, row in rows[part].items()

@@ -38,7 +38,6 @@ ERRORS = columns("label: method") | columns(
 DYKAF = columns(
     "lower: error lower by | .1% ±; lower_off: off-diagonal lower by | .1% ±; first: first nearer at step | d"
 )
-Measured = Mapping[str, Mapping[str, Any]]  # by setting and method: a list over seeds of what a seed gave
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +65,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     )
 
 
-def tables(measured: Measured) -> dict[str, Any]:
+def tables(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Of what `experiment.run_setting` and `experiment.hessian_errors` found for each seed."""
     rows: dict[str, dict[str, Any]] = {name: {"label": label} for name, label in LABELS.items()}
     for setting in SETTINGS:

@@ -71,8 +71,7 @@ def leaves_table(layout: Layout, found: Mapping[str, Words], groups: Mapping[str
     columns |= {first: Column(names) for first, names in groups.items()}
     rows: dict[str, dict[str, Any]] = {}
     for i, leaf in enumerate(resolve_axes(layout.params)):
-        later = re.match(r"(?:model\.)?(?:layers[./]|layer_)[1-9]", leaf.path)
-        if len(leaf.shape) < 2 or later:
+        if len(leaf.shape) < 2 or re.match(r"(?:model\.)?(?:layers[./]|layer_)[1-9]", leaf.path):
             continue
         cells = {first: " → ".join(dict.fromkeys(found[first][way][i] for way in WAYS)) for first in groups}
         shape = " x ".join(map(str, leaf.shape))

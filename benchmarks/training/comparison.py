@@ -178,7 +178,8 @@ def draw(found: dict[str, Any]) -> Figure:
     figure, details, seeds = Figure(figsize=(10, 4.8), layout="constrained"), found["details"], len(found["seeds"])
     axes = figure.subplots()
     draw_curves(axes, details["curves"], details["loss"])
-    axes.set(xlabel="step")
+    loss = details["loss"]
+    axes.set(xlabel="step", ylabel=f"{LOSSES[loss].title}, nats", yscale="log" if loss == "test_loss" else "linear")
     figure.suptitle(details["title"] + (f": medians and ranges of {seeds} seeds" if seeds > 1 else ""))
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure

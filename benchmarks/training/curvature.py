@@ -13,15 +13,15 @@ from benchmarks.training import comparison
 from benchmarks.training.comparison import Comparison
 from experiments import curvature_tasks
 
-DIGITS, GPT_HEAD = "CNN on scikit-learn's digits", "808k-parameter character GPT with its own head"
-
 
 def compared(task: str) -> Comparison:
     if task == "digits":
-        title, losses, pair = DIGITS, ("train_loss", "test_loss", "test_accuracy"), ("kfac_soap", "soap")
+        title, pair = "CNN on scikit-learn's digits", ("kfac_soap", "soap")
+        losses = ("train_loss", "test_loss", "test_accuracy")
         labels, of_loss = {"kfac": "KFAC", "ekfac": "EKFAC", "sgd": "SGD"}, curvature_tasks.digits()
     else:
-        title, losses, pair = GPT_HEAD, ("train_loss", "val_loss"), ("kfac_true_head", "kfac")
+        title, pair = "808k-parameter character GPT with its own head", ("kfac_true_head", "kfac")
+        losses = ("train_loss", "val_loss")
         labels, of_loss = {}, curvature_tasks.gpt_head()
     return Comparison(
         f"curvature_{task}",
