@@ -2,8 +2,10 @@
 
 A document shows a table between two comments, outside fenced code:
 
-    <!-- table NAME/TABLE columns=a,b rows=x,y first="title of the first column" spread=no -->
-    <!-- end -->
+```text
+<!-- table NAME/TABLE columns=a,b rows=x,y first="title of the first column" spread=no -->
+<!-- end -->
+```
 
 Each option may be left out; quote what holds a space; ``spread=no`` shows medians alone. ``NAME/T,U columns=T:a,U:a``
 joins the rows of two tables. Where a table has a column ``label``, it replaces the names of the rows.

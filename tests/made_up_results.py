@@ -1,27 +1,13 @@
-"""A result that nobody measured, for what reads results."""
+"""A result that nobody measured, for what reads results; and cells of results by their paths."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.results import Column, result, spread, table
+from benchmarks.results import columns, middle, result, spread, table
 
-ENVIRONMENT = {
-    "date": "2030-01-02",
-    "platform": "cpu",
-    "device": "cpu",
-    "devices": 1,
-    "cpu": "Abacus",
-    "cores": 2,
-    "load": 0.5,
-    "python": "3.11.0",
-    "versions": {"jax": "1.2.3"},
-    "flags": {},
-}
-COLUMNS = {
-    "label": Column("optimizer"),
-    "ms": Column("step, ms", ".1f", spread=True),
-    "saved": Column("saved", ".0%"),
-    "state": Column("state"),
-}
+MACHINE = {"platform": "cpu", "device": "cpu", "devices": 1, "cpu": "Abacus", "cores": 2, "load": 0.5}
+MACHINE |= {"python": "3.11.0", "flags": {}}
+COLUMNS = columns("label: optimizer; ms: step, ms | .1f ±; saved: saved | .0%; state: state")
 
 
 def made_up(
@@ -37,8 +23,22 @@ def made_up(
         "Steps that nobody timed.",
         "python -m benchmarks step_time --tree none",
         {"steps": table("Steps", COLUMNS, rows)},
-        environment=ENVIRONMENT,
         settings={"width": 8, "data": "none"},
         seeds=(0, 1),
     )
-    return {**found, **changes}
+    return {**found, "date": "2030-01-02", "machine": MACHINE, "versions": {"jax": "1.2.3"}, **changes}
+
+
+def lookup(found: Mapping[str, Any], path: str) -> Any:
+    """The number, or text, at ``table/row/column`` or ``table/row/column/low``; of a spread, the median.
+
+    Raises:
+        KeyError: there is none; the message lists what there is at the first part that is missing.
+    """
+    place: Any = {key: part["rows"] for key, part in found["tables"].items()}
+    for part in path.split("/"):
+        if not isinstance(place, Mapping) or part not in place:
+            there = ", ".join(place) if isinstance(place, Mapping) else repr(place)
+            raise KeyError(f"{found['name']} has no {part!r} of {path!r}; there is {there}")
+        place = place[part]
+    return middle(place)

@@ -18,6 +18,7 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 FILE_LINES, FUNCTION_LINES, ARGUMENTS = 300, 45, 16
+BENCHMARK_LINES = 3500
 EVERYTHING = "*"
 # Words that point at a thing instead of naming it, and shares of all names and of all annotations.
 POINTING = {"seen", "held", "kept", "mine", "given", "done", "one", "taken"}
@@ -186,6 +187,11 @@ def test_files_and_functions_are_short_and_finished(path: Path) -> None:
     assert not long, f"more than {FUNCTION_LINES} code lines: {long}"
     unfinished = [number for number, line in enumerate(lines, 1) if "TO" + "DO" in line or "FIX" + "ME" in line]
     assert not unfinished, f"unfinished at lines {unfinished}"
+
+
+def test_benchmarks_stay_small() -> None:
+    files = (ROOT / "benchmarks").rglob("*.py")
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= BENCHMARK_LINES
 
 
 def annotations(tree: ast.AST) -> Iterator[ast.expr]:

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compression_speed, fisher_tools, kronecker_error, merging, pruning
-from benchmarks.results import lookup
+from benchmarks.speed import compression_speed
+from benchmarks.tools import kronecker_error, merging, pruning
+from experiments import fisher_simulations
+from experiments import kronecker_error as experiment
+from tests.made_up_results import lookup
 from tests.reference import softmax_head as oracle
 
 rng = functools.partial(np.random.default_rng, 0)
@@ -22,10 +25,10 @@ def test_the_nearest_kronecker_product_is_found_where_there_is_one() -> None:
     """Also when no term is small: against a least-squares fit from many starts."""
     A, B = (X @ X.T for X in (rng().normal(size=(3, 3)), rng().normal(size=(2, 2))))
     F = np.kron(A, B)
-    assert kronecker_error.measures(F, *kronecker_error.nearest(F, 3, 2)) == pytest.approx((0, 0), abs=1e-12)
-    assert kronecker_error.measures(F, 2 * A, B) == pytest.approx((1, 0), abs=1e-12)
+    assert experiment.measures(F, *experiment.nearest(F, 3, 2)) == pytest.approx((0, 0), abs=1e-12)
+    assert experiment.measures(F, 2 * A, B) == pytest.approx((1, 0), abs=1e-12)
     F = F + np.kron(B[:1, :1] * np.eye(3), np.eye(2))
-    least = kronecker_error.measures(F, *kronecker_error.nearest(F, 3, 2))[0]
+    least = experiment.measures(F, *experiment.nearest(F, 3, 2))[0]
     for seed in range(20):
         L, R = np.random.default_rng(seed).normal(size=(3, 3)), np.eye(2)
         for _ in range(50):
@@ -36,8 +39,8 @@ def test_the_nearest_kronecker_product_is_found_where_there_is_one() -> None:
 
 def test_what_is_off_the_diagonal_is_a_share_of_squares() -> None:
     F = np.array([[3.0, 1.0], [1.0, 3.0]])
-    assert kronecker_error.measures(F, np.diag([1.0, 2.0]), np.eye(1))[1] == pytest.approx(2 / 20)
-    assert kronecker_error.measures(F, F, np.eye(1))[1] == pytest.approx(0)
+    assert experiment.measures(F, np.diag([1.0, 2.0]), np.eye(1))[1] == pytest.approx(2 / 20)
+    assert experiment.measures(F, F, np.eye(1))[1] == pytest.approx(0)
 
 
 def test_dykaf_gains_over_shampoo_seed_by_seed() -> None:
@@ -47,7 +50,7 @@ def test_dykaf_gains_over_shampoo_seed_by_seed() -> None:
     found = kronecker_error.gain({"dykaf": ours, "shampoo_trace": theirs})
     assert found["lower"] == {"median": pytest.approx(0.25), "low": pytest.approx(-1.25), "high": 0.5, "n": 3}
     assert found["lower_off"]["median"] == pytest.approx(0.5)
-    assert found["first"] == 2 * kronecker_error.EVERY
+    assert found["first"] == 2 * experiment.EVERY
 
 
 def test_numpys_sparsegpt_is_ours_and_both_ways_to_choose_are_one() -> None:
@@ -56,21 +59,15 @@ def test_numpys_sparsegpt_is_ours_and_both_ways_to_choose_are_one() -> None:
     assert found["other_masks"] == 0
     assert found["difference"] < 1e-5
     assert [len(times) for times in found["seconds"].values()] == [1, 1, 1]
-    assert compression_speed.selection(1, (16, 8))["same"]
+    assert compression_speed.selection(1, (16, 8))["bits"]["same"] == "yes"
 
 
 def test_the_share_of_time_is_of_the_faster_numpy() -> None:
     seconds = {"ours": [0.2, 0.1, 0.3], "numpy": [0.8, 0.9, 0.7], "numpy_threads": [0.5, 0.4, 0.6]}
-    found = compression_speed.tables({
-        "sparsegpt": {"seconds": seconds, "trace_s": 1.0, "compile_s": 2.0, "other_masks": 0, "difference": 1e-7},
-        "selection": {"seconds": {"bits": [0.01], "sort": [0.5]}, "same": True},
-        "obs": [{"share": 0.8, "seconds": {"obs": [1.0, 3.0], "sparsegpt": [0.5]}, "compile_s": 1.0, "loss": 0.5}],
-    })  # fmt: skip
-    assert cell(found, "sparsegpt/ours/share") == pytest.approx(0.4)
-    assert cell(found, "sparsegpt/ours/ms/high") == pytest.approx(300)
-    assert cell(found, "selection/sort/ratio") == pytest.approx(50)
-    assert cell(found, "obs/80%/s") == 2.0
-    assert cell(found, "obs/80%/ratio") == 4.0
+    given = {"seconds": seconds, "trace_s": 1.0, "compile_s": 2.0, "other_masks": 0, "difference": 1e-7}
+    rows = compression_speed.sparsegpt_rows(given)
+    assert rows["ours"]["share"] == pytest.approx(0.4)
+    assert rows["ours"]["ms"]["high"] == pytest.approx(300)
 
 
 def test_the_other_ways_to_solve_with_a_head_are_right_where_rounding_is_no_matter() -> None:
@@ -78,14 +75,14 @@ def test_the_other_ways_to_solve_with_a_head_are_right_where_rounding_is_no_matt
     P, Y, λ = oracle.softmax(rng().normal(size=(4, 12))), rng().normal(size=(12, 2)), 0.5
     Y -= Y.mean(0)
     wanted = oracle.solve(oracle.laplacian(P, np.ones(4)), Y, λ)
-    for solve in (fisher_tools.as_it_stands, fisher_tools.deflated):
+    for solve in (fisher_simulations.as_it_stands, fisher_simulations.deflated):
         found = solve(jnp.asarray(P, jnp.float32), jnp.asarray(Y, jnp.float32), λ)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_the_simulated_truth_is_the_mean_of_what_is_drawn() -> None:
     """With every text its own draw, intervals that are right hold it in about 95 % of cases; the two others do not."""
-    found = fisher_tools.coverage(1500)
+    found = fisher_simulations.coverage(1500)
     assert found["texts"] == pytest.approx(0.95, abs=0.02)
     assert found["tokens"] < 0.5
     assert found["one_draw"] > 0.99
@@ -103,7 +100,7 @@ def test_pruning_compares_draw_by_draw() -> None:
     rows = [row("magnitude", "given", 0, 8.0)]
     rows += [row("wanda", "given", i, x) for i, x in enumerate((4.0, 6.0, 7.0))]
     rows += [row("wanda", "pruned", i, x) for i, x in enumerate((8.0, 9.0, 7.0))]
-    found = pruning.tables(pruning.Model(3.0, 100, 10), rows)
+    found = pruning.tables({"perplexity": 3.0, "parameters": 100, "steps": 10}, rows)
     assert cell(found, "given/wanda/50%") == 6.0
     assert found["order"]["rows"]["wanda"]["50%"] == {"median": 0.75, "low": 0.5, "high": 0.875, "n": 3}
     assert found["sequential_share"]["rows"]["wanda"]["50%"] == {"median": 1.5, "low": 1.0, "high": 2.0, "n": 3}

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 
 import fisher_optax as fo
-from benchmarks.capture_cost import peak_bytes
-from benchmarks.capture_models import Model, gpt, of_flax
-from experiments.flops import count_matmul_flops
 from benchmarks.harness import nbytes
+from benchmarks.steps import peak_bytes
+from experiments.flops import count_matmul_flops
 from experiments.models.gpt import Block
+from experiments.models.small import Model, gpt, of_flax
 
 LAYERS, WIDTH, BATCH, CONTEXT = 6, 384, 64, 256  # 10.7M parameters
 SIDES = ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))  # of a block's layers

@@ -1,6 +1,5 @@
 """Runs of many methods: which are made, which are best, what is told of them, on losses that are known beforehand."""
 
-import argparse
 import dataclasses
 import json
 import math
@@ -9,11 +8,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks import curvature, figure3, harness, results, run_tables, steps_to_target
-from experiments import loop, optimizers
+from benchmarks import results
+from benchmarks.catalogue import options_of
+from benchmarks.training import comparison, figure3, steps_to_target
+from experiments import loop, optimizers, peers
 from experiments.compare_report import entries
 from experiments.comparison import Runs, Task, first_below
 from experiments.loop import Diverged, Plan, Stopwatch, stops
+from experiments.steps_to_target import register
+from tests.made_up_results import lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ def test_a_run_that_diverges_is_kept_and_never_the_best(tmp_path: Path) -> None:
     runs.make((0,))
     assert [run.get("diverged") for run in runs.of("adamw")] == ["the loss is nan", None]
     assert runs.best("adamw")[0]["rate"] == 4e-3
-    grid = run_tables.grid_table(runs, ["adamw"], "")
+    grid = comparison.grid_table(runs, ["adamw"])
     assert grid["rows"]["adamw"] == {"0.004": 2.0, "1": "diverged", "best": 4e-3, "end": "lowest"}
 
 
@@ -157,68 +160,53 @@ def runs(tmp_path: Path) -> Runs:
     return found
 
 
-def figure3_result(runs: Runs, times: dict[str, list[float]], preset: str = "cpu") -> dict[str, Any]:
-    parser = argparse.ArgumentParser()
-    figure3.add_options(parser)
-    options = parser.parse_args(["--preset", preset])
-    found = figure3.describe(runs, entries(runs, BEST), times, {**harness.environment(), "platform": "cpu"}, options)
-    results.check(found, found["name"])
-    return json.loads(json.dumps(found))
+def described(runs: Runs, times: dict[str, list[float]], **changes: Any) -> dict[str, Any]:
+    compared = comparison.Comparison("figure3_reduced_cpu", "what", "title", runs.task, ("train_loss", "val_loss"))
+    command = "python -m benchmarks figure3"
+    made = comparison.describe(compared._replace(**changes), runs, entries(runs, BEST), times, range(3), command)
+    results.check(made, made["name"])
+    return json.loads(json.dumps(made))
 
 
-def test_figure_3s_tables_say_what_the_runs_and_the_times_are(runs: Runs) -> None:
+def test_tables_say_what_the_runs_and_the_times_are(runs: Runs) -> None:
     times = {name: [2.0, 3.0, 4.0] for name in BEST} | {"soap": [6.0, 6.0, 12.0]}
-    found = figure3_result(runs, times)
-    assert found["name"] == "figure3_reduced_cpu"
-    assert found["command"] == "python -m benchmarks figure3"
+    found = described(runs, times)
 
     def at(path: str) -> Any:
-        return results.lookup(found, path)
+        return lookup(found, path)
 
     assert list(found["tables"]["methods"]["rows"]) == ["muon", "kfac_soap", "soap", "adamw", "kfac"]
     assert at("methods/soap/train_loss") == pytest.approx(1.201)
     assert at("methods/soap/val_loss/high") == pytest.approx(2.202)
     assert at("methods/soap/step_ms") == 6.0
-    assert at("methods/soap/seconds") == pytest.approx(0.24)  # 40 steps
     share = (START - final("adamw", 4e-3, 1)) / (START - final("soap", 8e-3, 1))
     assert at("methods/soap/to_adamw") == pytest.approx(share)
     assert at("methods/soap/time_to_adamw") == pytest.approx(share * 6 / 3)
-    assert at("methods/kfac/to_adamw") is None
+    assert "to_adamw" not in found["tables"]["methods"]["rows"]["kfac"] or at("methods/kfac/to_adamw") is None
     assert at("grid/soap/0.004") == pytest.approx(1.21)
     assert [at(f"grid/{name}/end") for name in ("soap", "adamw", "kfac")] == ["highest", None, "lowest"]
     assert found["details"]["curves"]["soap"]["seconds"] == pytest.approx([0.0, 0.06, 0.12, 0.18, 0.24])
-    assert "over_post" not in found["tables"]["methods"]["columns"]
-    full = figure3_result(runs, times, "shakespeare-char")
-    assert full["name"] == "figure3_full_cpu"
-    assert results.lookup(full, "methods/soap/over_post") == pytest.approx(1.201 / 0.3824)
+    assert "step_ms" not in described(runs, {})["tables"]["methods"]["columns"]
 
 
-def test_figure_3s_order_is_judged_by_what_was_measured(runs: Runs) -> None:
-    """The post has AdamW, KFAC, Muon, SOAP, KFAC-SOAP, each lower than the one before."""
-    rows = figure3_result(runs, {})["tables"]["orders"]["rows"]
-    same = {name: (row["same"], row["beyond"]) for name, row in rows.items()}
-    assert same == {
-        "adamw over kfac": ("no", "yes"),
-        "kfac over muon": ("yes", "yes"),
-        "muon over soap": ("no", "yes"),
-        "soap over kfac_soap": ("yes", "yes"),
+def test_a_pair_is_compared_seed_by_seed(runs: Runs) -> None:
+    """Of seeds on which neither diverged; a label may be another than the experiments'."""
+    tables = lambda runs, found, times: {  # noqa: E731
+        "difference": comparison.difference(found, "kfac_soap", "soap", "val_loss")
     }
-    assert rows["kfac over muon"]["difference"]["median"] == pytest.approx(1.1)
-    assert rows["kfac over muon"]["post"] == pytest.approx(0.6009 - 0.4411)
+    found = described(runs, {}, tables=tables, labels={"soap": "another"})
+    assert lookup(found, "difference/kfac_soap - soap/loss/high") == pytest.approx(-0.06)
+    assert lookup(found, "difference/kfac_soap - soap/lower") == "3 of 3"
+    assert lookup(found, "methods/soap/label") == "another"
+    runs.best("soap")[1].pop("rows")
+    assert lookup(described(runs, {}, tables=tables), "difference/kfac_soap - soap/lower") == "2 of 2"
+    assert lookup(described(runs, {}), "methods/soap/train_loss") == "diverged"
 
 
-def test_an_order_that_a_seed_contradicts_is_not_beyond_the_seeds(runs: Runs) -> None:
-    for run in runs.of("kfac", 2e-3, 2):
-        run["rows"][-1]["train_loss"] = 1.5
-    row = figure3_result(runs, {})["tables"]["orders"]["rows"]["adamw over kfac"]
-    assert (row["same"], row["beyond"]) == ("no", "no")
-    assert [round(row["difference"][end], 3) for end in ("low", "median", "high")] == [-0.1, -0.1, 0.502]
-
-
-def test_figure_3s_picture_has_every_method_and_time_only_where_it_was_measured(runs: Runs) -> None:
+def test_pictures_have_every_method_and_time_only_where_it_was_measured(runs: Runs) -> None:
+    assert len(comparison.draw(described(runs, {})).axes[0].get_lines()) == len(BEST)
     for times, panels in (({}, 1), ({name: [2.0] for name in BEST}, 2)):
-        figure = figure3.draw(figure3_result(runs, times))
-        assert figure is not None
+        figure = figure3.draw(described(runs, times))
         assert len(figure.axes) == panels
         (legend,) = figure.legends
         texts = [text.get_text() for text in legend.get_texts()]
@@ -228,42 +216,21 @@ def test_figure_3s_picture_has_every_method_and_time_only_where_it_was_measured(
             assert [line.get_xdata()[-1] for line in axes.get_lines()] == pytest.approx([last] * len(BEST))
 
 
-def test_a_command_says_what_differs_from_the_defaults() -> None:
-    parser = argparse.ArgumentParser()
-    figure3.add_options(parser)
-    options = parser.parse_args(["--methods=adamw,soap", "--rates=1e-3,2e-3", "--runs=somewhere", "--rounds=7"])
-    command = run_tables.command("figure3", options, figure3.add_options)
-    assert command == "python -m benchmarks figure3 --methods adamw,soap --rates 0.001,0.002"
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--methods=adamw,sophia"])
-
-
-def test_curvatures_pair_is_compared_seed_by_seed(runs: Runs) -> None:
-    runs.task = runs.task._replace(loss="val_loss")
-    shown = curvature.Shown("title", ("train_loss", "val_loss"), ("kfac_soap", "soap"))
-    found = curvature.describe("gpt_head", runs, shown, harness.environment(), range(3))
-    results.check(found, "curvature_gpt_head")
-    assert results.lookup(found, "methods/kfac_soap/val_loss") == pytest.approx(2.101 + 0.04)
-    assert results.lookup(found, "difference/kfac_soap - soap/loss/high") == pytest.approx(-0.06)
-    assert results.lookup(found, "difference/kfac_soap - soap/lower") == "3 of 3"
-    assert len(curvature.draw(found).axes[0].get_lines()) == len(BEST)
-
-
 # --- steps to a target
 
 
 @pytest.fixture
 def without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No other package is installed; rows that the benchmark adds to the examples' go again."""
-    monkeypatch.setattr(steps_to_target.peers, "methods", lambda: ({}, {"psgd_jax": "psgd_jax is not installed"}))
-    monkeypatch.setattr(steps_to_target.peers, "absence", lambda name: f"{name} is not installed")
+    monkeypatch.setattr(peers, "methods", lambda: ({}, {"psgd_jax": "psgd_jax is not installed"}))
+    monkeypatch.setattr(peers, "absence", lambda name: f"{name} is not installed")
     monkeypatch.setattr(optimizers, "METHODS", dict(optimizers.METHODS))
 
 
 def test_a_grid_is_extended_until_its_best_rate_is_inside(tmp_path: Path) -> None:
     wanted = task("adamw", "kfac_soap")
     runs = Runs(tmp_path / "runs.json", wanted._replace(rates={**wanted.rates, "kfac": (4e-3,)}))
-    steps_to_target.make(runs, range(2))
+    runs.make_inside(range(2))
     tried = {name: sorted(run["rate"] for run in runs.of(name, seed=0)) for name in runs.methods}
     assert tried == {"adamw": [*RATES], "kfac_soap": [*RATES, 1.6e-2, 3.2e-2, 6.4e-2], "kfac": [4e-3]}
     assert [runs.best(name)[0]["rate"] for name in runs.methods] == [4e-3, 3.2e-2, 4e-3]
@@ -272,7 +239,7 @@ def test_a_grid_is_extended_until_its_best_rate_is_inside(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("without_peers")
 def test_the_promises_are_judged_by_every_seed_and_who_is_absent_is_named(tmp_path: Path) -> None:
-    grid, absent = steps_to_target.register()
+    grid, absent = register()
     assert set(grid) == {"adamw", "muon", "soap", "optax_muon", "soap_packed", "soap_bfloat16", "soap_shorter"}
     methods = ("adamw", "muon", "soap")
     base = Setting(steps=40)
@@ -282,18 +249,26 @@ def test_the_promises_are_judged_by_every_seed_and_who_is_absent_is_named(tmp_pa
         run["rows"] = [{**row, "train_loss": START - 0.05 * row["step"]} for row in run["rows"]]  # AdamW's share is 1.5
     for run in runs.of("soap", 8e-3):
         run["rows"] = [{**row, "train_loss": max(START - 0.15 * row["step"], 0.0)} for row in run["rows"]]
-    parser = argparse.ArgumentParser()
-    steps_to_target.add_options(parser)
-    options = parser.parse_args(["--seeds=2"])
-    found = steps_to_target.describe(runs, entries(runs, methods), absent, harness.environment(), options)
+    compared = comparison.Comparison(
+        "steps_to_target",
+        "what",
+        "title",
+        runs.task,
+        ("val_loss",),
+        steps_to_target.COLUMNS,
+        lambda runs, name, entry, times: steps_to_target.row(runs, name, entry),
+        lambda runs, found, times: steps_to_target.notes([*found], absent),
+    )
+    command = options_of("steps_to_target", ["--seeds=2"]).command
+    found = comparison.describe(compared, runs, entries(runs, methods), {}, range(2), command)
     results.check(found, found["name"])
     assert found["command"] == "python -m benchmarks steps_to_target --seeds 2"
     rows = found["tables"]["methods"]["rows"]
     assert rows["adamw"]["to_adamw"]["high"] == 1.0
     assert rows["soap"]["to_adamw"]["high"] == pytest.approx(3.0 / 0.15 / 40)
     assert (rows["soap"]["holds"], rows["muon"]["holds"]) == ("yes", "no")
-    assert rows["muon"]["to_adamw"] is None  # never reached on one seed
+    assert rows["muon"].get("to_adamw") is None  # never reached on one seed
     assert rows["adamw"]["state"] == pytest.approx(2.0, abs=0.01)
-    assert results.lookup(found, "absent/psgd_jax/why") == "psgd_jax is not installed"
-    assert results.lookup(found, "absent/kfac_jax/why") == "kfac_jax is not installed"
-    assert len(steps_to_target.draw(found).axes[0].get_lines()) == len(methods) + 1
+    assert lookup(found, "absent/psgd_jax/why") == "psgd_jax is not installed"
+    assert lookup(found, "absent/kfac_jax/why") == "kfac_jax is not installed"
+    assert len(steps_to_target.draw(found).axes[0].get_lines()) == len(methods)

@@ -9,9 +9,9 @@ import pytest
 
 import fisher_optax as fo
 from benchmarks import harness
-from experiments.flops import FlopCount, count_matmul_flops
-from benchmarks.steps import flops_of_a_refresh
+from benchmarks.steps import refreshing
 from benchmarks.trees import TREES, make_params
+from experiments.flops import FlopCount, count_matmul_flops
 
 SHAPES = ((48, 144), (48, 48), (48, 192), (192, 48))
 PARAMS = {f"layer_{i}": {"kernel": jax.ShapeDtypeStruct(shape, "float32")} for i, shape in enumerate(SHAPES * 2)}
@@ -35,7 +35,7 @@ def test_soap_off_a_refresh_is_six_products(refresh: str) -> None:
 def test_a_refresh_shares_its_product_and_carries_the_momentum() -> None:
     """2d³ a side for A Q, which the eigenvalue estimates share with the QR, and 4mn(m + n) for the momentum."""
     wanted = total(lambda m, n: 6 * m * n * (m + n) + 2 * (m**3 + n**3) + 4 * m * n * (m + n))
-    assert flops_of_a_refresh(counted(fo.soap(3e-3))) == wanted
+    assert refreshing(counted(fo.soap(3e-3))).products == wanted
 
 
 @pytest.mark.parametrize("options", [{}, {"polynomial": fo.jordan(5)}, {"method": "direct"}])

@@ -11,13 +11,16 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from benchmarks import figure3, results
+from benchmarks import results
+from benchmarks.catalogue import options_of
+from benchmarks.training import figure3
 from experiments import compare_optimizers, train_gpt
 from experiments.compare_options import LABELS, PRESETS, Selection
 from experiments.gpt_config import Config
 from experiments.optimizers import METHODS
 from experiments.text import load_corpus
 from tests.experiment_runs import flags, refusal
+from tests.made_up_results import lookup
 
 TINY: dict[str, Any] = dict(layers=1, width=16, heads=2, context=16, batch=4, eval_batches=2, steps=4, eval_every=2)
 
@@ -85,28 +88,24 @@ def benchmark(runs: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figure 3 of those runs: a result without times, then with them, whole periods of both methods in turns."""
     base = dataclasses.replace(PRESETS["cpu"], **TINY, data=str(data))
     monkeypatch.setitem(PRESETS, "cpu", base)
-    parser, stops = argparse.ArgumentParser(), []
-    figure3.add_options(parser)
-    advance = train_gpt.advance
+    stops, advance = [], train_gpt.advance
 
     def watched(program: Any, model: Any, state: Any, text: Any, stop: Any, peak: Any) -> Any:
         stops.append((program.optimizer, int(stop) - int(state.step)))
         return advance(program, model, state, text, stop, peak)
 
     monkeypatch.setattr(train_gpt, "advance", watched)
-    options = parser.parse_args(
-        ["--methods=adamw,muon", "--rates=1e-2,1e-3", "--seeds=2", "--rounds=2", f"--runs={runs}"]
-    )
-    before, after = figure3.measure(options)
+    given = ["--methods=adamw,muon", "--rates=1e-2,1e-3", "--seeds=2", "--rounds=2", f"--runs={runs}"]
+    before, after = figure3.measure(options_of("figure3", given))
     monkeypatch.setattr(train_gpt, "advance", advance)
     assert "step_ms" not in before["tables"]["methods"]["columns"]
     assert sorted(stops) == [("adamw", 10)] * 3 + [("muon", 10)] * 3
     results.check(after, after["name"])
     for name in ("adamw", "muon"):
-        step_ms = results.lookup(after, f"methods/{name}/step_ms")
-        assert results.lookup(after, f"methods/{name}/seconds") == pytest.approx(4e-3 * step_ms)
-        assert results.lookup(after, f"methods/{name}/step_ms/n") == 2
-    assert results.lookup(after, "methods/adamw/time_to_adamw") == pytest.approx(1.0)
+        step_ms = lookup(after, f"methods/{name}/step_ms")
+        assert after["details"]["curves"][name]["seconds"][-1] == pytest.approx(4e-3 * step_ms)
+        assert lookup(after, f"methods/{name}/step_ms/n") == 2
+    assert lookup(after, "methods/adamw/time_to_adamw") == pytest.approx(1.0)
     runs_sha = json.loads(runs.read_text())["sha256"]
     assert runs_sha == load_corpus(str(data), base.vocab, base.context).sha256
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import fisher_optax as fo
-from experiments.flops import count_matmul_flops
 from benchmarks.harness import nbytes
+from experiments.flops import count_matmul_flops
 from experiments.models.gpt import GPT
 from fisher_optax.fisher.diagonals import diagonal as diagonals
 from fisher_optax.fisher.diagonals.squares import Labels

@@ -10,10 +10,10 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from benchmarks.contenders import CONTENDERS
-from experiments.flops import count_matmul_flops
 from benchmarks.harness import nbytes
+from benchmarks.speed.contenders import CONTENDERS
 from benchmarks.trees import TREES, hidden, make_params
+from experiments.flops import count_matmul_flops
 
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
 PRODUCT = 2 * 8**3

@@ -1,7 +1,5 @@
 """The scaling benchmark times the steps it says, counts what they compute, and fits the powers it claims."""
 
-import argparse
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +12,16 @@ import pytest
 from jax.extend.core import Jaxpr, Literal
 
 import fisher_optax as fo
-from benchmarks import results, scaling, scaling_devices
-from experiments.flops import FACTORISATIONS, FlopCount
-from benchmarks.scaling_model import Product, Rates, exponent
-from benchmarks.scaling_parts import METHODS, PERIOD, Contender, Method, apart, one_kernel, over_period
+from benchmarks import results
+from benchmarks.catalogue import options_of
+from benchmarks.harness import PERIOD
+from benchmarks.speed import devices, scaling
+from benchmarks.speed.contenders import CONTENDERS
+from benchmarks.steps import mean_flops, ordinary, refreshing, update_stepper
 from benchmarks.trees import random_like
-from fisher_optax.preconditioner.transform import MatrixState
+from experiments.flops import FACTORISATIONS
 from tests.comparisons import assert_close
+from tests.made_up_results import lookup
 
 WIDTH = 12
 
@@ -72,79 +73,47 @@ class Executed:
         return carry
 
 
+def one_kernel(width: int) -> Any:
+    return {"layer": {"kernel": jax.ShapeDtypeStruct((width, width), jnp.float32)}}
+
+
 @pytest.mark.parametrize("name", ["fo_soap", "fo_dykaf"])
 def test_ten_real_steps_are_nine_ordinary_ones_and_a_refresh(name: str) -> None:
     """What calls 11 to 20 of the optimizer execute, counted as they run, is ten times what the table amortises."""
-    tree = one_kernel(WIDTH)
-    tx, contender = METHODS[name].build(), Contender(METHODS[name], tree)
-    params = random_like(tree, 0)
+    tree, tx = one_kernel(WIDTH), CONTENDERS[name].build(jnp.float32)
+    stepper, params = update_stepper(tx, tree), random_like(tree, 0)
     state = tx.init(params)
     step, executed = jax.jit(tx.update), Executed()
     for i in range(PERIOD):
         _, state = step(random_like(tree, i), state, params)
-    before = _bases(state)
     for i in range(PERIOD):
         _, state = executed.run(tx.update, random_like(tree, PERIOD + i), state, params)
-    paths = {kind: contender.path(kind) for kind in contender.runs()}
-    assert executed.products == pytest.approx(PERIOD * over_period({k: p.products for k, p in paths.items()}))
-    assert executed.factorisations == paths["refresh"].factorisations
+    assert executed.products == pytest.approx(PERIOD * mean_flops(stepper.flops))
+    assert executed.factorisations == refreshing(stepper.flops).factorisations
     assert executed.factorisations == {
         f"geqrf {(WIDTH, WIDTH)}": 2,
         f"householder_product {(WIDTH, WIDTH)}, {(WIDTH,)}": 2,
     }
-    assert not paths["step"].factorisations
-    assert not np.allclose(before, _bases(state))
-
-
-@pytest.mark.parametrize("name", ["fo_soap", "fo_shampoo_128"])
-def test_only_the_step_that_is_timed_as_a_refresh_turns_a_basis(name: str) -> None:
-    contender, grads = Contender(METHODS[name], one_kernel(WIDTH)), random_like(one_kernel(WIDTH), 0)
-    runs, bases = contender.runs(), [_bases(contender.state)]
-    for kind in ("step", "step", "refresh", "step"):
-        runs[kind](grads)
-        bases.append(_bases(contender.state))
-    changed = [bool(np.any(a != b)) for a, b in itertools.pairwise(bases)]
-    assert changed == [False, False, True, False]
-    assert fo.health(contender.state).skipped == 0
-
-
-def _bases(state: Any) -> np.ndarray:
-    mine = lambda x: isinstance(x, MatrixState)  # noqa: E731
-    found = [x.basis for x in jax.tree.leaves(state, is_leaf=mine) if mine(x)]
-    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(found)])
+    assert not ordinary(stepper.flops).factorisations
+    assert stepper.refreshes
 
 
 def test_a_method_without_refreshes_has_one_kind_of_step() -> None:
-    contender = Contender(METHODS["fo_muon"], one_kernel(WIDTH))
-    assert list(contender.runs()) == ["step"]
-    assert contender.path("step").products == 5 * 6 * WIDTH**3  # two products with X and one of squares a step
-    counters = 100  # bytes
-    assert 0 <= contender.moved - 4 * WIDTH**2 * (1 + 2 + 2) <= counters  # gradient; parameters and momentum, twice
+    stepper = update_stepper(CONTENDERS["fo_muon"].build(jnp.float32), one_kernel(WIDTH))
+    assert not stepper.refreshes
+    assert mean_flops(stepper.flops) == 5 * 6 * WIDTH**3  # two products with X and one of squares a step
+    assert "refresh_ms" not in scaling.row(stepper, [0.1] * PERIOD)
 
 
 def test_apart_is_the_same_optimizer_on_stacks_of_one() -> None:
     params = random_like({"a": one_kernel(4), "b": one_kernel(4), "scale": jax.ShapeDtypeStruct((4,), "float32")}, 0)
     updates, programs = [], []
-    for tx in (fo.muon(1e-2), apart(lambda: fo.muon(1e-2))):
+    for tx in (fo.muon(1e-2), scaling.apart(lambda: fo.muon(1e-2))):
         update, given = jax.jit(tx.update), (params, tx.init(params), params)
         updates.append(update(*given)[0])
         programs.append(update.lower(*given).as_text().count("dot_general"))
     assert_close(updates[0], updates[1], 1e-5)
     assert programs[1] == 2 * programs[0] > 0
-
-
-def test_the_model_adds_products_factorisations_and_memory() -> None:
-    product = Product(128, 64, 256)
-    model = Rates({product: 1e-9}, {"qr (4, 4)": 0.25}, 1e-6)
-    path = FlopCount(products=2_000_000_000, factorisations=Counter({"qr (4, 4)": 2}))
-    assert model.seconds(path, product, 3_000_000) == pytest.approx(2 + 0.5 + 3)
-    assert product.flops == product.turns * 2 * (2 * 128 * 64 * 256)
-    assert product.flops == pytest.approx(2e9, rel=0.01)
-
-
-def test_an_exponent_is_of_the_last_points() -> None:
-    assert exponent([1, 2, 4, 8], [50.0, 4.0, 16.0, 64.0]) == 2.0
-    assert exponent([4], [1.0]) is None
 
 
 COLLECTIVES = """
@@ -158,44 +127,40 @@ COLLECTIVES = """
 
 def test_collectives_are_counted_by_what_a_device_receives() -> None:
     """The operands in the result of a start are none, and its end is not another."""
-    assert scaling_devices.collectives(COLLECTIVES) == (4, 128 + (32 + 4) + 128 + 1)
+    assert devices.collectives(COLLECTIVES) == (4, 128 + (32 + 4) + 128 + 1)
 
 
 def test_a_device_has_its_share_of_the_products_and_of_the_state() -> None:
     """Three matrices on two devices: two on each, a third more than half; on their own, all on every device."""
     tree = {f"layer_{i}": one_kernel(8)["layer"] for i in range(3)}
 
-    def place(axis: str | None, devices: int) -> scaling_devices.Placed:
-        build = lambda: fo.scale_by_soap(fallback=optax.identity(), storage=fo.Storage(mesh_axis=axis))  # noqa: E731
-        return scaling_devices.place(Method(build, PERIOD, ("eigh",)), tree, devices, shared=axis is not None)
+    def size(axis: str | None, count: int) -> dict[str, Any]:
+        tx = fo.scale_by_soap(fallback=optax.identity(), storage=fo.Storage(mesh_axis=axis))
+        stepper = devices.place(tx, tree, count)
+        text = stepper.programs[0].run.as_text() or ""
+        assert not [line for line in text.splitlines() if "while/body" in line and " all-" in line]
+        assert np.all(jnp.isfinite(jax.tree.leaves(stepper(stepper.given))[-1]))
+        return devices.size(stepper, count if axis else 1)
 
-    alone, shared = place(None, 1), place("data", 2)
-    assert shared.gflop() == pytest.approx(2 / 3 * alone.gflop())
-    sizes = [one.size() for one in (alone, shared)]
-    assert sizes[1]["state_mb"] == pytest.approx(2 / 3 * sizes[0]["state_mb"], rel=0.02)  # and counters
-    assert sizes[0]["collectives"] == 0
-    assert sizes[1]["collective_mb"] == pytest.approx(4 * 8 * 8 * 4 / 1e6, rel=0.02)  # directions, one of them filler
-    text = shared.contender.programs[0].run.as_text()
-    assert not [line for line in text.splitlines() if "while/body" in line and " all-" in line]
-    for run in shared.runs().values():
-        assert np.all(jnp.isfinite(jax.tree.leaves(run(None))[-1]))
+    alone, shared = size(None, 1), size("data", 2)
+    assert shared["gflop"] == pytest.approx(2 / 3 * alone["gflop"])
+    assert shared["state_mb"] == pytest.approx(2 / 3 * alone["state_mb"], rel=0.02)  # and counters
+    assert alone["collectives"] == 0
+    assert shared["collective_mb"] == pytest.approx(4 * 8 * 8 * 4 / 1e6, rel=0.02)  # directions, one of them filler
 
 
 def test_a_run_gives_results_that_draw(tmp_path: Any) -> None:
-    parser = argparse.ArgumentParser()
-    scaling.add_options(parser)
-    sizes = "--widths 4 8 --layers 1 --layer-width 4 --devices --methods adamw fo_muon --repeats 1 --patience 0.1"
-    given = [*scaling.measure(parser.parse_args(sizes.split()))]
-    assert [list(map(len, (f["tables"]["width"]["rows"], f["tables"]["layers"]["rows"]))) for f in given] == [
+    sizes = "--widths 4,8 --layers 1 --layer-width 4 --devices= --methods adamw,fo_muon --patience 0.1"
+    given = [*scaling.measure(options_of("scaling", sizes.split()))]
+    assert [[len(found["tables"][part]["rows"]) for part in ("width", "layers")] for found in given] == [
         [2, 0],
         [4, 0],
         [4, 3],
     ]
     found = results.read(results.write(given[-1], tmp_path))
-    assert results.lookup(found, "width/fo_muon_8/gflop") == pytest.approx(5 * 6 * 8**3 / 1e9)
-    assert results.lookup(found, "width/adamw_8/over_adamw") == 1
-    assert results.lookup(found, "exponents/fo_muon/width_model") is not None
-    shares = {"gflop_share": 0.5, "state_share": 0.5, "memory_share": 0.6}
+    assert lookup(found, "width/fo_muon_8/gflop") == pytest.approx(5 * 6 * 8**3 / 1e9)
+    assert lookup(found, "width/adamw_8/over_adamw") == 1
+    shares = {"gflop_share": 0.5, "state_share": 0.5}
     found["tables"]["devices"]["rows"] = {"fo_soap_2": shares, "fo_muon_2": shares}
     figure = scaling.draw(found)
     figure.savefig(tmp_path / "scaling.png")

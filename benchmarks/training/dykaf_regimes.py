@@ -58,12 +58,7 @@ def describe(runs: Mapping[str, Runs], options: argparse.Namespace) -> dict[str,
         {
             **{r: table(f"{r.capitalize()}: {told}", COLUMNS, method_rows(of)) for r, of in found.items()},
             "rank1": table("DyKAF's second moment: final validation loss", RANK1, rank1_rows(found)),
-            **{
-                f"{r}-grid": grid_table(
-                    runs[r], METHODS, f"{r.capitalize()}: final validation loss by rate, first seed"
-                )
-                for r in runs
-            },
+            **{f"{r}-grid": grid_table(of, fine_tuning.METHODS, f"{r.title()}: by rate") for r, of in runs.items()},
         },
         settings={
             **setting_of(runs["pre-training"]),

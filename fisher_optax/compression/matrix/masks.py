@@ -125,7 +125,7 @@ def keep_largest(scores: Float[Array, "..."], k: int | Int[Array, ""], axis: int
     """False for exactly the k smallest along an axis (None: of all), the first of those that are equal.
 
     The bits of floats, taken as whole numbers, are in the floats' order, so that the k-th is found bit by bit: on a CPU
-    much faster than by sorting (``benchmarks/compression_speed.py``).
+    much faster than by sorting (``benchmarks/speed/compression_speed.py``).
 
     >>> print(keep_largest(jnp.array([2.0, 0.0, 1.0, 1.0]), 2))
     [ True False False  True]

@@ -41,7 +41,7 @@ def obs(
     """Prune W by optimal brain surgery, greedy and exact for each output: of all methods the dearest.
 
     What `sparsegpt` approximates. Time grows with the outputs, and with the cube of the inputs
-    (``benchmarks/compression_speed.py``).
+    (``benchmarks/speed/compression_speed.py``).
 
     Args:
       W, H, damping: as in `sparsegpt`, inputs that were always 0 too.
