@@ -24,14 +24,9 @@ TEXT = Path(argparse.__file__).read_text(encoding="utf-8")
 
 
 def options(folder: Path, **changed: Any) -> argparse.Namespace:
-    return argparse.Namespace(
-        runs=folder,
-        seeds=3,
-        steps=6,
-        start_steps=6,
-        command="python -m benchmarks dykaf_regimes",
-        **changed,
-    )
+    command = "python -m benchmarks dykaf_regimes"
+    given = {"runs": folder, "seeds": 3, "steps": 6, "start_steps": 6, "command": command}
+    return argparse.Namespace(**{**given, **changed})
 
 
 def made_up(path: Path, ends: dict[str, tuple[float, float, float]], rate: float = 0.1) -> Runs:

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from benchmarks.frog_cifar import Setting
-from benchmarks.frog_cifar_report import PLAIN
 
 import fisher_optax as fo
 from benchmarks import results
