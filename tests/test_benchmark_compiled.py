@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import fisher_optax as fo
 from benchmarks.speed import compiled
-from benchmarks.trees import Tree, make_params
+from benchmarks.trees import Tree, hidden, make_params
 
 PARAMS = make_params(Tree(3, 16))
+AXES = jax.tree.map(lambda x: fo.MatrixAxes(0, 1) if x else None, hidden(PARAMS))
 
 
 @pytest.mark.parametrize("name", ["soap", "kfac"])
 def test_a_step_is_compiled_for_the_machine_at_hand(name: str) -> None:
     """On a CPU, an eigh and two QR for each length of side; no copy of the state."""
-    found = compiled.compiled(compiled.CONTENDERS[name], compiled.device_of("cpu"), PARAMS)
+    found = compiled.compiled(compiled.CONTENDERS[name], compiled.device_of("cpu"), PARAMS, AXES)
     lengths = 3
     assert found["decompositions"] == 3 * lengths
     assert 0 < found["over_state"] < 1
@@ -51,6 +53,14 @@ def test_a_bound_is_judged_turn_by_turn() -> None:
 @pytest.mark.parametrize("name", ["soap", "dykaf", "shampoo"])
 def test_layers_of_distinct_shapes_share_their_decompositions(name: str) -> None:
     """Of twelve shapes: three for each of two lengths, and three of DyKAF's first pair."""
-    params = compiled.layers_of_distinct_shapes()
-    found = compiled.compiled(compiled.CONTENDERS[name], compiled.device_of("cpu"), params)
+    tree = compiled.params_and_axes(compiled.DISTINCT)
+    found = compiled.compiled(compiled.CONTENDERS[name], compiled.device_of("cpu"), *tree)
     assert 1 <= found["decompositions"] <= 2 * 3 + 3
+
+
+def test_scanned_layers_are_matrices_of_one_leaf() -> None:
+    params, axes = compiled.params_and_axes("small_scanned")
+    assert params["blocks"]["mlp"]["up"]["kernel"].shape == (6, 384, 1536)
+    assert axes["blocks"]["mlp"]["up"]["kernel"] == fo.MatrixAxes(1, 2, 0)
+    statistics = compiled.statistics_of(params, axes, squares=False)["blocks"]["mlp"]["up"]["kernel"]
+    assert (statistics.left.shape, statistics.right.shape) == ((6, 384, 384), (6, 1536, 1536))

@@ -9,8 +9,9 @@ The compilers come with JAX's plugins and need no device; nothing is run. Each m
 
 A step is an optimizer's update and its addition to the parameters, which give their memory to the results, as the state
 does. Optimizers are compiled in turns, and ratios are of the same turn. Statistics are arguments of K-FAC's step.
-"Decompositions" are the calls of a factorisation in the program, loops counted once. In the tree "distinct" each of
-twelve small layers has a shape of its own. ``--machine cpu`` is the compiler for the CPU at hand.
+"Decompositions" are the calls of a factorisation in the program, loops counted once. In the tree "gpt2_scanned" the
+layers' kernels are stacked along a leading axis; in "distinct" each of twelve small layers has a shape of its own.
+``--machine cpu`` is the compiler for the CPU at hand.
 """
 
 import argparse
@@ -41,6 +42,7 @@ TOPOLOGIES = {
 }  # fmt: skip
 H200 = Path(__file__).with_name("h200.textproto")  # what NVIDIA's compiler has to know of one
 DISTINCT = "distinct"
+SCANNED = "gpt2_scanned"
 DECOMPOSITIONS = re.compile(r"syevd|syevj|geqrf|potrf|getrf|gesvd|QrDecomp|Qr|Eigh|Cholesky|Lu")
 COUNTED = {"conditionals": " conditional(", "loops": " while(", "copies": " copy("}  # in the program's text
 COLUMNS = columns(
@@ -116,22 +118,33 @@ def layers_of_distinct_shapes(count: int = 12) -> dict[str, Any]:
     return {f"layer_{i}": {"kernel": leaf(m, n), "bias": leaf(n)} for i, (m, n) in enumerate(sizes)}
 
 
+def params_and_axes(tree: str) -> tuple[Any, Any]:
+    """Parameters without values, and which axes of the kernels are inputs and outputs."""
+    plain = tree.removesuffix("_scanned")
+    params = layers_of_distinct_shapes() if plain == DISTINCT else dict(make_params(TREES[plain]))
+    if plain != tree:
+        blocks = [params.pop(name) for name in list(params) if name.startswith("block_")]
+        stacked = lambda x: jax.ShapeDtypeStruct((len(blocks), *x.shape), x.dtype)  # noqa: E731
+        params["blocks"] = jax.tree.map(stacked, blocks[0])
+    of_kernel = fo.MatrixAxes(0, 1) if plain == tree else fo.MatrixAxes(1, 2, 0)
+    return params, jax.tree.map(lambda x: of_kernel if x else None, hidden(params))
+
+
 def statistics_of(params: Any, axes: Any, squares: bool) -> Any:
     """Factors of each kernel, as capture gives them."""
 
     def of_leaf(x: Any, a: Any) -> Any:
         if a is None:
             return None
-        side = lambda d: jax.ShapeDtypeStruct((d, d), jnp.float32)  # noqa: E731
+        side = lambda d: jax.ShapeDtypeStruct((*x.shape[:-2], d, d), jnp.float32)  # noqa: E731
         weight = jax.ShapeDtypeStruct((), jnp.float32)
-        return LayerFactors(side(x.shape[0]), side(x.shape[1]), x if squares else None, weight, axes=a)
+        return LayerFactors(side(x.shape[-2]), side(x.shape[-1]), x if squares else None, weight, axes=a)
 
     return jax.tree.map(of_leaf, params, axes, is_leaf=lambda x: x is None)
 
 
-def compiled(contender: Contender, device: Any, params: Any) -> dict[str, float]:
+def compiled(contender: Contender, device: Any, params: Any, axes: Any) -> dict[str, float]:
     """What one compilation takes and gives."""
-    axes = jax.tree.map(lambda x: fo.MatrixAxes(0, 1) if x else None, hidden(params))
     mesh = Mesh(np.array([device]), ("data",), axis_types=(AxisType.Auto,))
     whole = NamedSharding(mesh, PartitionSpec())
     placed = lambda t: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), t)  # noqa: E731
@@ -184,18 +197,18 @@ def rows_of(found: Mapping[str, list[dict[str, float]]], tree: str, machine: str
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--machine", choices=[*TOPOLOGIES, "cpu"], default="cpu", help="to compile for")
-    parser.add_argument("--tree", choices=[*TREES, DISTINCT], default="gpt2")
+    parser.add_argument("--tree", choices=[*TREES, SCANNED, DISTINCT], default="gpt2")
     parser.add_argument("--rounds", type=positive, default=3, help="how often each is compiled")
     parser.add_argument("--only", type=listed(CONTENDERS), default=list(CONTENDERS), help=", ".join(CONTENDERS))
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device, found = device_of(options.machine), {name: [] for name in options.only}
-    params = layers_of_distinct_shapes() if options.tree == DISTINCT else make_params(TREES[options.tree])
+    params, axes = params_and_axes(options.tree)
     turns = tqdm([(i, name) for i in range(options.rounds) for name in options.only])
     for _, name in turns:
         turns.set_description(name)
-        found[name].append(compiled(CONTENDERS[name], device, params))
+        found[name].append(compiled(CONTENDERS[name], device, params, axes))
     yield results.result(
         f"compiled_{options.tree}_{options.machine}",
         f"What the compiler for {options.machine} makes of a step of each optimizer.",
