@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_optax.linalg import cholesky_inverse, matrix_power
+from fisher_optax import linalg
+from fisher_optax.linalg import cholesky_inverse
 
+matrix_power = jax.jit(linalg.matrix_power, static_argnums=1, static_argnames=("method", "ridge"))
 ITERATIONS = {"newton": (-1.0, -0.5, -0.25, -1 / 3), "polynomial": (-0.5, -0.25, -0.125)}
 CASES = [("eigh", -0.25), ("eigh", -0.4), *((method, p) for method, ps in ITERATIONS.items() for p in ps)]
 
