@@ -58,8 +58,11 @@ SLOW = (
     "test_trees_of_all_kinds.py::*",
     "test_warm_start.py::*",
     "test_tiers.py::test_each_law_is_in_one_tier_or_the_other",
-    # Single ones that take as long as a file of others.
+    # An optimizer's step that is not compiled as a whole is some hundred programs: in one tier, they are compiled once.
+    "laws/test_calls.py::test_arguments_are_not_mutated",
     "laws/test_calls.py::test_jitted_equals_eager",
+    "laws/test_faults.py::test_health_is_found_under_wrappers",
+    # Single ones that take as long as a file of others.
     "test_axes_fused.py::test_the_program_reads_fused_experts_as_out_in_does",
     "test_axes_layouts.py::test_a_step_on_outputs_first_is_the_step_on_the_transpose",
     "test_axes_parts.py::test_a_start_from_adam_is_that_of_the_parts",
