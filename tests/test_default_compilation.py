@@ -9,10 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 AGAIN = {
-    "the authors' trajectories": ["test_soap.py", "test_dykaf.py", "test_frog.py", "-k", "the_authors"],
-    "heads in float32": ["test_fisher_head_float32.py"],
-    "pruning in float32": ["test_compression_sparsegpt.py", "test_compression_obs.py", "-k", "float32"],
-    "orthogonalisation": ["test_linalg_orthogonalize.py", "-k", "scale or float32 or half or spectra or finite"],
+    "the authors' trajectories": [
+        *("optimizers/test_soap.py", "optimizers/test_dykaf.py", "optimizers/test_frog.py"),
+        *("-k", "the_authors"),
+    ],
+    "heads in float32": ["fisher/test_head_float32.py"],
+    "pruning in float32": ["compression/test_sparsegpt.py", "compression/test_obs.py", "-k", "float32"],
+    "orthogonalisation": ["linalg/test_orthogonalize.py", "-k", "scale or float32 or half or spectra or finite"],
 }
 
 
