@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisher_optax.linalg import descending, eigenbasis, keep_last_good, off_diagonality, orthogonal_iteration, project
+from fisher_optax import linalg
+from fisher_optax.linalg import descending, keep_last_good, off_diagonality, project
 
+eigenbasis = jax.jit(linalg.eigenbasis)
+orthogonal_iteration = jax.jit(linalg.orthogonal_iteration, static_argnames="method")
 METHODS = ("qr", "cholesky")
 
 

@@ -88,7 +88,7 @@ def run(tx: optax.GradientTransformationExtraArgs, params: Any, steps: list[tupl
 
 
 def direction(tx: optax.GradientTransformationExtraArgs, grads: Any, samples: Samples) -> Any:
-    return tx.update(grads, tx.init(grads), grads, statistics=given(samples))[0]
+    return jax.jit(tx.update)(grads, tx.init(grads), grads, statistics=given(samples))[0]
 
 
 def assert_same(actual: Any, wanted: np.ndarray, start: Any, tolerance: float) -> None:

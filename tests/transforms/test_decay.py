@@ -72,8 +72,8 @@ def test_soap_then_orthogonalise_is_a_chain() -> None:
     )
     params = {"dense": {"kernel": jnp.ones((4, 4))}}
     G = {"dense": {"kernel": jax.random.normal(jax.random.key(0), (4, 4))}}
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(2):
-        updates, state = tx.update(G, state, params)
+        updates, state = update(G, state, params)
     values = jnp.linalg.svd(updates["dense"]["kernel"])[1]
     np.testing.assert_allclose(values, 1, atol=0.02)
