@@ -27,8 +27,9 @@ TRAJECTORY_CASES = {
 def follow(rule: Any, grads: np.ndarray) -> list[Any]:
     """The factors after each gradient."""
     factors, path = rule.init(*grads.shape[1:], True, True, jnp.float64), []
+    update = jax.jit(lambda G, factors: rule.update(G, factors, None))
     for G in grads:
-        factors = rule.update(jnp.asarray(G), factors, None)
+        factors = update(jnp.asarray(G), factors)
         path.append(factors)
     return path
 

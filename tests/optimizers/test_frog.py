@@ -59,17 +59,21 @@ def golden_loss(kernels: list[Any], x: Any, labels: Any, linear: Any, taps: Any 
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), inputs
 
 
+through_taps = jax.jit(jax.grad(golden_loss, argnums=(0, 4), has_aux=True))
+with_samples = jax.jit(fo.value_and_grad(golden_loss, fo.LayerSamples(16), has_aux=True))
+
+
 def golden_gradients(case: str, kernels: list[Any]) -> tuple[list[Any], list[Samples]]:
     """With every example as a sample."""
     taps = jnp.zeros((16, 8, 8, 5)), jnp.zeros((16, 4, 4, 4))
-    (grads, cotangents), inputs = jax.grad(golden_loss, argnums=(0, 4), has_aux=True)(kernels, *batch(case), taps)
+    (grads, cotangents), inputs = through_taps(kernels, *batch(case), taps)
     parts = zip(inputs, cotangents, WINDOWS, strict=True)
     return grads, [Samples(a, 16 * y, jnp.asarray(16.0), window=w) for a, y, w in parts]
 
 
 def captured_gradients(case: str, kernels: list[Any]) -> tuple[list[Any], list[Samples]]:
     """As `golden_gradients`."""
-    (_, _), grads, samples = fo.value_and_grad(golden_loss, fo.LayerSamples(16), has_aux=True)(kernels, *batch(case))
+    (_, _), grads, samples = with_samples(kernels, *batch(case))
     return grads, samples
 
 

@@ -171,9 +171,9 @@ def test_bases_are_each_layers_own() -> None:
 
 def test_a_start_from_adam_is_in_the_stack() -> None:
     params, adam = params_of(), optax.adam(0.1)
-    adam_state = adam.init(params)
+    adam_state, advance = adam.init(params), jax.jit(adam.update)
     for g in gradients(params, 3):
-        _, adam_state = adam.update(g, adam_state, params)
+        _, adam_state = advance(g, adam_state, params)
     [stack] = stacks_of(fo.from_adam(fo.soap(0.1), adam_state, params)).values()
     # The stack holds the shapes in the order of its name, and zeros.
     wanted = sum(float(jnp.sum(jnp.abs(x))) for x in jax.tree.leaves(adam_state[0].mu))
@@ -223,9 +223,9 @@ def test_the_report_counts_the_zeros() -> None:
 @pytest.mark.usefixtures("x64")
 def test_a_start_from_adam_goes_on_as_apart(request: pytest.FixtureRequest) -> None:
     params, adam = params_of(), optax.adam(0.1)
-    adam_state = adam.init(params)
+    adam_state, advance = adam.init(params), jax.jit(adam.update)
     for g in gradients(params, 4):
-        _, adam_state = adam.update(g, adam_state, params)
+        _, adam_state = advance(g, adam_state, params)
 
     def moved() -> Any:
         tx = fo.soap(0.1, precondition_frequency=2)
