@@ -1,5 +1,6 @@
 """One set-up for every test: eight CPU devices, one BLAS thread, quick and lasting compilation, float64 on request."""
 
+import gc
 import os
 from collections.abc import Iterator
 from importlib import metadata
@@ -30,6 +31,9 @@ cache = Path(__file__).parents[1] / ".pytest_cache" / "jax" / worker
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
+# A seventh of the time to collect was to look through all that had been imported for garbage, again and again.
+gc.set_threshold(20_000, 20, 50)
+
 import jax  # noqa: E402 (the environment comes first)
 
 import tests.typechecker  # noqa: E402, F401 (jaxtyping looks it up by its name)
@@ -53,6 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if slow:
                 item.add_marker("slow")
     items.sort(key=lambda item: workers.rank(tiers.case(item).path))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays until the end, and no test's garbage is among it."""
+    gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> workers.Shares:

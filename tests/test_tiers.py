@@ -46,23 +46,35 @@ def of_rows(path: str, *names: str) -> list[bool]:
 def test_rows_of_the_kinds_are_quick_or_else_the_first() -> None:
     assert of_rows("laws/test_calls.py", "soap", "ekfac") == [False, False, True, True]
     assert of_rows("laws/test_calls.py", "frog", "ekfac") == [False, True, True, True]
-    assert of_rows("test_sharding.py", "soap", "ekfac") == [True] * 4
+    assert of_rows("optimizers/test_sharding.py", "soap", "ekfac") == [True] * 4
 
 
-@pytest.mark.parametrize(("path", "wanted"), [("test_soap.py", [False, True]), ("test_axes.py", [False, False])])
+@pytest.mark.parametrize(
+    ("path", "wanted"), [("optimizers/test_soap.py", [False, True]), ("matrices/test_axes.py", [False, False])]
+)
 def test_first_cases_are_quick(path: str, wanted: list[bool]) -> None:
     assert tiers.slow([tiers.Case(path, "test_f", {"x": x}) for x in (0, 1)]) == wanted
 
 
-def collected(*arguments: str) -> set[str]:
-    program = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--collect-only", *arguments]
-    run = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
-    return {line for line in run.stdout.splitlines() if "::" in line}
+# One process: importing everything takes far longer than collecting it once more.
+COLLECT = """
+import pytest
+common = ["-q", "-n0", "-p", "no:cacheprovider", "--jaxtyping-packages=", "--collect-only", "tests/laws"]
+for words in (["-m", "not slow"], ["-m", "slow"], []):
+    pytest.main([*common, *words])
+    print("next")
+"""
+
+
+def collected() -> list[set[str]]:
+    """The laws in the quick tier, in the slow one, and where their folder is named."""
+    run = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [{line for line in part.splitlines() if "::" in line} for part in run.stdout.split("next\n")[:3]]
 
 
 def test_each_law_is_in_one_tier_or_the_other() -> None:
     """By pytest itself: named files are run whole; of each law the quick tier has rows of the kinds, or one."""
-    quick, slow, both = (collected("tests/laws", *words) for words in (("-m", "not slow"), ("-m", "slow"), ()))
+    quick, slow, both = collected()
     assert quick | slow == both
     assert not quick & slow
     rows = sorted((row.name for row in ROWS), key=len, reverse=True)
@@ -79,7 +91,8 @@ def test_each_law_is_in_one_tier_or_the_other() -> None:
 def test_what_shares_programs_is_run_by_one_worker() -> None:
     calls, faults = (f"tests/laws/test_{name}.py::test_f" for name in ("calls", "faults"))
     assert workers.share(f"{calls}[soap]") == workers.share(f"{faults}[soap-nan]") != workers.share(f"{faults}[muon]")
-    assert workers.share("tests/test_soap.py::test_a[x]") == workers.share("tests/test_soap.py::test_b")
+    soap = "tests/optimizers/test_soap.py"
+    assert workers.share(f"{soap}::test_a[x]") == workers.share(f"{soap}::test_b")
 
 
 def test_ci_runs_both_tiers() -> None:

@@ -26,8 +26,21 @@ def check(function: Callable[..., Any]) -> Callable[..., Any]:
 
     jaxtyping passes functions that return what they are passed, made anew from the signature whenever a ``def`` is
     run. Functions inside functions are defined at each call, and beartype takes longer to write and compile a check
-    than the function to be traced: equal signatures share it.
+    than the function to be traced: equal signatures share it. It is written at the first call, for a run of tests calls
+    a part of the package.
     """
+    written: list[Callable[..., Any]] = []
+
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        if not written:
+            written.append(shared(function))
+        return written[0](*args, **kwargs)
+
+    return checking
+
+
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The check of all functions that have this one's signature."""
     optional = len(function.__defaults__ or ()), *(function.__kwdefaults__ or ())
     annotations = tuple((name, spelled(annotation)) for name, annotation in function.__annotations__.items())
     signature = (function.__module__, function.__qualname__, function.__code__, optional, annotations)

@@ -7,15 +7,15 @@ from xdist.scheduler import LoadScopeScheduling
 # Longest first, so that the workers end together.
 LONGEST = (
     "test_default_compilation.py",
-    "test_experiment_*.py",
+    "experiments/test_*.py",
     "laws/*.py",
-    "test_estimators_agree.py",
-    "test_rounding.py",
-    "test_sharding.py",
-    "test_axes_*.py",
-    "test_statistics_axes.py",
-    "test_shampoo.py",
-    "test_docstrings.py",
+    "fisher/test_estimators_agree.py",
+    "preconditioner/test_rounding.py",
+    "optimizers/test_sharding.py",
+    "matrices/test_axes_*.py",
+    "matrices/test_statistics_axes.py",
+    "optimizers/test_shampoo.py",
+    "documents/test_docstrings.py",
 )
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
+import scipy.special
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -144,7 +144,7 @@ class DiagonalFisher(NamedTuple):
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, as 0.95; got {level!r}.")
         n = float(self.n_eff)
-        t = float(scipy.stats.t.ppf((1 + level) / 2, n - 1)) if n > 1.0001 else np.inf
+        t = float(scipy.special.stdtrit(n - 1, (1 + level) / 2)) if n > 1.0001 else np.inf
         half = jax.tree.map(lambda s: jnp.where(jnp.isfinite(s), s * t, jnp.inf), self.standard_error())
         lower = jax.tree.map(lambda m, h: jnp.maximum(m - h, 0), self.mean, half)
         return lower, jax.tree.map(jnp.add, self.mean, half)
