@@ -66,7 +66,7 @@ def test_a_stale_table_is_written_anew(stale: str, fresh: str, folder: Path) -> 
 def test_what_cannot_be_written_is_named_with_its_document(comment: str, message: str, folder: Path) -> None:
     with pytest.raises((ValueError, KeyError), match=message):
         page.rewritten(f"# Title\n{comment}\n", folder)
-    root = folder.parents[2]
+    root = folder.parents[1]
     (root / "README.md").write_text(comment)
     assert str(verbs.write_page([], folder, root)).startswith(f"{root / 'README.md'}: ")
 
@@ -93,7 +93,7 @@ def test_code_is_left_alone(folder: Path) -> None:
 
 
 def test_writing_twice_changes_nothing_more(folder: Path) -> None:
-    root = folder.parents[2]
+    root = folder.parents[1]
     (folder / "step_time_cpu.png").touch()
     (root / "docs" / "deep").mkdir(parents=True)
     for name in ("README.md", "docs/deep/speed.md"):
