@@ -42,6 +42,8 @@ from .states.warm_start import from_adam
 from .transforms.decay import add_cautious_decay, add_decay_after_step
 from .transforms.fallback import AxesWarning, Row
 from .transforms.grafting import graft
+from .transforms.hyperball import hyperball, pinned_step
+from .transforms.norm_control import radial_brake, relative_update, update_floor
 from .transforms.normuon import scale_by_normuon
 
 # What shapes the program and cannot be traced, for tools other than optax.inject_hyperparams: that needs no list.
@@ -86,6 +88,7 @@ __all__ = [
     "from_adam",
     "graft",
     "health",
+    "hyperball",
     "in_eigenbasis",
     "infer_axes",
     "jordan",
@@ -98,8 +101,11 @@ __all__ = [
     "linalg",
     "losses",
     "muon",
+    "pinned_step",
     "polar_express",
     "precondition",
+    "radial_brake",
+    "relative_update",
     "report",
     "scale_by_dykaf",
     "scale_by_ekfac",
@@ -115,6 +121,7 @@ __all__ = [
     "scale_by_soap",
     "shampoo",
     "soap",
+    "update_floor",
     "value_and_grad",
     "you",
 ]
