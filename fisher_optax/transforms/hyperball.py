@@ -41,7 +41,7 @@ def hyperball(
     Comes last: it contains the learning rate and takes the place of weight decay, which would do nothing. The size of u
     does nothing either, so that scales before it are idle. Let the rate fall to 0.
 
-    A direction of zeros leaves a matrix alone. One of zeros is stepped by ``-lr u``; its first size is its radius.
+    A direction or a rate of zero leaves a matrix alone, to the bit. One of zeros is stepped by ``-lr u``; its first size is its radius.
     Inside `jax.shard_map` a matrix is what a device holds of it.
 
     Args:
@@ -75,7 +75,11 @@ def _on_spheres(
     learning_rate: optax.ScalarOrSchedule, radius: str | float, whole: bool, axes: list[MatrixAxes]
 ) -> Freezable:
     def radii(x: Typed, a: MatrixAxes) -> tuple[Array, ...]:
-        return tuple(norm(W) for W in matrices_of(jnp.asarray(x), a, whole)) if radius == "initial" else ()
+        if radius != "initial":
+            return ()
+        # A shape has no size yet: as of zeros, the first one counts.
+        W = x if isinstance(x, Array) else jnp.zeros(x.shape, x.dtype)
+        return tuple(map(norm, matrices_of(W, a, whole)))
 
     def init(params: PyTree) -> HyperballState:
         leaves, treedef = jax.tree.flatten(params)
@@ -95,7 +99,7 @@ def _on_spheres(
             size = norm(W)
             R = jnp.where(start == 0, size, start) if radius == "initial" else start
             V = W - rate * R * unit_frobenius(u)
-            on_sphere = jnp.where(norm(u) == 0, 0, R * unit_frobenius(V) - W)
+            on_sphere = jnp.where(rate * norm(u) == 0, 0, R * unit_frobenius(V) - W)
             return jnp.where(size == 0, -rate * u, on_sphere), R
 
         leaves, treedef = jax.tree.flatten(updates)
@@ -169,7 +173,7 @@ def _pinned(
         def rule(u: Matrices, W: Matrices) -> Matrices:
             size, V = norm(W), W - rate * u
             r = jnp.maximum(size - rate * jnp.sum(u * unit_frobenius(W), axis=(-2, -1), keepdims=True), 0)
-            pinned = jnp.where(size == 0, V, jnp.where(norm(u) == 0, W, r * unit_frobenius(V)))
+            pinned = jnp.where(size == 0, V, jnp.where(rate * norm(u) == 0, W, r * unit_frobenius(V)))
             return pinned * (1 - rate * decay * (jnp.sign(u) * jnp.sign(W) > 0)) - W
 
         return each_leaf(rule, updates, params, axes), PinState(counted(accept, state.count))
