@@ -39,7 +39,7 @@ from .states.eigenbases import eigenbases
 from .states.health import Health, check_state, health
 from .states.report import Report, report
 from .states.warm_start import from_adam
-from .transforms.decay import add_cautious_decay, add_decay_after_step
+from .transforms.decay import Decay, add_cautious_decay, add_decay, add_decay_after_step
 from .transforms.fallback import AxesWarning, Row
 from .transforms.grafting import graft
 from .transforms.hyperball import hyperball, pinned_step
@@ -60,6 +60,7 @@ __all__ = [
     "STATIC_ARGS",
     "AxesWarning",
     "CaptureReport",
+    "Decay",
     "Health",
     "InputGram",
     "KroneckerFactors",
@@ -73,6 +74,7 @@ __all__ = [
     "Storage",
     "accumulate_statistics",
     "add_cautious_decay",
+    "add_decay",
     "add_decay_after_step",
     "all_reduce_statistics",
     "applications",

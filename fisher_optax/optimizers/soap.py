@@ -19,7 +19,7 @@ from ..preconditioner.decompositions import eigh, orthogonal_iteration, with_eig
 from ..preconditioner.factors import outer_product
 from ..preconditioner.precondition import FACTORS, direction, optimizer, preconditioner, scheduled_adam
 from ..preconditioner.transform import Preconditioner
-from ..transforms.decay import Mask
+from ..transforms.decay import Mask, WeightDecay
 
 DECOMPOSITIONS = ("auto", "qr", "cholesky", "eigh")
 
@@ -77,7 +77,7 @@ def soap(
     b1: optax.ScalarOrSchedule = 0.95,
     b2: optax.ScalarOrSchedule = 0.95,
     eps: optax.ScalarOrSchedule = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay: WeightDecay = 0.01,
     *,
     shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
@@ -108,7 +108,7 @@ def soap(
         keep out the rounding of rotated gradients, which has their scale: entries of ``sqrt(v)`` below 16 to 256 units
         of rounding (2e-6 to 3e-5 in float32, by the length of the side) of the norms of their row and column get no
         step, so that a weight or direction that never had a gradient stays, at any scale.
-      weight_decay: decoupled, after the step, per unit of learning rate; number or schedule.
+      weight_decay: after the step, per unit of learning rate, number or schedule; or an `fo.Decay`.
       shampoo_beta: βs, decay of the factors; None: ``b2``.
       precondition_frequency: steps between refreshes of a basis. 10 costs little loss; 1 removes the spikes seen at
         large batches.

@@ -41,7 +41,7 @@ def hyperball(
     Comes last: it contains the learning rate and takes the place of weight decay, which would do nothing. The size of u
     does nothing either, so that scales before it are idle. Let the rate fall to 0.
 
-    A direction or a rate of zero leaves a matrix alone, to the bit. A matrix of zeros is stepped by ``-lr u``; its first
+    A direction or a rate of zero leaves a matrix alone, to the bit. One of zeros is stepped by ``-lr u``; its first
     size is its radius.
     Inside `jax.shard_map` a matrix is what a device holds of it.
 
