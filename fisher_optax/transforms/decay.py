@@ -28,7 +28,7 @@ class Decay:
         corrected     W ← W - lr (u + wd (lr / peak) W)      AdamC: for weights that a normalisation comes after
         cautious      W ← W - lr (u + wd W [u W > 0])        only what the step shrinks anyway
 
-    A number in the place of it is "after" in SOAP and its relatives, and "coupled" in the others.
+    A number in the place of it is "after" for the matrices of SOAP and its relatives, and "coupled" for all else.
 
     Args:
       weight_decay: wd, number or schedule.
