@@ -29,6 +29,7 @@ from .optimizers.kl import kl_shampoo, kl_soap, scale_by_kl_shampoo, scale_by_kl
 from .optimizers.muon import muon, scale_by_muon
 from .optimizers.shampoo import scale_by_shampoo, shampoo
 from .optimizers.soap import scale_by_soap, soap
+from .optimizers.soap_muon import kl_soap_muon, scale_by_soap_muon, soap_muon
 from .preconditioner import applications as applications
 from .preconditioner import decompositions as decompositions
 from .preconditioner import factors as factors
@@ -53,6 +54,7 @@ _FACTORIES = (
     *(kfac, scale_by_kfac, ekfac, scale_by_ekfac, kfac_soap, scale_by_kfac_soap),
     *(frog, scale_by_frog, kfrog, scale_by_kfrog),
     *(kl_shampoo, scale_by_kl_shampoo, kl_soap, scale_by_kl_soap),
+    *(soap_muon, scale_by_soap_muon, kl_soap_muon),
 )
 STATIC_ARGS = {f.__name__: _static_args(f) for f in _FACTORIES}
 
@@ -99,6 +101,7 @@ __all__ = [
     "kfrog",
     "kl_shampoo",
     "kl_soap",
+    "kl_soap_muon",
     "label_params",
     "linalg",
     "losses",
@@ -121,8 +124,10 @@ __all__ = [
     "scale_by_normuon",
     "scale_by_shampoo",
     "scale_by_soap",
+    "scale_by_soap_muon",
     "shampoo",
     "soap",
+    "soap_muon",
     "update_floor",
     "value_and_grad",
     "you",

@@ -1,5 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
+import dataclasses
+
 import optax
 from jaxtyping import PyTree
 
@@ -46,7 +48,7 @@ def scale_by_soap(
     """The direction of `soap`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2, eps)``.
 
-    Example (SOAP, then orthogonalised, after Nesterov momentum, as a plain chain):
+    Example (SOAP, then orthogonalised, after Nesterov momentum, as a plain chain; `fo.soap_muon` is another method):
       >>> import optax, fisher_optax as fo
       >>> polar = fo.precondition(None, None, fo.applications.orthogonal(scale="match_rms_adamw"),
       ...                         fallback=optax.identity())
@@ -208,15 +210,20 @@ def in_bases_of(
     storage: Storage,
     *,
     transports: bool = True,
+    skips: bool = True,
     basis_precision: str = "highest",
 ) -> Preconditioner:
     """SOAP's preconditioner with these factors, and this done in their bases; ``transports`` says whether there are
-    squares to carry along.
+    squares to carry along, ``skips`` whether the first call may only set bases.
     """
     takes = {"decomposition": "auto", "tolerance": 0.01, "transport": "permute", "first_step": "skip"}
     if not transports:
         del takes["transport"]
+    if not skips:
+        del takes["first_step"]
     options = refresh_of(name, refresh, takes)
+    if not skips:
+        options = dataclasses.replace(options, first_step="adam")
     one_of("decomposition", options.decomposition, DECOMPOSITIONS)
     way = options.decomposition or "auto"
     decomposition = eigh() if way == "eigh" else orthogonal_iteration(way, precision=basis_precision)

@@ -191,15 +191,17 @@ def direction(
     adam: optax.GradientTransformation,
     route: Callable[..., Freezable] = with_fallback,
     on_matrices: OnMatrices | None = None,
+    kinds: tuple[str, ...] = KINDS,
 ) -> optax.GradientTransformationExtraArgs:
     """``method`` on matrices, and on the rest ``fallback``, a direction; by default ``adam``.
 
     Args:
       route: `with_fallback`, or `layers_with_fallback` where a matrix takes its bias along.
       on_matrices: ``method.on_matrices``, or what stands for it on layers.
+      kinds: of the leaves that are matrices to the method.
     """
     build, rest = on_matrices or method.on_matrices, method.with_first(adam if fallback is None else fallback)
-    return skip_nonfinite(route(name, build, rest, axes=axes, kinds=KINDS, describe=method.describe))
+    return skip_nonfinite(route(name, build, rest, axes=axes, kinds=kinds, describe=method.describe))
 
 
 def optimizer(
@@ -214,6 +216,7 @@ def optimizer(
     adam: optax.GradientTransformation,
     route: Callable[..., Freezable] = with_fallback,
     on_matrices: OnMatrices | None = None,
+    kinds: tuple[str, ...] = KINDS,
 ) -> optax.GradientTransformationExtraArgs:
     """`direction` with rate and decay after the step; ``fallback`` is complete, by default AdamW made of ``adam``."""
     check_decay(learning_rate, weight_decay)
@@ -233,4 +236,4 @@ def optimizer(
         fallback = chain(method.with_first(adam), rest)
     else:
         fallback = method.with_first(fallback)
-    return skip_nonfinite(route(name, built, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    return skip_nonfinite(route(name, built, fallback, axes=axes, kinds=kinds, describe=method.describe))
