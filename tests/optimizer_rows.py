@@ -187,8 +187,9 @@ ROWS = (
     like_soap(fo.dykaf, "dykaf-one-sided-adaptive", sides="shorter", refresh="adaptive", transport="squared"),
     like_soap(fo.kl_soap, "kl_soap"),
     like_soap(fo.kl_shampoo, "kl_shampoo"),
-    like_soap(fo.soap_muon, "soap_muon")._replace(any_scale=False),
-    like_soap(fo.kl_soap_muon, "kl_soap_muon"),
+    # A matrix of signs is often singular, so that its polar factor magnifies rounding.
+    like_soap(fo.soap_muon, "soap_muon", tolerance=1e-3),
+    like_soap(fo.kl_soap_muon, "kl_soap_muon", tolerance=1e-3),
     Row(
         "scale_by_soap",
         fo.scale_by_soap,
