@@ -29,6 +29,7 @@ from .optimizers.kl import kl_shampoo, kl_soap, scale_by_kl_shampoo, scale_by_kl
 from .optimizers.muon import muon, scale_by_muon
 from .optimizers.shampoo import scale_by_shampoo, shampoo
 from .optimizers.soap import scale_by_soap, soap
+from .optimizers.soap_muon import kl_soap_muon, scale_by_soap_muon, soap_muon
 from .preconditioner import applications as applications
 from .preconditioner import decompositions as decompositions
 from .preconditioner import factors as factors
@@ -39,9 +40,11 @@ from .states.eigenbases import eigenbases
 from .states.health import Health, check_state, health
 from .states.report import Report, report
 from .states.warm_start import from_adam
-from .transforms.decay import add_cautious_decay, add_decay_after_step
+from .transforms.decay import Decay, add_cautious_decay, add_decay, add_decay_after_step
 from .transforms.fallback import AxesWarning, Row
 from .transforms.grafting import graft
+from .transforms.hyperball import hyperball, pinned_step
+from .transforms.norm_control import radial_brake, relative_update, update_floor
 from .transforms.normuon import scale_by_normuon
 
 # What shapes the program and cannot be traced, for tools other than optax.inject_hyperparams: that needs no list.
@@ -51,6 +54,7 @@ _FACTORIES = (
     *(kfac, scale_by_kfac, ekfac, scale_by_ekfac, kfac_soap, scale_by_kfac_soap),
     *(frog, scale_by_frog, kfrog, scale_by_kfrog),
     *(kl_shampoo, scale_by_kl_shampoo, kl_soap, scale_by_kl_soap),
+    *(soap_muon, scale_by_soap_muon, kl_soap_muon),
 )
 STATIC_ARGS = {f.__name__: _static_args(f) for f in _FACTORIES}
 
@@ -58,6 +62,7 @@ __all__ = [
     "STATIC_ARGS",
     "AxesWarning",
     "CaptureReport",
+    "Decay",
     "Health",
     "InputGram",
     "KroneckerFactors",
@@ -71,6 +76,7 @@ __all__ = [
     "Storage",
     "accumulate_statistics",
     "add_cautious_decay",
+    "add_decay",
     "add_decay_after_step",
     "all_reduce_statistics",
     "applications",
@@ -86,6 +92,7 @@ __all__ = [
     "from_adam",
     "graft",
     "health",
+    "hyperball",
     "in_eigenbasis",
     "infer_axes",
     "jordan",
@@ -94,12 +101,16 @@ __all__ = [
     "kfrog",
     "kl_shampoo",
     "kl_soap",
+    "kl_soap_muon",
     "label_params",
     "linalg",
     "losses",
     "muon",
+    "pinned_step",
     "polar_express",
     "precondition",
+    "radial_brake",
+    "relative_update",
     "report",
     "scale_by_dykaf",
     "scale_by_ekfac",
@@ -113,8 +124,11 @@ __all__ = [
     "scale_by_normuon",
     "scale_by_shampoo",
     "scale_by_soap",
+    "scale_by_soap_muon",
     "shampoo",
     "soap",
+    "soap_muon",
+    "update_floor",
     "value_and_grad",
     "you",
 ]

@@ -37,6 +37,7 @@ class Row(NamedTuple):
     scale_free: bool = True  # large gradients move parameters as small ones do
     one_guard: bool = True  # a bad step is skipped by one guard, not by each stage of a chain
     tolerance: float = SINGLE_PRECISION  # of the update's norm, between two ways to compute it
+    keeps_norms: bool = False  # so that a minimum elsewhere is out of reach
     joined: bool = False  # a kernel and its bias are one matrix
     descent: tuple[float, int] = (0.1, 1000)  # first rate (falling linearly to 0) and steps of the convergence tests
 
@@ -68,6 +69,16 @@ def muon_with_adams_size() -> optax.GradientTransformationExtraArgs:
 
 def normuon(weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
     return optax.chain(fo.scale_by_muon(), fo.scale_by_normuon(), fo.add_cautious_decay(weight_decay))
+
+
+def muon_on_spheres(learning_rate: Any = 0.02) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(fo.scale_by_muon(), fo.hyperball(learning_rate))
+
+
+def pinned_muon(learning_rate: Any = 0.02, weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
+    """As the record has it, but for its numbers."""
+    pinned = fo.pinned_step(learning_rate, weight_decay)
+    return optax.chain(fo.scale_by_muon(scale="shape"), fo.radial_brake(), fo.update_floor(0.1), pinned)
 
 
 def soap_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
@@ -176,6 +187,9 @@ ROWS = (
     like_soap(fo.dykaf, "dykaf-one-sided-adaptive", sides="shorter", refresh="adaptive", transport="squared"),
     like_soap(fo.kl_soap, "kl_soap"),
     like_soap(fo.kl_shampoo, "kl_shampoo"),
+    # A matrix of signs is often singular, so that its polar factor magnifies rounding.
+    like_soap(fo.soap_muon, "soap_muon", tolerance=1e-3),
+    like_soap(fo.kl_soap_muon, "kl_soap_muon", tolerance=1e-3),
     Row(
         "scale_by_soap",
         fo.scale_by_soap,
@@ -216,6 +230,26 @@ ROWS = (
         "normuon",
         normuon,
         rate_after=0.02,
+        undecayed={"weight_decay": 0.0},
+        takes_axes=False,
+        any_scale=True,
+        one_guard=False,
+    ),
+    Row(
+        "hyperball",
+        muon_on_spheres,
+        {"learning_rate": 0.02},
+        scheduled=("learning_rate",),
+        takes_axes=False,
+        any_scale=True,
+        one_guard=False,
+        keeps_norms=True,
+    ),
+    Row(
+        "pinned",
+        pinned_muon,
+        {"learning_rate": 0.02},
+        scheduled=("learning_rate",),
         undecayed={"weight_decay": 0.0},
         takes_axes=False,
         any_scale=True,

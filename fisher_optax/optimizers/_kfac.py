@@ -32,7 +32,7 @@ from ..preconditioner.factors.kronecker import is_reached
 from ..preconditioner.precondition import preconditioner
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
-from ..transforms.decay import Mask, decayed_weights, scheduled
+from ..transforms.decay import Mask, WeightDecay, check_decay, scheduled, stages
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.grafting import frozen_trace, graft_on, magnitude_of, once_seen
 from ..transforms.skip_nonfinite import Freezable, chain, skip_nonfinite
@@ -161,12 +161,12 @@ def optimizer(
     *,
     learning_rate: optax.ScalarOrSchedule,
     momentum: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     mask: Mask,
     of_heads: ForHeads | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`direction` with momentum, decay and rate; ``fallback`` is complete, by default AdamW."""
-    after = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
+    after = optax.chain(*stages(learning_rate, weight_decay, mask))
 
     def built(layers: list[Layer]) -> Freezable:
         return chain(build(layers), scheduled(frozen_trace, decay=momentum), after)
@@ -178,13 +178,12 @@ def optimizer(
 def check_numbers(
     learning_rate: optax.ScalarOrSchedule,
     momentum: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     kl_clip: optax.ScalarOrSchedule | None,
 ) -> None:
     """A ValueError for what is out of range."""
-    in_range("learning_rate", learning_rate, 0)
+    check_decay(learning_rate, weight_decay)
     in_range("momentum", momentum, 0, 1)
-    in_range("weight_decay", weight_decay, 0)
     in_range("kl_clip", 0.0 if kl_clip is None else kl_clip, 0)
 
 

@@ -9,7 +9,7 @@ from ..preconditioner.contracts import Refresh, Storage, storage_of
 from ..preconditioner.factors import projector_splitting
 from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
-from ..transforms.decay import Mask
+from ..transforms.decay import Mask, WeightDecay
 from .soap import STORAGE, check_moments, decay_of, in_bases_of
 
 VARIANTS = {
@@ -54,7 +54,7 @@ def dykaf(
     b1: optax.ScalarOrSchedule = 0.95,
     b2: optax.ScalarOrSchedule = 0.95,
     eps: optax.ScalarOrSchedule = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay: WeightDecay = 0.01,
     *,
     init: str = "dominant",
     variant: str = "inputs_first",

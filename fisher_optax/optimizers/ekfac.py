@@ -6,7 +6,7 @@ from jaxtyping import PyTree
 from .._arguments import injectable
 from ..preconditioner.applications import eigenvalue_corrected
 from ..preconditioner.contracts import Refresh, Storage
-from ..transforms.decay import Mask
+from ..transforms.decay import Mask, WeightDecay
 from . import _kfac
 
 WAYS = ("auto", "eigh", "qr", "cholesky")
@@ -46,7 +46,7 @@ def ekfac(
     momentum: optax.ScalarOrSchedule = 0.9,
     curvature_decay: optax.ScalarOrSchedule = 0.95,
     damping: optax.ScalarOrSchedule = 1e-3,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: WeightDecay = 0.0,
     *,
     exponent: float = -1.0,
     grafting: object = None,

@@ -21,7 +21,7 @@ from ..preconditioner.applications.conjugate_gradient import (
     kfrog_direction,
 )
 from ..statistics import Samples
-from ..transforms.decay import Mask, decayed_weights
+from ..transforms.decay import Mask, WeightDecay, check_decay, stages
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.momentum import MomentumState
 from ..transforms.momentum import momentum as weighted_mean
@@ -87,7 +87,7 @@ def frog(
     momentum: optax.ScalarOrSchedule = 0.9,
     damping: optax.ScalarOrSchedule = 1e-4,
     iterations: int = 4,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: WeightDecay = 0.0,
     *,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
@@ -110,7 +110,7 @@ def frog(
       damping: τ, number above 0 or schedule, in units of the mean eigenvalue of each output's Fisher. The author's
         range is 1e-6 to 1e-2; what the samples do not span is divided by τ alone.
       iterations: k, 3 to 5; it regularises too, as directions of small eigenvalues come last.
-      weight_decay: decoupled, per unit of learning rate; number or schedule.
+      weight_decay: per unit of learning rate, number or schedule; or an `fo.Decay`.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with
         this rate, decay and mask.
@@ -145,7 +145,7 @@ def kfrog(
     momentum: optax.ScalarOrSchedule = 0.9,
     damping: optax.ScalarOrSchedule = 1e-4,
     iterations: int = 4,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: WeightDecay = 0.0,
     *,
     mask: Mask = None,
     fallback: optax.GradientTransformation | None = None,
@@ -190,19 +190,18 @@ def _complete(
     method: str,
     direction: Direction,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     mask: Mask,
     fallback: optax.GradientTransformation | None,
     axes: PyTree,
 ) -> optax.GradientTransformationExtraArgs:
-    in_range("learning_rate", learning_rate, 0)
-    in_range("weight_decay", weight_decay, 0)
-    decay, rate = decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
+    check_decay(learning_rate, weight_decay)
+    after = stages(learning_rate, weight_decay, mask)
 
     def build(layers: list[Layer]) -> Freezable:
-        return chain(_on_samples(direction, method, layers), decay, rate)
+        return chain(_on_samples(direction, method, layers), *after)
 
-    rest = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
+    rest = optax.chain(optax.scale_by_adam(), *after) if fallback is None else fallback
     return skip_nonfinite(layers_with_fallback(method, build, rest, axes=axes, kinds=LAYERS, unused=unused_statistics))
 
 

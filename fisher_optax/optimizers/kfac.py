@@ -6,7 +6,7 @@ from jaxtyping import PyTree
 from .._arguments import injectable
 from ..preconditioner.applications import damped
 from ..preconditioner.contracts import Refresh, Storage, storage_of
-from ..transforms.decay import Mask
+from ..transforms.decay import Mask, WeightDecay
 from . import _kfac
 from .kfac_head import for_heads
 
@@ -50,7 +50,7 @@ def kfac(
     momentum: optax.ScalarOrSchedule = 0.9,
     curvature_decay: optax.ScalarOrSchedule = 0.95,
     damping: optax.ScalarOrSchedule = 1e-3,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: WeightDecay = 0.0,
     *,
     exponent: float = -1.0,
     grafting: object = None,
@@ -82,7 +82,7 @@ def kfac(
       momentum: μ, of the preconditioned steps; number or schedule.
       curvature_decay: decay of A and B per update with statistics, number or schedule; .95 remembers two refreshes.
       damping: λ, in units of the Fisher; number or schedule.
-      weight_decay: decoupled, per unit of learning rate; number or schedule.
+      weight_decay: per unit of learning rate, number or schedule; or an `fo.Decay`.
       exponent: p, from -1 to 0.
       grafting: None (D itself), "adam", "rmsprop", "sgd" or any transformation without a rate.
       kl_clip: c, number or schedule: at most so much change of the model's outputs a step, in nats; 1e-3 is common.

@@ -14,7 +14,7 @@ from ..preconditioner.factors import kronecker
 from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
 from ..statistics import LayerFactors
-from ..transforms.decay import Mask
+from ..transforms.decay import Mask, WeightDecay
 from ..transforms.fallback import layers_with_fallback
 from ..transforms.skip_nonfinite import Freezable
 from .soap import adam_in_bases, decay_of
@@ -73,7 +73,7 @@ def kfac_soap(
     b1: optax.ScalarOrSchedule = 0.95,
     b2: optax.ScalarOrSchedule = 0.95,
     eps: optax.ScalarOrSchedule = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay: WeightDecay = 0.01,
     *,
     shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,

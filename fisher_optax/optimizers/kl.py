@@ -9,7 +9,7 @@ from ..preconditioner.contracts import Refresh, Storage, storage_of
 from ..preconditioner.factors import kullback_leibler
 from ..preconditioner.precondition import direction, optimizer, scheduled_adam
 from ..preconditioner.transform import Preconditioner
-from ..transforms.decay import Mask
+from ..transforms.decay import Mask, WeightDecay
 from .soap import STORAGE, adam_in_bases, check_moments, decay_of, in_bases_of
 
 
@@ -59,7 +59,7 @@ def kl_soap(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.98,
     eps: optax.ScalarOrSchedule = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay: WeightDecay = 0.01,
     *,
     init: str = "gradient",
     shampoo_beta: optax.ScalarOrSchedule | None = None,
@@ -154,7 +154,7 @@ def kl_shampoo(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.98,
     eps: optax.ScalarOrSchedule = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay: WeightDecay = 0.01,
     *,
     init: str = "gradient",
     shampoo_beta: optax.ScalarOrSchedule | None = None,

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from .._arguments import in_range, injectable, whole
 from ..matrices.axes import MatrixAxes
 from ..matrices.rules import resolve_axes
-from ..transforms.decay import Mask, decayed_weights
+from ..transforms.decay import Mask, WeightDecay, check_decay, stages
 from ..transforms.fallback import Build, is_matrix, with_fallback
 from ..transforms.momentum import with_momentum
 from ..transforms.per_matrix import describe_matrices, per_matrix, polar
@@ -58,7 +58,7 @@ def muon(
     learning_rate: optax.ScalarOrSchedule,
     beta: optax.ScalarOrSchedule = 0.95,
     nesterov: bool = True,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: WeightDecay = 0.0,
     *,
     scale: str | float = "match_rms_adamw",
     polynomial: Sequence[Sequence[float]] | None = None,
@@ -82,7 +82,7 @@ def muon(
       learning_rate: number or schedule. With the default scale, AdamW's rates are a good start.
       beta: momentum, number or schedule.
       nesterov: look one step ahead.
-      weight_decay: decoupled, per unit of learning rate; number or schedule.
+      weight_decay: per unit of learning rate, number or schedule; or an `fo.Decay`.
       scale: "match_rms_adamw" ``0.2 sqrt(max(m, n))`` (Moonlight: an update as large as AdamW's), "shape"
         ``sqrt(max(1, out/in))`` (Jordan), "unit_rms" ``sqrt(out/in)``, or a number.
       polynomial: `fo.polar_express` ``(steps=5)`` by default, `fo.jordan`, `fo.you`, or any sequence of (a, b, c).
@@ -112,16 +112,15 @@ def muon(
       >>> tx = fo.muon(1e-2, weight_decay=0.1)
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    in_range("learning_rate", learning_rate, 0)
-    in_range("weight_decay", weight_decay, 0)
+    check_decay(learning_rate, weight_decay)
     in_range("beta", beta, 0, 1)
     orthogonalized = _orthogonalized(scale, polynomial, method, dtype, max_stack, mesh_axis)
-    decay, rate = decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate)
+    after = stages(learning_rate, weight_decay, mask)
 
     def build(matrices: list[MatrixAxes]) -> Freezable:
-        return chain(with_momentum(orthogonalized(matrices), beta, nesterov, momentum_dtype), decay, rate)
+        return chain(with_momentum(orthogonalized(matrices), beta, nesterov, momentum_dtype), *after)
 
-    fallback = optax.chain(optax.scale_by_adam(), decay, rate) if fallback is None else fallback
+    fallback = optax.chain(optax.scale_by_adam(), *after) if fallback is None else fallback
     return _on_matrices(build, fallback, axes)
 
 

@@ -13,7 +13,7 @@ from ..preconditioner.decompositions import inverse_root
 from ..preconditioner.factors import outer_product
 from ..preconditioner.precondition import FACTORS, preconditioner
 from ..preconditioner.transform import Preconditioner
-from ..transforms.decay import Mask, decayed_weights, scheduled
+from ..transforms.decay import Mask, WeightDecay, check_decay, scheduled, stages
 from ..transforms.fallback import Build, with_fallback
 from ..transforms.grafting import graft_on, magnitude_of, trace
 from ..transforms.skip_nonfinite import Freezable, chain, skip_nonfinite
@@ -64,7 +64,7 @@ def shampoo(
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.99,
     eps: optax.ScalarOrSchedule = 1e-6,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: WeightDecay = 0.0,
     *,
     exponent: float = -0.25,
     grafting: object = "adam",
@@ -92,7 +92,7 @@ def shampoo(
       b2: decay of the factors; .99 remembers ten refreshes.
       eps: ε as a share of the largest eigenvalue (of a bound on it, for the iterations); no schedule. Below 1e-7,
         float32 knows eigenvalues by noise alone.
-      weight_decay: decoupled, per unit of learning rate; number or schedule.
+      weight_decay: per unit of learning rate, number or schedule; or an `fo.Decay`.
       exponent: p, from -1 to 0. -1/4 is the original, -1/2 the power that Fisher's inverse root has.
         Where one side alone is kept, exponents down to -1/4 count double: it has the power of both.
       grafting: "adam" (with b1, b2), "rmsprop", "sgd", any transformation without a rate, or None: D itself.
@@ -127,12 +127,11 @@ def shampoo(
       >>> tx = fo.shampoo(1e-3, weight_decay=0.1)
       >>> updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     """
-    in_range("learning_rate", learning_rate, 0)
-    in_range("weight_decay", weight_decay, 0)
+    check_decay(learning_rate, weight_decay)
     options = (precondition_frequency, max_precond_dim, refresh, storage)
     method = _preconditioner(b1, b2, eps, exponent, accumulate, *options)
     grafted = _grafted(method, b1, b2, grafting, start_preconditioning_step)
-    after = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
+    after = optax.chain(*stages(learning_rate, weight_decay, mask))
     rest = optax.chain(_adam(b1, b2), after) if fallback is None else fallback
 
     def build(leaf_axes: list[MatrixAxes]) -> Freezable:

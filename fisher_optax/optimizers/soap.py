@@ -1,5 +1,7 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
+import dataclasses
+
 import optax
 from jaxtyping import PyTree
 
@@ -19,7 +21,7 @@ from ..preconditioner.decompositions import eigh, orthogonal_iteration, with_eig
 from ..preconditioner.factors import outer_product
 from ..preconditioner.precondition import FACTORS, direction, optimizer, preconditioner, scheduled_adam
 from ..preconditioner.transform import Preconditioner
-from ..transforms.decay import Mask
+from ..transforms.decay import Mask, WeightDecay
 
 DECOMPOSITIONS = ("auto", "qr", "cholesky", "eigh")
 
@@ -46,7 +48,7 @@ def scale_by_soap(
     """The direction of `soap`, without learning rate and decay; ``fallback`` is a direction too, default
     ``optax.scale_by_adam(b1, b2, eps)``.
 
-    Example (SOAP, then orthogonalised, after Nesterov momentum, as a plain chain):
+    Example (SOAP, then orthogonalised, after Nesterov momentum, as a plain chain; `fo.soap_muon` is another method):
       >>> import optax, fisher_optax as fo
       >>> polar = fo.precondition(None, None, fo.applications.orthogonal(scale="match_rms_adamw"),
       ...                         fallback=optax.identity())
@@ -77,7 +79,7 @@ def soap(
     b1: optax.ScalarOrSchedule = 0.95,
     b2: optax.ScalarOrSchedule = 0.95,
     eps: optax.ScalarOrSchedule = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.01,
+    weight_decay: WeightDecay = 0.01,
     *,
     shampoo_beta: optax.ScalarOrSchedule | None = None,
     precondition_frequency: int = 10,
@@ -108,7 +110,7 @@ def soap(
         keep out the rounding of rotated gradients, which has their scale: entries of ``sqrt(v)`` below 16 to 256 units
         of rounding (2e-6 to 3e-5 in float32, by the length of the side) of the norms of their row and column get no
         step, so that a weight or direction that never had a gradient stays, at any scale.
-      weight_decay: decoupled, after the step, per unit of learning rate; number or schedule.
+      weight_decay: after the step, per unit of learning rate, number or schedule; or an `fo.Decay`.
       shampoo_beta: βs, decay of the factors; None: ``b2``.
       precondition_frequency: steps between refreshes of a basis. 10 costs little loss; 1 removes the spikes seen at
         large batches.
@@ -208,15 +210,20 @@ def in_bases_of(
     storage: Storage,
     *,
     transports: bool = True,
+    skips: bool = True,
     basis_precision: str = "highest",
 ) -> Preconditioner:
     """SOAP's preconditioner with these factors, and this done in their bases; ``transports`` says whether there are
-    squares to carry along.
+    squares to carry along, ``skips`` whether the first call may only set bases.
     """
     takes = {"decomposition": "auto", "tolerance": 0.01, "transport": "permute", "first_step": "skip"}
     if not transports:
         del takes["transport"]
+    if not skips:
+        del takes["first_step"]
     options = refresh_of(name, refresh, takes)
+    if not skips:
+        options = dataclasses.replace(options, first_step="adam")
     one_of("decomposition", options.decomposition, DECOMPOSITIONS)
     way = options.decomposition or "auto"
     decomposition = eigh() if way == "eigh" else orthogonal_iteration(way, precision=basis_precision)

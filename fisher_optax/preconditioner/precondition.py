@@ -16,10 +16,10 @@ from typing import Any
 import optax
 from jaxtyping import PyTree
 
-from .._arguments import in_range, whole
+from .._arguments import whole
 from ..matrices.axes import MatrixAxes
 from ..matrices.layout import Layer
-from ..transforms.decay import Mask, decay_after_step, decayed_weights, scheduled
+from ..transforms.decay import Decay, Mask, WeightDecay, check_decay, decayed_step, scheduled, stages
 from ..transforms.fallback import with_fallback
 from ..transforms.per_matrix import describe_matrices, per_matrix
 from ..transforms.skip_nonfinite import Freezable, chain, skip_first_call, skip_nonfinite
@@ -191,15 +191,17 @@ def direction(
     adam: optax.GradientTransformation,
     route: Callable[..., Freezable] = with_fallback,
     on_matrices: OnMatrices | None = None,
+    kinds: tuple[str, ...] = KINDS,
 ) -> optax.GradientTransformationExtraArgs:
     """``method`` on matrices, and on the rest ``fallback``, a direction; by default ``adam``.
 
     Args:
       route: `with_fallback`, or `layers_with_fallback` where a matrix takes its bias along.
       on_matrices: ``method.on_matrices``, or what stands for it on layers.
+      kinds: of the leaves that are matrices to the method.
     """
     build, rest = on_matrices or method.on_matrices, method.with_first(adam if fallback is None else fallback)
-    return skip_nonfinite(route(name, build, rest, axes=axes, kinds=KINDS, describe=method.describe))
+    return skip_nonfinite(route(name, build, rest, axes=axes, kinds=kinds, describe=method.describe))
 
 
 def optimizer(
@@ -209,28 +211,29 @@ def optimizer(
     axes: PyTree,
     *,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     mask: Mask,
     adam: optax.GradientTransformation,
     route: Callable[..., Freezable] = with_fallback,
     on_matrices: OnMatrices | None = None,
+    kinds: tuple[str, ...] = KINDS,
 ) -> optax.GradientTransformationExtraArgs:
     """`direction` with rate and decay after the step; ``fallback`` is complete, by default AdamW made of ``adam``."""
-    in_range("learning_rate", learning_rate, 0)
-    in_range("weight_decay", weight_decay, 0)
+    check_decay(learning_rate, weight_decay)
+    own = weight_decay if isinstance(weight_decay, Decay) else Decay(weight_decay, "after")
     skips = method.policy.options.first_step == "skip"
     build = on_matrices or method.on_matrices
 
     def built(matrices: list[Any]) -> Freezable:
-        decay = decay_after_step(learning_rate, weight_decay, mask, lambda updates: True)
+        decay = decayed_step(learning_rate, own, mask, lambda updates: True)
         decay = skip_first_call(decay, freeze=False) if skips else decay
         return chain(build(matrices), optax.scale_by_learning_rate(learning_rate), decay)
 
     if fallback is None:
         # AdamW, whose Adam waits with the matrices while its schedules count calls, as theirs do.
-        rest = optax.chain(decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(learning_rate))
+        rest = optax.chain(*stages(learning_rate, weight_decay, mask))
         rest = skip_first_call(rest, freeze=False) if skips else rest
         fallback = chain(method.with_first(adam), rest)
     else:
         fallback = method.with_first(fallback)
-    return skip_nonfinite(route(name, built, fallback, axes=axes, kinds=KINDS, describe=method.describe))
+    return skip_nonfinite(route(name, built, fallback, axes=axes, kinds=kinds, describe=method.describe))

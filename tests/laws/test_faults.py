@@ -247,7 +247,8 @@ def test_odd_leaves(row: Row) -> None:
     odd = ("complex", "flags/kernel", "number", "steps/kernel", "whole")
     assert {methods[path] for path in odd} <= {"fallback", "-"}
     assert methods["eighth/kernel"] not in ("fallback", "-")
-    assert all(bool(jnp.any(u)) for u in jax.tree.leaves(points[-1].updates) if u.size)
+    # A single entry that keeps its size does not move.
+    assert all(bool(jnp.any(u)) for u in jax.tree.leaves(points[-1].updates) if u.size > row.keeps_norms)
 
 
 @pytest.mark.parametrize("tree", [{}, {"none": None}, {"empty": jnp.zeros((0, 3))}], ids=str)

@@ -1,5 +1,6 @@
 """Decay after the step, cautious decay and NorMuon do what their formulas say."""
 
+import functools
 from typing import Any
 
 import jax
@@ -50,6 +51,96 @@ def test_decays_take_numbers_as_optax_does() -> None:
 def test_decay_without_parameters_says_so(decay: Any) -> None:
     with pytest.raises(ValueError, match="update was called without them"):
         decay.update(U, decay.init(W))
+
+
+FACTORS = {
+    "coupled": lambda lr, wd, peak: lr * wd,
+    "independent": lambda lr, wd, peak: wd * lr / peak,
+    "corrected": lambda lr, wd, peak: lr * wd * lr / peak,
+}
+PEAK = 0.1
+
+
+def rate(count: Any) -> Any:
+    return PEAK * 0.8**count
+
+
+def stepped(W: np.ndarray, u: np.ndarray, lr: float, wd: float, mode: str) -> np.ndarray:
+    """The formulas in NumPy; u is a direction."""
+    if mode == "after":
+        return (W - lr * u) * (1 - lr * wd)
+    if mode == "cautious":
+        return W - lr * (u + wd * W * (u * W > 0))
+    return W - lr * u - FACTORS[mode](lr, wd, PEAK) * W
+
+
+def run_of(tx: Any, steps: int = 5) -> list[Any]:
+    """Weights after each of several calls, from the same weights and with the same gradients for all."""
+    rng = np.random.default_rng(0)
+    params = {"dense": {"kernel": jnp.asarray(rng.normal(size=(4, 4))), "bias": jnp.asarray(rng.normal(size=4))}}
+    state, update, points = tx.init(params), jax.jit(tx.update), [params]
+    for _ in range(steps):
+        G = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
+        updates, state = update(G, state, params)
+        params = optax.apply_updates(params, updates)
+        points.append(params)
+    return points
+
+
+METHODS: dict[str, Any] = {
+    "muon": fo.muon,
+    "soap": functools.partial(fo.soap, refresh=fo.Refresh(first_step="adam")),
+    "shampoo": fo.shampoo,
+    "chain": lambda lr, weight_decay: optax.chain(
+        fo.scale_by_muon(), optax.scale_by_learning_rate(lr), fo.add_decay(lr, weight_decay)
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", ["coupled", "after", "independent", "corrected", "cautious"])
+def test_a_decay_is_its_formula(method: str, mode: str) -> None:
+    """Matrices and fallback; with a schedule for the rate and another for the decay. Directions do not depend on
+    weights, so that a run without decay has them."""
+    with jax.enable_x64():
+        wd = lambda count: 0.5 / (1 + count)  # noqa: E731
+        plain = run_of(METHODS[method](rate, weight_decay=0.0))
+        got = run_of(METHODS[method](rate, weight_decay=fo.Decay(wd, mode, peak_learning_rate=PEAK)))
+        wanted = jax.tree.map(np.asarray, plain[0])
+        for t in range(5):
+            lr = rate(t)
+            u = jax.tree.map(lambda before, after, lr=lr: (before - after) / lr, plain[t], plain[t + 1])
+            wanted = jax.tree.map(lambda W, u, t=t: stepped(W, np.asarray(u), rate(t), wd(t), mode), wanted, u)
+            for W, w in zip(jax.tree.leaves(got[t + 1]), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(W, w, atol=1e-9)
+
+
+def test_independent_is_coupled_in_units_of_the_peak() -> None:
+    """For every schedule; and with a constant rate, whose peak it is, corrected is coupled."""
+    with jax.enable_x64():
+        pairs = [
+            (fo.muon(rate, weight_decay=0.5), fo.muon(rate, weight_decay=fo.Decay(0.5 * PEAK, "independent", PEAK))),
+            (fo.muon(0.1, weight_decay=0.5), fo.muon(0.1, weight_decay=fo.Decay(0.5, "corrected"))),
+            (fo.soap(0.1, weight_decay=0.5), fo.soap(0.1, weight_decay=fo.Decay(0.5, "after"))),
+        ]
+        for one, other in pairs:
+            for a, b in zip(run_of(one), run_of(other), strict=True):
+                np.testing.assert_allclose(a["dense"]["kernel"], b["dense"]["kernel"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fo.Decay(-1.0), "weight_decay must be at least 0"),
+        (lambda: fo.Decay(0.1, "late"), "mode must be one of 'coupled', 'after', .* got 'late'"),
+        (lambda: fo.muon(rate, weight_decay=fo.Decay(0.1, "corrected")), "pass fo.Decay.*peak_learning_rate="),
+        (lambda: fo.add_decay(rate, fo.Decay(0.1, "independent")), "pass fo.Decay.*peak_learning_rate="),
+        (lambda: fo.kfac(0.1, weight_decay=-1.0), "weight_decay must be at least 0"),
+    ],
+)
+def test_bad_decays_are_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_normuon_evens_out_the_neurons_and_keeps_the_norm() -> None:

@@ -8,3 +8,4 @@ from .eigenvalues import inverse_root_of_eigenvalues as inverse_root_of_eigenval
 from .orthogonal import orthogonal as orthogonal
 from .power import power as power
 from .rank1 import rank1_adam as rank1_adam
+from .scaled_polar import scaled_polar as scaled_polar
