@@ -1,0 +1,67 @@
+"""K-FAC on a Flax linen CNN, with its statistics carried by a TrainState, on scikit-learn's digits.
+
+    pip install 'fisher_optax[flax]' scikit-learn && python kfac_cnn.py
+
+OUTPUT
+"""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import fisher_optax as fo
+
+EPOCHS, BATCH = 5, 128
+
+
+class CNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):  # (batch, 8, 8, 1)
+        x = nn.relu(nn.Conv(16, (3, 3))(x))
+        x = nn.relu(nn.Conv(32, (3, 3), strides=2)(x))
+        x = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        return nn.Dense(10)(x)
+
+
+model = CNN()
+
+
+def loss_fn(params, x, y):
+    # The loss of `fo.losses` knows its distribution, so that labels can be drawn from the model.
+    return fo.losses.softmax_cross_entropy(model.apply(params, x), y)
+
+
+# Statistics of labels drawn from the model, as Martens and Grosse have it: those of the Fisher.
+grad_fn = fo.value_and_grad(loss_fn, fo.KroneckerFactors(), fisher="mc")
+
+
+@jax.jit
+def step(state, x, y, key):
+    loss, grads, statistics = grad_fn(state.params, x, y, fisher_key=key)
+    return state.apply_gradients(grads=grads, statistics=statistics), loss
+
+
+def main():
+    digits = load_digits()
+    images = (digits.images[..., None] / 16).astype(np.float32)
+    x, x_test, y, y_test = train_test_split(images, digits.target, test_size=0.2, random_state=0)
+    params = model.init(jax.random.key(0), x[:1])
+    print(fo.report(loss_fn, params, x[:BATCH], y[:BATCH]))
+    steps = EPOCHS * (len(x) // BATCH)
+    tx = fo.kfac(optax.cosine_decay_schedule(0.01, steps), damping=0.1)
+    state = fo.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    rng, key = np.random.default_rng(0), jax.random.key(1)
+    for epoch in range(EPOCHS):
+        losses = []
+        for batch in rng.permutation(len(x))[: len(x) // BATCH * BATCH].reshape(-1, BATCH):
+            state, loss = step(state, x[batch], y[batch], jax.random.fold_in(key, state.step))
+            losses.append(loss)
+        accuracy = (model.apply(state.params, x_test).argmax(1) == y_test).mean()
+        print(f"epoch {epoch + 1}: training loss {np.mean(losses):.4f}, test accuracy {accuracy:.1%}")
+
+
+if __name__ == "__main__":
+    main()
