@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import fisher_optax as fo
+
 
 def read_text(file=None):
     """A text as tokens, and the character of each token: the 96 most frequent ones, and one for all the others.
@@ -87,6 +89,12 @@ class GPT(nn.Module):
         return embed.attend(nn.LayerNorm(use_bias=False, name="norm")(x))
 
 
+def loss(model, params, text, first):
+    """Mean cross-entropy, in nats per character, over the windows of ``text`` that begin at ``first``."""
+    windows = text[first[:, None] + jnp.arange(model.context + 1)]  # the last character is a label alone
+    return fo.losses.softmax_cross_entropy(model.apply({"params": params}, windows[:, :-1]), windows[:, 1:])
+
+
 def generate(model, params, prompt, count, key, temperature=0.8):
     """``count`` tokens after ``prompt``, each drawn given the ``model.context`` before it.
 
@@ -100,6 +108,6 @@ def generate(model, params, prompt, count, key, temperature=0.8):
         return jax.random.categorical(key, model.apply({"params": params}, window[None])[0, -1] / temperature)
 
     tokens = list(prompt)
-    for key in jax.random.split(key, count):
-        tokens.append(int(draw(np.array(tokens[-model.context :]), key)))
+    for drawn in jax.random.split(key, count):
+        tokens.append(int(draw(np.array(tokens[-model.context :]), drawn)))
     return tokens[len(prompt) :]

@@ -57,7 +57,8 @@ def main():
     for epoch in range(EPOCHS):
         losses = []
         for batch in rng.permutation(len(x))[: len(x) // BATCH * BATCH].reshape(-1, BATCH):
-            losses.append(step(model, optimizer, x[batch], y[batch], jax.random.fold_in(key, optimizer.step[...])))
+            key, drawn = jax.random.split(key)
+            losses.append(step(model, optimizer, x[batch], y[batch], drawn))
         accuracy = (model(x_test).argmax(1) == y_test).mean()
         print(f"epoch {epoch + 1}: training loss {np.mean(losses):.4f}, test accuracy {accuracy:.1%}")
 

@@ -18,6 +18,7 @@ SLOW = (
     "test_default_compilation.py::*",
     "test_docs.py::*",
     "test_docstrings.py::test_examples_run",
+    "test_examples.py::*",
     "test_dykaf_regimes.py::*",
     "test_experiment_*.py::*",
     "test_fisher_plots.py::*",

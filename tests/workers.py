@@ -8,6 +8,7 @@ from xdist.scheduler import LoadScopeScheduling
 LONGEST = (
     "test_default_compilation.py",
     "test_experiment_*.py",
+    "test_examples.py",
     "laws/*.py",
     "test_estimators_agree.py",
     "test_rounding.py",
