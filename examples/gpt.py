@@ -89,10 +89,14 @@ class GPT(nn.Module):
         return embed.attend(nn.LayerNorm(use_bias=False, name="norm")(x))
 
 
-def loss(model, params, text, first):
+def loss_of(model):
     """Mean cross-entropy, in nats per character, over the windows of ``text`` that begin at ``first``."""
-    windows = text[first[:, None] + jnp.arange(model.context + 1)]  # the last character is a label alone
-    return fo.losses.softmax_cross_entropy(model.apply({"params": params}, windows[:, :-1]), windows[:, 1:])
+
+    def loss_fn(params, text, first):
+        windows = text[first[:, None] + jnp.arange(model.context + 1)]  # the last character is a label alone
+        return fo.losses.softmax_cross_entropy(model.apply({"params": params}, windows[:, :-1]), windows[:, 1:])
+
+    return loss_fn
 
 
 def generate(model, params, prompt, count, key, temperature=0.8):

@@ -10,7 +10,6 @@ A run that was stopped goes on by the same command with ``--resume``, and ends i
 """
 
 import argparse
-import functools
 import json
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from gpt import GPT, generate, loss, read_text
+from gpt import GPT, generate, loss_of, read_text
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -68,7 +67,7 @@ def train(args, model, training, validation, checkpoints):
     rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, args.steps, end_value=peak / 10)
     matrices = {"mask": lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)}  # norms do not decay
     tx = make(rate, **{"weight_decay": 0.1, **matrices, **options})
-    loss_fn = functools.partial(loss, model)
+    loss_fn = loss_of(model)
     grad_fn = fo.value_and_grad(loss_fn) if args.optimizer in CURVATURE else jax.value_and_grad(loss_fn)
 
     @jax.jit
