@@ -2,6 +2,8 @@
 
     pip install 'fisher_optax[plots]' scikit-learn && python fisher_spectrum.py
 
+prints
+
     step    0: loss 2.4024, largest eigenvalue 2.610, the first 9 of 2410 hold 86% of the trace
     step   10: loss 1.2874, largest eigenvalue 1.929, the first 9 of 2410 hold 68% of the trace
     step  100: loss 0.0699, largest eigenvalue 1.113, the first 9 of 2410 hold 61% of the trace

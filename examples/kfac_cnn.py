@@ -1,24 +1,26 @@
 """K-FAC on a Flax linen CNN, with its statistics carried by a TrainState, on scikit-learn's digits.
 
-pip install 'fisher_optax[flax]' scikit-learn && python kfac_cnn.py
+    pip install 'fisher_optax[flax]' scikit-learn && python kfac_cnn.py
 
-leaf                   shape      used as                        statistics      why not more
----------------------------------------------------------------------------------------------
-params/Conv_0/bias     16         bias of params/Conv_0/kernel
-params/Conv_0/kernel   3x3x1x16   convolution                    10x10, 16x16
-params/Conv_1/bias     32         bias of params/Conv_1/kernel
-params/Conv_1/kernel   3x3x16x32  convolution                    145x145, 32x32
-params/Dense_0/bias    64         bias of params/Dense_0/kernel
-params/Dense_0/kernel  512x64     dense                          513x513, 64x64
-params/Dense_1/bias    10         bias of params/Dense_1/kernel
-params/Dense_1/kernel  64x10      dense                          65x65, 10x10
----------------------------------------------------------------------------------------------
-all                                                              for 100%
-epoch 1: training loss 2.0339, test accuracy 75.8%
-epoch 2: training loss 0.5468, test accuracy 86.1%
-epoch 3: training loss 0.2838, test accuracy 93.3%
-epoch 4: training loss 0.1733, test accuracy 95.6%
-epoch 5: training loss 0.1347, test accuracy 95.0%
+prints
+
+    leaf                   shape      used as                        statistics      why not more
+    ---------------------------------------------------------------------------------------------
+    params/Conv_0/bias     16         bias of params/Conv_0/kernel
+    params/Conv_0/kernel   3x3x1x16   convolution                    10x10, 16x16
+    params/Conv_1/bias     32         bias of params/Conv_1/kernel
+    params/Conv_1/kernel   3x3x16x32  convolution                    145x145, 32x32
+    params/Dense_0/bias    64         bias of params/Dense_0/kernel
+    params/Dense_0/kernel  512x64     dense                          513x513, 64x64
+    params/Dense_1/bias    10         bias of params/Dense_1/kernel
+    params/Dense_1/kernel  64x10      dense                          65x65, 10x10
+    ---------------------------------------------------------------------------------------------
+    all                                                              for 100%
+    epoch 1: training loss 2.0339, test accuracy 75.8%
+    epoch 2: training loss 0.5468, test accuracy 86.1%
+    epoch 3: training loss 0.2838, test accuracy 93.3%
+    epoch 4: training loss 0.1733, test accuracy 95.6%
+    epoch 5: training loss 0.1347, test accuracy 95.0%
 """
 
 import flax.linen as nn

@@ -1,22 +1,24 @@
 """K-FAC on a Flax nnx model: statistics of the layers from a loss function of the split model.
 
-pip install 'fisher_optax[flax]' scikit-learn && python kfac_nnx.py
+    pip install 'fisher_optax[flax]' scikit-learn && python kfac_nnx.py
 
-leaf            shape    used as                 statistics        why not more
--------------------------------------------------------------------------------
-head/bias       10       bias of head/kernel
-head/kernel     128x10   dense                   129x129, 10x10
-hidden1/bias    128      bias of hidden1/kernel
-hidden1/kernel  64x128   dense                   65x65, 128x128
-hidden2/bias    128      bias of hidden2/kernel
-hidden2/kernel  128x128  dense                   129x129, 128x128
--------------------------------------------------------------------------------
-all                                              for 100%
-epoch 1: training loss 1.7427, test accuracy 79.7%
-epoch 2: training loss 0.3549, test accuracy 93.6%
-epoch 3: training loss 0.1709, test accuracy 95.8%
-epoch 4: training loss 0.1188, test accuracy 96.1%
-epoch 5: training loss 0.0950, test accuracy 96.1%
+prints
+
+    leaf            shape    used as                 statistics        why not more
+    -------------------------------------------------------------------------------
+    head/bias       10       bias of head/kernel
+    head/kernel     128x10   dense                   129x129, 10x10
+    hidden1/bias    128      bias of hidden1/kernel
+    hidden1/kernel  64x128   dense                   65x65, 128x128
+    hidden2/bias    128      bias of hidden2/kernel
+    hidden2/kernel  128x128  dense                   129x129, 128x128
+    -------------------------------------------------------------------------------
+    all                                              for 100%
+    epoch 1: training loss 1.7427, test accuracy 79.7%
+    epoch 2: training loss 0.3549, test accuracy 93.6%
+    epoch 3: training loss 0.1709, test accuracy 95.8%
+    epoch 4: training loss 0.1188, test accuracy 96.1%
+    epoch 5: training loss 0.0950, test accuracy 96.1%
 """
 
 import jax

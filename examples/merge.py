@@ -1,13 +1,15 @@
 """Merges two networks that were tuned on two tasks into one, weighted by what each task's Fisher says it needs.
 
-pip install 'fisher_optax[flax]' scikit-learn && python merge.py
+    pip install 'fisher_optax[flax]' scikit-learn && python merge.py
 
-test accuracy, mean of 3 seeds    turned  negative      both
-base                                9.1%      7.8%      8.4%
-tuned on turned                    94.8%     16.8%     55.8%
-tuned on negative                  15.7%     95.4%     55.6%
-average                            68.6%     62.2%     65.4%
-Fisher-weighted                    73.1%     70.3%     71.7%
+prints
+
+    test accuracy, mean of 3 seeds    turned  negative      both
+    base                                9.1%      7.8%      8.4%
+    tuned on turned                    94.8%     16.8%     55.8%
+    tuned on negative                  15.7%     95.4%     55.6%
+    average                            68.6%     62.2%     65.4%
+    Fisher-weighted                    73.1%     70.3%     71.7%
 """
 
 import flax.linen as nn

@@ -1,29 +1,31 @@
 """Muon in a `flax.nnx.Optimizer`: a small vision transformer on scikit-learn's digits.
 
-pip install 'fisher_optax[flax]' scikit-learn && python muon_nnx.py
+    pip install 'fisher_optax[flax]' scikit-learn && python muon_nnx.py
 
-block/attention/key/bias       fallback  bias or normalisation
-block/attention/key/kernel     muon      attention key: (in, heads x features)
-block/attention/out/kernel     muon      attention out: (heads x features, out)
-block/attention/query/bias     fallback  bias or normalisation
-block/attention/query/kernel   muon      attention query: (in, heads x features)
-block/attention/value/bias     fallback  bias or normalisation
-block/attention/value/kernel   muon      attention value: (in, heads x features)
-block/down/kernel              muon      Dense kernel
-block/up/kernel                muon      Dense kernel
-head/kernel                    fallback  head: Dense kernel
-patches/kernel                 muon      Dense kernel
-position/embedding             fallback  embedding
-epoch 1: training loss 1.4706, test accuracy 77.2%
-epoch 2: training loss 0.4261, test accuracy 87.8%
-epoch 3: training loss 0.2252, test accuracy 91.4%
-epoch 4: training loss 0.1374, test accuracy 93.3%
-epoch 5: training loss 0.0830, test accuracy 94.4%
-epoch 6: training loss 0.0454, test accuracy 97.5%
-epoch 7: training loss 0.0287, test accuracy 97.5%
-epoch 8: training loss 0.0194, test accuracy 95.8%
-epoch 9: training loss 0.0114, test accuracy 97.5%
-epoch 10: training loss 0.0092, test accuracy 97.2%
+prints
+
+    block/attention/key/bias       fallback  bias or normalisation
+    block/attention/key/kernel     muon      attention key: (in, heads x features)
+    block/attention/out/kernel     muon      attention out: (heads x features, out)
+    block/attention/query/bias     fallback  bias or normalisation
+    block/attention/query/kernel   muon      attention query: (in, heads x features)
+    block/attention/value/bias     fallback  bias or normalisation
+    block/attention/value/kernel   muon      attention value: (in, heads x features)
+    block/down/kernel              muon      Dense kernel
+    block/up/kernel                muon      Dense kernel
+    head/kernel                    fallback  head: Dense kernel
+    patches/kernel                 muon      Dense kernel
+    position/embedding             fallback  embedding
+    epoch 1: training loss 1.4706, test accuracy 77.2%
+    epoch 2: training loss 0.4261, test accuracy 87.8%
+    epoch 3: training loss 0.2252, test accuracy 91.4%
+    epoch 4: training loss 0.1374, test accuracy 93.3%
+    epoch 5: training loss 0.0830, test accuracy 94.4%
+    epoch 6: training loss 0.0454, test accuracy 97.5%
+    epoch 7: training loss 0.0287, test accuracy 97.5%
+    epoch 8: training loss 0.0194, test accuracy 95.8%
+    epoch 9: training loss 0.0114, test accuracy 97.5%
+    epoch 10: training loss 0.0092, test accuracy 97.2%
 """
 
 import jax.numpy as jnp

@@ -2,6 +2,8 @@
 
     pip install fisher_optax && python sharded.py
 
+prints
+
     parameters/bias            (128,)          P('data',)
     parameters/kernel          (128, 128)      P('data',)
     128x128/factors/left       (8, 128, 128)   P('data',)

@@ -1,20 +1,22 @@
 """SOAP in the place of AdamW: a network of three layers in plain JAX, on scikit-learn's digits.
 
-pip install fisher_optax scikit-learn && python soap_mlp.py
+    pip install fisher_optax scikit-learn && python soap_mlp.py
 
-adamw: training loss 0.01865, test accuracy 97.8%
-soap: training loss 0.00376, test accuracy 98.3%
-leaf      shape    method    matrices  state    refresh  why
----------------------------------------------------------------------
-0/bias    128      fallback            1.02 kB           vector
-0/kernel  64x128   soap      64x128    229 kB   17.3 MF  Dense kernel
-1/bias    128      fallback            1.02 kB           vector
-1/kernel  128x128  soap      128x128   393 kB   36.4 MF  Dense kernel
-2/bias    10       fallback            80 B              vector
-2/kernel  128x10   soap      128x10    142 kB   10.5 MF  Dense kernel
----------------------------------------------------------------------
-total     26,122                       767 kB   64.2 MF
-Health(version=1, steps=200, skipped=0, failures=0)
+prints
+
+    adamw: training loss 0.01865, test accuracy 97.8%
+    soap: training loss 0.00376, test accuracy 98.3%
+    leaf      shape    method    matrices  state    refresh  why
+    ---------------------------------------------------------------------
+    0/bias    128      fallback            1.02 kB           vector
+    0/kernel  64x128   soap      64x128    229 kB   17.3 MF  Dense kernel
+    1/bias    128      fallback            1.02 kB           vector
+    1/kernel  128x128  soap      128x128   393 kB   36.4 MF  Dense kernel
+    2/bias    10       fallback            80 B              vector
+    2/kernel  128x10   soap      128x10    142 kB   10.5 MF  Dense kernel
+    ---------------------------------------------------------------------
+    total     26,122                       767 kB   64.2 MF
+    Health(version=1, steps=200, skipped=0, failures=0)
 """
 
 import jax
