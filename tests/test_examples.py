@@ -21,7 +21,9 @@ FOLDER = ROOT / "examples"
 FILES = sorted(FOLDER.glob("*.py"))
 BY_ITSELF = [path.stem for path in FILES if path.stem not in ("gpt", "train_gpt")]
 NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?%?")
-POINTS, FACTOR = 6, 2.0  # how far shares and losses may be from those shown, on another machine
+# How far shares and losses may be from those shown: another BLAS rounds in another way, and training magnifies that, in
+# what pruning has all but destroyed most of all. `CLAIMS` are what an example is for, and have bounds of their own.
+POINTS, POINTS_PRUNED, FACTOR = 10, 20, 3.0
 # Nothing of how tests compile: an example runs as its reader runs it.
 OURS = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "PYTHONPATH")
 
@@ -62,7 +64,7 @@ def nine_directions_hold_most(printed: list[str]) -> bool:
 
 
 def correcting_is_better_and_nothing_revives(printed: list[str]) -> bool:
-    magnitude, sparsegpt, obs = (of(printed, name)[1] for name in ("magnitude", "sparsegpt", "obs"))
+    magnitude, sparsegpt, obs = (of(printed[2:-1], name)[1] for name in ("magnitude", "sparsegpt", "obs"))
     zeros, gone = numbers(printed[-1])[-3:-1]
     return magnitude < sparsegpt <= obs + 1 and zeros == gone > 0
 
@@ -93,13 +95,13 @@ CLAIMS: dict[str, Callable[[list[str]], bool]] = {
 }
 
 
-def assert_alike(printed: str, told: str) -> None:
+def assert_alike(printed: str, told: str, points: int) -> None:
     """The same words, equal whole numbers, and measured ones that are near."""
     assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", told).split()
     for found, wanted in zip(NUMBER.findall(printed), NUMBER.findall(told), strict=True):
         (x,), (y,) = numbers(found), numbers(wanted)
         if wanted.endswith("%"):
-            assert abs(x - y) <= POINTS, printed
+            assert abs(x - y) <= points, printed
         elif "." in wanted:
             assert y / FACTOR <= x <= y * FACTOR, printed
         else:
@@ -116,7 +118,7 @@ def test_it_prints_what_its_docstring_shows(name: str, tmp_path: Path, environme
     printed, told = run.stdout.splitlines(), shown(name)
     assert len(printed) == len(told)
     for lines in zip(printed, told, strict=True):
-        assert_alike(*lines)
+        assert_alike(*lines, POINTS_PRUNED if name == "prune" else POINTS)
     assert CLAIMS[name](printed), run.stdout
     if name == "fisher_spectrum":
         assert (tmp_path / "fisher_spectrum.png").stat().st_size > 10_000
