@@ -50,7 +50,7 @@ def numbers(line: str) -> list[float]:
 
 def of(printed: list[str], *words: str) -> list[float]:
     """The numbers after ``words`` in the one line that begins with them."""
-    start = re.compile(r"\s+".join(map(re.escape, words)) + r"\b")
+    start = re.compile(r"\s+".join(map(re.escape, words)) + r"(?!\w)")
     (line,) = (line[match.end() :] for line in printed if (match := start.match(line)))
     return numbers(line)
 
