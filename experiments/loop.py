@@ -1,4 +1,4 @@
-"""What surrounds a compiled training step, the same in every example: evaluations, progress, checkpoints, ways to end.
+"""What surrounds a compiled training step, the same in every experiment: evaluations, progress, checkpoints, endings.
 
 A run is cut at the steps of `stops`. Between two of them only the compiled program works; at each, Python looks at the
 loss, and at some it evaluates and saves. Where the cuts fall changes no number, so a resumed run ends as a whole one.

@@ -1,4 +1,4 @@
-"""The optimizers that the examples know by name, a row each."""
+"""The optimizers that the experiments know by name, a row each."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ import fisher_optax as fo
 
 
 class Settings(Protocol):
-    """What a row may read of an example's configuration."""
+    """What a row may read of an experiment's configuration."""
 
     @property
     def weight_decay(self) -> float: ...

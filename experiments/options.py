@@ -1,4 +1,4 @@
-"""How a dataclass of options becomes a command line, the same for every example."""
+"""How a dataclass of options becomes a command line, the same for every experiment."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""What an example has measured so far, on disk: safe to kill, and gone on with."""
+"""What an experiment has measured so far, on disk: safe to kill, and gone on with."""
 
 import json
 import math
@@ -19,7 +19,7 @@ class Results:
         config: what defines them, as JSON values. They are used again only under an equal one.
         resume: use what is there.
         overwrite: delete what is there: these and ``others``, nothing else in the folder.
-        others: what else the example writes, pictures and the like.
+        others: what else the experiment writes, pictures and the like.
 
     Raises:
         FileExistsError: the folder holds results, and neither ``resume`` nor ``overwrite`` is given; or another run.

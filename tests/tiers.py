@@ -19,6 +19,7 @@ SLOW = (
     "test_default_compilation.py::*",
     "documents/test_docs.py::*",
     "documents/test_docstrings.py::test_examples_run",
+    "test_examples.py::*",
     "benchmarks/test_dykaf_regimes.py::*",
     "experiments/test_*.py::*",
     "fisher/test_plots.py::*",

@@ -8,6 +8,7 @@ from xdist.scheduler import LoadScopeScheduling
 LONGEST = (
     "test_default_compilation.py",
     "experiments/test_*.py",
+    "test_examples.py",
     "laws/*.py",
     "fisher/test_estimators_agree.py",
     "preconditioner/test_rounding.py",

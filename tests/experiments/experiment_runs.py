@@ -1,9 +1,8 @@
-"""What the tests of both examples share: command lines, runs that are cut off, what a run has left in its folder."""
+"""What the tests of the experiments share: command lines, runs that are cut off, what a run has left in its folder."""
 
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ import pytest
 
 from experiments import train_gpt
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+ROOT = Path(__file__).parents[2]
+# A program that a test starts finds this checkout first, whatever folder it is started in.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 SMALL_GPT: dict[str, Any] = dict(
     layers=1, width=16, heads=2, context=16, batch=4, eval_batches=2, steps=40, eval_every=40, vocab=40,
@@ -46,7 +47,7 @@ def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def last_checkpoint(out: Path) -> tuple[int, dict[str, np.ndarray]]:
-    """Step and leaves by path of what the run saved last, read without any of the example's code."""
+    """Step and leaves by path of what the run saved last, read without any of the experiment's code."""
     manager = ocp.CheckpointManager((out / "checkpoints").absolute())
     step = manager.latest_step()
     leaves = jax.tree_util.tree_leaves_with_path(manager.restore(step, args=ocp.args.StandardRestore()))

@@ -1,4 +1,4 @@
-"""No method warns of a model of the examples: what goes to its fallback there is meant to."""
+"""No method warns of a model of the examples or the experiments: what goes to its fallback there is meant to."""
 
 from typing import Any
 
@@ -6,13 +6,48 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
+import examples.gpt
+import examples.kfac_cnn
+import examples.kfac_nnx
+import examples.merge
+import examples.muon_nnx
+import examples.prune
+import examples.soap_mlp
 import fisher_optax as fo
 from experiments.models.cnn import CNN
 from experiments.models.gpt import GPT
 from experiments.models.resnet import ResNet
 
-IMAGES, TOKENS = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 4), jnp.int32)
+IMAGES, DIGITS, PIXELS = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2, 8, 8, 1)), jnp.zeros((2, 64))
+TOKENS = jnp.zeros((2, 4), jnp.int32)
+
+
+class OfNnx:
+    """A model of Flax nnx, with the two methods of one of linen."""
+
+    def __init__(self, kind: Any):
+        self.kind = kind
+
+    def init(self, key: jax.Array, x: jax.Array) -> Any:
+        return {"params": nnx.split(self.kind(nnx.Rngs(0)), nnx.Param)[1]}
+
+    def apply(self, variables: Any, x: jax.Array) -> jax.Array:
+        graph, _ = nnx.split(nnx.eval_shape(lambda: self.kind(nnx.Rngs(0))), nnx.Param)
+        return nnx.merge(graph, variables["params"])(x)
+
+
+class PlainMLP:
+    """The network of `examples/soap_mlp.py`, likewise."""
+
+    def init(self, key: jax.Array, x: jax.Array) -> Any:
+        return {"params": examples.soap_mlp.init(key)}
+
+    def apply(self, variables: Any, x: jax.Array) -> jax.Array:
+        return examples.soap_mlp.apply(variables["params"], x)
+
+
 MODELS: dict[str, tuple[Any, Any]] = {
     "cnn": (CNN(classes=5), IMAGES),
     "resnet": (ResNet(classes=5, blocks=(1, 1), width=4), IMAGES),
@@ -25,6 +60,13 @@ MODELS: dict[str, tuple[Any, Any]] = {
         GPT(vocabulary=11, context=4, layers=2, width=8, heads=2, dtype=jnp.dtype("bfloat16")),
         TOKENS,
     ),
+    "example: gpt": (examples.gpt.GPT(vocabulary=11, context=4, layers=2, width=8, heads=2), TOKENS),
+    "example: kfac_cnn": (examples.kfac_cnn.model, DIGITS),
+    "example: kfac_nnx": (OfNnx(examples.kfac_nnx.MLP), PIXELS),
+    "example: merge": (examples.merge.model, DIGITS),
+    "example: muon_nnx": (OfNnx(examples.muon_nnx.Transformer), DIGITS[..., 0]),
+    "example: prune": (examples.prune.model, PIXELS),
+    "example: soap_mlp": (PlainMLP(), PIXELS),
 }
 METHODS: dict[str, Any] = {
     "muon": fo.muon,
@@ -69,7 +111,7 @@ def test_no_init_says_a_word(model: str, axes: str | None) -> None:
 def test_no_step_with_statistics_says_a_word(model: str, method: str) -> None:
     (module, x), (make, kind) = MODELS[model], CAPTURED[method]
     variables = variables_of(model)
-    labels = jnp.zeros(x.shape if x.ndim == 2 else x.shape[:1], jnp.int32)
+    labels = jnp.zeros(x.shape if x is TOKENS else x.shape[:1], jnp.int32)
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         logits = module.apply(variables_like(variables) | {"params": params}, x)
