@@ -1,4 +1,4 @@
-"""Docstrings as Markdown: examples become blocks of code, and sources paragraphs, where Google's style has no section."""
+"""Docstrings as Markdown: examples become blocks of code, and sources paragraphs."""
 
 import re
 import textwrap
@@ -8,6 +8,7 @@ from typing import Any
 import griffe
 
 EXAMPLE = re.compile(r"Example(?P<what> \(.*\))?:$")
+TOP = "top of this file"  # where some docstrings send their reader: on the site it stands below them
 SOURCE = re.compile(r"(?P<word>Sources?): ")
 
 
@@ -52,5 +53,9 @@ class Docstrings(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Once an object is known with all of its parts."""
-        if obj.docstring is not None:
-            obj.docstring.value = rendered(obj.docstring.value)
+        if obj.docstring is None:
+            return
+        text, module = obj.docstring.value, None if obj.is_module else obj.module.docstring
+        if TOP in text and module is not None:
+            text = f"{text.replace(TOP, 'end of this entry')}\n\n{module.value}"
+        obj.docstring.value = rendered(text)

@@ -1,8 +1,8 @@
 """The pictures of the pages on methods: `python docs/pictures.py`, or `python docs/pictures.py soap muon` for some.
 
 Left, a regression with two correlated inputs: the paths that plain descent, Adam and the method take down a tilted
-valley, on the same noisy batches, each at the best of a few rates that fall to 0. Right, a regression from 16 inputs to 16 outputs:
-the singular values of the gradient after some batches, and those of the step that the method makes of it.
+valley, on the same noisy batches, each at the best of a few rates that fall to 0. Right, a regression from 16 inputs to
+16 outputs: the singular values of the gradient after some batches, and of the step that the method makes of it.
 """
 
 import argparse
@@ -56,7 +56,8 @@ class Problem(NamedTuple):
         return 0.5 * np.einsum("...in,ij,...jn->...", Δ, self.covariance, Δ)
 
 
-# Without momentum, which would hide where a step points (FROG with some: it is normalised), and with a new basis at every step.
+# Without momentum, which would hide where a step points, and with a new basis at every step. FROG has some momentum,
+# since its steps are normalised.
 FRESH = {"weight_decay": 0.0, "precondition_frequency": 1}
 METHODS = {
     "soap": Method(lambda rate: fo.soap(rate, b1=0.0, **FRESH)),
