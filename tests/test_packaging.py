@@ -28,11 +28,47 @@ def test_ci_is_executable() -> None:
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
-def test_the_changelogs_first_version_is_the_packages() -> None:
-    versions = re.findall(
-        r"^## \[(\d+\.\d+\.\d+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
-    assert versions[0] == PROJECT["version"]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_version_is_the_changelogs_first_and_the_citations() -> None:
+    versions = re.findall(r"^## \[(\d+\.\d+\.\d+)\]", CHANGELOG, flags=re.MULTILINE)
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    in_bibtex = re.search(r"version = \{(.*)\}", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert cited is not None
+    assert in_bibtex is not None
+    assert {versions[0], cited[1], in_bibtex[1]} == {PROJECT["version"]}
+
+
+def test_a_bullet_of_the_changelog_has_at_most_twenty_words() -> None:
+    bullets = re.findall(r"^- (.*(?:\n  .*)*)", CHANGELOG, flags=re.MULTILINE)
+    assert len(bullets) > 10
+    assert [bullet for bullet in bullets if len(bullet.split()) > 20] == []
+
+
+def test_linters_are_pinned_to_one_version() -> None:
+    """In every extra that has one, and in the hooks that run before a commit."""
+    extras = PROJECT["optional-dependencies"]
+    hooks = re.findall(r"ruff==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    ruffs = [requirement for extra in extras.values() for requirement in extra if requirement.startswith("ruff")]
+    assert len({*ruffs, *hooks}) == 1
+    assert "==" in ruffs[0]
+    assert all("==" in x for x in (*extras["docs"], *extras["dev"]) if re.match("pyright|ruff|mkdocs", x))
+
+
+def test_the_oldest_versions_in_ci_are_the_lower_bounds() -> None:
+    """``>=0.10`` is tested as ``==0.10.0``."""
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / ".github" / "oldest.txt").read_text(), flags=re.MULTILINE))
+    bounded = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["flax"]]
+    for name, bound in re.findall(r"([\w-]+)>=(\S+)", "\n".join(bounded)):
+        assert tested[name] == ".".join([*bound.split("."), "0", "0"][:3])
+
+
+def test_ci_tests_every_python_of_the_classifiers() -> None:
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    (matrix,) = re.findall(r"python: \[(.*)\]", workflow)
+    pythons = [line.rsplit(" ", 1)[1] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert re.findall(r'"(.*?)"', matrix) == pythons
 
 
 def test_the_package_ships_its_types() -> None:

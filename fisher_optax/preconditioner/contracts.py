@@ -237,7 +237,7 @@ class Products:
       rotations: of gradients into bases and back, and of moments when a basis turns.
       basis: of ``L Q`` and ``R Q`` at a refresh; what makes their columns orthogonal is always in float32.
 
-    "highest" is the default of each: README says what the others were seen to cost in loss, with rounding emulated.
+    "highest" is the default of each; docs/choosing.md says what the others cost in loss, with rounding emulated.
 
     Raises:
       ValueError: at construction, for another word.
