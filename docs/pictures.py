@@ -65,6 +65,7 @@ METHODS = {
     "muon": Method(lambda rate: fo.muon(rate, beta=0.0)),
     "shampoo": Method(lambda rate: fo.shampoo(rate, b1=0.0, exponent=-0.5, **FRESH)),
     "dykaf": Method(lambda rate: fo.dykaf(rate, b1=0.0, **FRESH)),
+    "soap_muon": Method(lambda rate: fo.soap_muon(rate, b1=0.0)),
     "kl": Method(lambda rate: fo.kl_soap(rate, b1=0.0, **FRESH)),
     "kfac": Method(lambda rate: fo.kfac(rate, momentum=0.0, **FRESH), fo.KroneckerFactors()),
     "ekfac": Method(lambda rate: fo.ekfac(rate, momentum=0.0, **FRESH), fo.KroneckerFactors(squares=True)),
@@ -72,7 +73,7 @@ METHODS = {
     "frog": Method(lambda rate: fo.frog(rate, momentum=0.5, damping=1e-2), fo.LayerSamples(BATCH)),
 }
 PLAIN = {"SGD": Method(lambda rate: optax.sgd(rate)), "Adam": Method(lambda rate: optax.adam(rate, b1=0.0))}
-LABELS = {"soap": "SOAP", "dykaf": "DyKAF", "kl": "KL-SOAP", "kfac": "K-FAC", "ekfac": "EKFAC"} | {
+LABELS = {"soap": "SOAP", "soap_muon": "SOAP-Muon", "dykaf": "DyKAF", "kl": "KL-SOAP", "kfac": "K-FAC", "ekfac": "EKFAC"} | {
     "kfac_soap": "KFAC-SOAP",
     "frog": "FROG",
 }
