@@ -73,7 +73,14 @@ METHODS = {
     "frog": Method(lambda rate: fo.frog(rate, momentum=0.5, damping=1e-2), fo.LayerSamples(BATCH)),
 }
 PLAIN = {"SGD": Method(lambda rate: optax.sgd(rate)), "Adam": Method(lambda rate: optax.adam(rate, b1=0.0))}
-LABELS = {"soap": "SOAP", "soap_muon": "SOAP-Muon", "dykaf": "DyKAF", "kl": "KL-SOAP", "kfac": "K-FAC", "ekfac": "EKFAC"} | {
+LABELS = {
+    "soap": "SOAP",
+    "soap_muon": "SOAP-Muon",
+    "dykaf": "DyKAF",
+    "kl": "KL-SOAP",
+    "kfac": "K-FAC",
+    "ekfac": "EKFAC",
+} | {
     "kfac_soap": "KFAC-SOAP",
     "frog": "FROG",
 }
