@@ -72,13 +72,9 @@ def normuon(weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
 
 
 def muon_on_spheres(learning_rate: Any = 0.02) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(fo.scale_by_muon(), fo.hyperball(learning_rate))
-
-
-def pinned_muon(learning_rate: Any = 0.02, weight_decay: float = 0.1) -> optax.GradientTransformationExtraArgs:
-    """As the record has it, but for its numbers."""
-    pinned = fo.pinned_step(learning_rate, weight_decay)
-    return optax.chain(fo.scale_by_muon(scale="shape"), fo.radial_brake(), fo.update_floor(0.1), pinned)
+    """With all that measures steps against weights, before it."""
+    before = (fo.scale_by_muon(), fo.radial_brake(), fo.update_floor(0.1), fo.relative_update())
+    return optax.chain(*before, fo.hyperball(learning_rate))
 
 
 def soap_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
@@ -244,16 +240,6 @@ ROWS = (
         any_scale=True,
         one_guard=False,
         keeps_norms=True,
-    ),
-    Row(
-        "pinned",
-        pinned_muon,
-        {"learning_rate": 0.02},
-        scheduled=("learning_rate",),
-        undecayed={"weight_decay": 0.0},
-        takes_axes=False,
-        any_scale=True,
-        one_guard=False,
     ),
     # Adam's first direction is a matrix of signs: often singular, so that its polar factor magnifies rounding.
     Row(

@@ -156,7 +156,7 @@ def test_a_gpt_that_is_killed_and_resumed_ends_as_if_it_had_not_been(
     tmp_path: Path, gpt: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """And learns, draws its losses, and refuses a folder that is in use."""
-    options = ["train_gpt.py", "--optimizer", "soap", "--steps", str(STEPS), "--out"]
+    options = ["train_gpt.py", "--optimizer", "muon", "--steps", str(STEPS), "--out"]
     status, whole, err = ended(gpt(*options, str(tmp_path / "whole")))
     assert status == 0, err
     value = float(whole.splitlines()[-1].partition("validation loss ")[2].partition(";")[0])
