@@ -102,7 +102,8 @@ def test_state_of_sharded_shapes_is_the_state_of_sharded_arrays(kind: AxisType, 
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
         from_shapes, from_arrays = tx.init(shapes), tx.init(params)
     assert typeof(from_shapes) == typeof(from_arrays)
-    assert_same_bits(from_shapes, from_arrays)
+    if not row.keeps_norms:  # a shape has no norm: the first one that an update sees counts
+        assert_same_bits(from_shapes, from_arrays)
 
 
 @each()
