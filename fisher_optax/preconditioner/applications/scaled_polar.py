@@ -94,6 +94,5 @@ def scaled_polar(
         return state._replace(nu=moments.quadratic[0])
 
     accepts = (Eigenbasis, Eigenpairs)
-    return Application(
-        "polar of scaled", accepts, init, update, moments, with_moments, precision=precision, ignores_zeros=True
-    )
+    # Zeros that near shapes share would change the scale, which is of m and n.
+    return Application("polar of scaled", accepts, init, update, moments, with_moments, precision=precision)
