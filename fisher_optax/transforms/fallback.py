@@ -27,6 +27,7 @@ BuildLayers = Callable[[list[Layer]], optax.GradientTransformation]
 Unused = Callable[[str, list[LeafAxes], PyTree], str | None]
 LIBRARIES = {"fisher_optax", "optax", "jax", "jaxtyping", "beartype", "contextlib"}
 MATRIX, FALLBACK = "matrix", "fallback"
+OTHERWISE, UNCHANGED = "AdamW unless you pass one", "which changes nothing"
 _marking: contextvars.ContextVar[bool] = contextvars.ContextVar("marking", default=False)
 
 
@@ -77,18 +78,20 @@ def with_fallback(
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
     dtypes: DTypeLike = jnp.floating,
+    otherwise: str = OTHERWISE,
 ) -> Freezable:
     """``build(axes of the matrix leaves, in order)`` for leaves of the given kinds, ``fallback`` for the others.
 
     Axes come from the whole tree at every call, so both sides see `optax.MaskedNode` where a leaf is not theirs, as
-    under `optax.partition`. ``dtypes`` are those of the matrices that ``axes`` may name.
+    under `optax.partition`. ``dtypes`` are those of the matrices that ``axes`` may name;
+    ``otherwise`` says in a warning what the fallback is.
     """
 
     def of_layers(layers: list[Layer]) -> optax.GradientTransformation:
         return build([layer.axes for layer in layers])
 
     among = functools.partial(layers_of, kinds=kinds, with_bias=False)
-    return _routed(method, of_layers, fallback, axes, among, describe, kinds, dtypes)
+    return _routed(method, of_layers, fallback, axes, among, describe, kinds, dtypes, otherwise=otherwise)
 
 
 def layers_with_fallback(
@@ -118,6 +121,7 @@ def _routed(
     kinds: tuple[str, ...],
     dtypes: DTypeLike = jnp.floating,
     unused: Unused = lambda method, leaves, statistics: None,
+    otherwise: str = OTHERWISE,
 ) -> Freezable:
     require_transformation("fallback", fallback)
     rest = freezable(in_float32(fallback))
@@ -138,7 +142,7 @@ def _routed(
 
     def init(params: PyTree) -> PyTree:
         leaves, layers, tx = routes(params)
-        warn(_unread(method, leaves, kinds))
+        warn(_unread(method, leaves, kinds, otherwise))
         if is_recording():
             owners = {layer.kernel: layer for layer in layers}
             kernels = {layer.bias: layer.path for layer in layers if layer.bias is not None}
@@ -197,13 +201,13 @@ def level_outside(frame: types.FrameType) -> int:
     return level
 
 
-def _unread(method: str, leaves: list[LeafAxes], kinds: tuple[str, ...]) -> str | None:
+def _unread(method: str, leaves: list[LeafAxes], kinds: tuple[str, ...], otherwise: str) -> str | None:
     """What to say of leaves that may be matrices of these kinds, and go to the fallback."""
     ambiguous = ambiguous_among(leaves, kinds)
     if not ambiguous:
         return None
     return (
-        f"{method}: the fallback (AdamW unless you pass one) takes {how_many(ambiguous, leaves)} that may be matrices, "
+        f"{method}: the fallback ({otherwise}) takes {how_many(ambiguous, leaves)} that may be matrices, "
         f"as names and shapes do not tell which axes are inputs: {listed(ambiguous)}. {INFERRED}. axes='strict' makes "
         "an error of this."
     )

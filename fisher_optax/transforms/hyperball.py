@@ -18,6 +18,9 @@ from .norm_control import KINDS, Matrices, each_leaf, leaf_of, matrices_of, no_s
 from .skip_nonfinite import Freezable, counted, skip_nonfinite
 
 
+PLAIN = "the plain step unless you pass one"
+
+
 class HyperballState(NamedTuple):
     """State of `hyperball`: how often it was called, and the radius of each matrix; none but for "initial"."""
 
@@ -190,4 +193,4 @@ def _terminal(
     axes: PyTree,
 ) -> optax.GradientTransformationExtraArgs:
     rest = optax.scale_by_learning_rate(learning_rate) if fallback is None else fallback
-    return skip_nonfinite(with_fallback(name, build, rest, axes=axes, kinds=KINDS), no_squares)
+    return skip_nonfinite(with_fallback(name, build, rest, axes=axes, kinds=KINDS, otherwise=PLAIN), no_squares)

@@ -16,7 +16,7 @@ from .._arguments import in_range, injectable, one_of
 from ..linalg.products import unit_frobenius
 from ..matrices.axes import MatrixAxes
 from ..matrices.blocks import from_matrices, to_matrices
-from .fallback import with_fallback
+from .fallback import UNCHANGED, with_fallback
 from .skip_nonfinite import Freezable, skip_nonfinite
 
 KINDS = ("matrix",)
@@ -158,7 +158,9 @@ def _stateless(name: str, rule: Rule, axes: PyTree) -> optax.GradientTransformat
 
         return with_params(name, Freezable(lambda params: optax.EmptyState(), update))
 
-    return skip_nonfinite(with_fallback(name, build, optax.identity(), axes=axes, kinds=KINDS), no_squares)
+    return skip_nonfinite(
+        with_fallback(name, build, optax.identity(), axes=axes, kinds=KINDS, otherwise=UNCHANGED), no_squares
+    )
 
 
 def no_squares(tree: PyTree) -> list[bool]:

@@ -13,7 +13,7 @@ from .._arguments import in_range, injectable
 from ..matrices.axes import MatrixAxes, Typed
 from ..matrices.blocks import from_matrices, matrix_shapes, to_matrices
 from .decay import scheduled
-from .fallback import with_fallback
+from .fallback import UNCHANGED, with_fallback
 from .skip_nonfinite import skip_nonfinite
 
 
@@ -49,7 +49,9 @@ def scale_by_normuon(
         return scheduled(functools.partial(_per_neuron, leaf_axes), b2=b2, eps=eps)
 
     return skip_nonfinite(
-        with_fallback("normuon", build, optax.identity(), axes=axes, kinds=("matrix",), dtypes=jnp.inexact)
+        with_fallback(
+            "normuon", build, optax.identity(), axes=axes, kinds=("matrix",), dtypes=jnp.inexact, otherwise=UNCHANGED
+        )
     )
 
 

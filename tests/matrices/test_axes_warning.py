@@ -133,3 +133,17 @@ def test_statistics_of_what_goes_to_the_fallback_by_its_name_are_named_at_the_tr
     inferred = make(1e-3, axes=fo.infer_axes(loss, params, x, statistics=kind))
     step = lambda stats: inferred.update(grads, inferred.init(params), params, statistics=stats)  # noqa: E731
     assert warned(jax.eval_shape, step, stats) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (fo.scale_by_normuon, "normuon: the fallback (which changes nothing) takes 1 leaf"),
+        (fo.update_floor, "update_floor: the fallback (which changes nothing) takes 1 leaf"),
+        (lambda: fo.hyperball(0.1), "hyperball: the fallback (the plain step unless you pass one) takes 1 leaf"),
+    ],
+)
+def test_a_warning_says_what_the_fallback_is(make: Any, told: str) -> None:
+    with pytest.warns(fo.AxesWarning) as found:
+        make().init({"mixed": jnp.ones((2, 3, 4))})
+    assert str(found[0].message).startswith(told)
