@@ -2,7 +2,7 @@
 
     pip install -e '.[examples]' && python examples/train_gpt.py --optimizer soap
 
-takes two to three minutes on two CPU cores, and prints text that the model has written, and
+takes some minutes on two CPU cores, and prints text that the model has written, and
 
     validation loss 1.441; loss curve in runs/soap/loss.png
 
