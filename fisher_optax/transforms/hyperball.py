@@ -17,7 +17,6 @@ from .fallback import with_fallback
 from .norm_control import KINDS, Matrices, each_leaf, leaf_of, matrices_of, no_squares, norm, with_params
 from .skip_nonfinite import Freezable, counted, skip_nonfinite
 
-
 PLAIN = "the plain step unless you pass one"
 
 
