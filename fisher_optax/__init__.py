@@ -43,6 +43,7 @@ from .states.warm_start import from_adam
 from .transforms.decay import Decay, add_cautious_decay, add_decay, add_decay_after_step
 from .transforms.fallback import AxesWarning, Row
 from .transforms.grafting import graft
+from .transforms.groups import groups, kind
 from .transforms.hyperball import hyperball, pinned_step
 from .transforms.norm_control import radial_brake, relative_update, update_floor
 from .transforms.normuon import scale_by_normuon
@@ -91,6 +92,7 @@ __all__ = [
     "frog",
     "from_adam",
     "graft",
+    "groups",
     "health",
     "hyperball",
     "in_eigenbasis",
@@ -99,6 +101,7 @@ __all__ = [
     "kfac",
     "kfac_soap",
     "kfrog",
+    "kind",
     "kl_shampoo",
     "kl_soap",
     "kl_soap_muon",

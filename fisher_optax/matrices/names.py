@@ -137,3 +137,19 @@ def lora_side(leaf: Leaf) -> str:
     """ "A" or "B" for a factor of a low-rank adapter, by its own name or a module's just around it; or ""."""
     ends = [words(name)[-2:] for name in reversed(leaf.names[-3:])]
     return next((end[1].upper() for end in ends if end in (("lora", "a"), ("lora", "b"))), "")
+
+
+def described(leaf: Leaf, axes: MatrixAxes) -> str:
+    """What kind of layer a matrix is, for the report."""
+    inputs, outputs = len(axes.inputs), len(axes.outputs)
+    first = ", outputs first" if axes.outputs < axes.inputs else ""
+    if (inputs, outputs) == (1, 1):
+        lora = lora_side(leaf)
+        return (f"LoRA's {lora}" if lora else "Dense kernel" if leaf.name == "kernel" else "2-D leaf") + first
+    if leaf.module in ATTENTION_INPUTS and (inputs, outputs) == (1, 2):
+        return f"attention {leaf.module}: (in, heads x features)"
+    if leaf.module in ATTENTION_OUTPUTS and (inputs, outputs) == (2, 1):
+        return f"attention {leaf.module}: (heads x features, out)"
+    if leaf.is_convolution:
+        return f"Conv kernel{first}"
+    return f"kernel: {inputs} input and {outputs} output axes{first}"

@@ -17,8 +17,9 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from .axes import AMBIGUOUS, GIVEN, INFERRED, ROUTER, LeafAxes, MatrixAxes, how_many, listed, made, path_names
-from .names import ATTENTION_INPUTS, ATTENTION_OUTPUTS, EINSUMS, Leaf, bias_name, lora_side, split_names
+from .names import ATTENTION_INPUTS, ATTENTION_OUTPUTS, EINSUMS, Leaf, bias_name, described, split_names
 from .stacks import Stacks
+from .whole import whole_tree
 
 STRICT, OUT_IN = "strict", "out_in"
 WINDOWS = (1, 2, 3, 4, 5, 7)  # of a convolution that nothing names
@@ -49,19 +50,21 @@ def resolve_axes(
     >>> [(leaf.path, leaf.kind, leaf.reason) for leaf in resolve_axes(params)]
     [('dense/bias', 'other', 'vector'), ('dense/kernel', 'matrix', 'Dense kernel')]
     """
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    leaves = [_leaf(path, value) for path, value in flat]
+    whole = whole_tree()
+    axes = whole.axes if axes is None and whole is not None else axes
+    leaves = _leaves(params)
+    around = leaves if whole is None else list({x.keys: x for x in [*_leaves(whole.params), *leaves]}.values())
     if isinstance(axes, str) and axes not in (STRICT, OUT_IN):
         raise ValueError(
             f"axes= must be None, {STRICT!r}, {OUT_IN!r}, a tree of fo.MatrixAxes or a function of params; got "
             f"{axes!r}."
         )
     if axes is None or isinstance(axes, str):
-        read = list(map(Rules(leaves, outputs_first=axes == OUT_IN).read, leaves))
+        read = list(map(Rules(around, outputs_first=axes == OUT_IN).read, leaves))
         if axes == STRICT:
             _refuse_ambiguous(read, kinds)
     else:
-        read = _read_given(made(axes, params), leaves, dtypes)
+        read = _read_given(made(axes, params if whole is None else whole.params), leaves, dtypes)
     real = {x.names: x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)}
     paths = {x.path: x for x in real.values()}
     return [x._replace(bias=_bias_path(x, leaf, paths, real)) for x, leaf in zip(read, leaves, strict=True)]
@@ -70,6 +73,10 @@ def resolve_axes(
 def _leaf(path: KeyPath, value: PyTree) -> Leaf:
     keys = path_names(path)
     return Leaf(keys, split_names(keys), jnp.shape(value), jnp.result_type(value))
+
+
+def _leaves(params: PyTree) -> list[Leaf]:
+    return [_leaf(path, value) for path, value in jax.tree_util.tree_flatten_with_path(params)[0]]
 
 
 def ambiguous_among(leaves: list[LeafAxes], kinds: tuple[str, ...]) -> list[LeafAxes]:
@@ -252,7 +259,7 @@ class Rules:
         stack = f", stacked {' x '.join(map(str, leaf.shape[:depth]))}" if depth else ""
         if embedding:
             return leaf.as_("embedding", axes, f"embedding{stack}")
-        reason = _layer(leaf, axes) + stack
+        reason = described(leaf, axes) + stack
         if self.stacks.is_router(leaf):
             return leaf.as_("other", axes, f"{ROUTER}: {reason}")
         return leaf.as_("head", axes, f"head: {reason}") if leaf.is_head else leaf.as_("matrix", axes, reason)
@@ -262,22 +269,6 @@ def _ambiguous(leaf: Leaf, doubt: str, is_table: bool = False) -> LeafAxes:
     noun = leaf.name if leaf.name in ("kernel", "embedding") else "leaf"
     kind = "embedding" if is_table else "head" if leaf.is_head else "other"
     return leaf.as_(kind, None, f"{AMBIGUOUS} {len(leaf.shape)}-D {noun}: pass axes= ({doubt})")
-
-
-def _layer(leaf: Leaf, axes: MatrixAxes) -> str:
-    """What kind of layer a matrix is, for the report."""
-    inputs, outputs = len(axes.inputs), len(axes.outputs)
-    first = ", outputs first" if axes.outputs < axes.inputs else ""
-    if (inputs, outputs) == (1, 1):
-        lora = lora_side(leaf)
-        return (f"LoRA's {lora}" if lora else "Dense kernel" if leaf.name == "kernel" else "2-D leaf") + first
-    if leaf.module in ATTENTION_INPUTS and (inputs, outputs) == (1, 2):
-        return f"attention {leaf.module}: (in, heads x features)"
-    if leaf.module in ATTENTION_OUTPUTS and (inputs, outputs) == (2, 1):
-        return f"attention {leaf.module}: (heads x features, out)"
-    if leaf.is_convolution:
-        return f"Conv kernel{first}"
-    return f"kernel: {inputs} input and {outputs} output axes{first}"
 
 
 # A stack along the second axis, as `nn.scan(variable_axes={"params": 1})` makes it.

@@ -20,7 +20,11 @@ class Report(NamedTuple):
 
     def __str__(self) -> str:
         head = ("leaf", "shape", "method", "matrices", "state", "refresh", "why")
-        return table(head, [_cells(row) for row in self.rows], _totals(self.rows))
+        cells, totals = [_cells(row) for row in self.rows], _totals(self.rows)
+        if any(row.rule is not None for row in self.rows):
+            head, totals = (*head, "rule", "pattern", "rate", "decay"), (*totals, "", "", "", "")
+            cells = [(*own, *_of_rule(row)) for own, row in zip(cells, self.rows, strict=True)]
+        return table(head, cells, totals)
 
 
 def report(tx: Any, params: PyTree, *args: PyTree, **options: PyTree) -> Report | CaptureReport:
@@ -28,7 +32,8 @@ def report(tx: Any, params: PyTree, *args: PyTree, **options: PyTree) -> Report 
 
     Of an optimizer: method, matrices, state, cost of a refresh. It sees through `optax.chain`, `optax.masked`,
     `optax.partition` and the like: ``tx.init`` is traced, never run, and writes down what it does. A leaf that passes
-    two transformations of this package has two rows.
+    two transformations of this package has two rows. `fo.groups` adds rule, pattern, factor
+    of the rate and decay.
 
     Of a loss function: in what kind of product each leaf is used, which statistics it gets, and whether a gradient
     reaches it. The loss is traced, never run.
@@ -79,6 +84,11 @@ def _cells(row: Row) -> tuple[str, ...]:
         _in_units(row.refresh_flops, "F"),
         row.reason,
     )
+
+
+def _of_rule(row: Row) -> tuple[str, ...]:
+    rule, rate = ("" if x is None else f"{x:g}" for x in (row.rule, row.rate))
+    return rule, row.pattern, rate, row.decay
 
 
 def _totals(rows: tuple[Row, ...]) -> tuple[str, ...]:

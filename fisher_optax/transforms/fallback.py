@@ -151,10 +151,10 @@ def _routed(
                     record(leaf, state_bytes=0, method=method, axes=None, reason=f"with {kernels[i]}")
                 elif i in owners:
                     layer = owners[i]
-                    size = _state_bytes(build([layer.among(sorted(layer.places))]), params, layer.places)
+                    size = state_bytes(build([layer.among(sorted(layer.places))]), params, layer.places)
                     record(leaf, state_bytes=size, **describe(leaf), method=method, axes=leaf.axes)
                 else:
-                    record(leaf, state_bytes=_state_bytes(rest, params, (i,)), method=FALLBACK, axes=None)
+                    record(leaf, state_bytes=state_bytes(rest, params, (i,)), method=FALLBACK, axes=None)
         state = tx.init(params)
         if not _marking.get():
             return state
@@ -218,7 +218,7 @@ def is_matrix(leaf: LeafAxes, kinds: tuple[str, ...]) -> bool:
     return leaf.axes is not None and leaf.kind in kinds
 
 
-def _state_bytes(tx: optax.GradientTransformation, params: PyTree, places: tuple[int, ...]) -> int:
+def state_bytes(tx: optax.GradientTransformation, params: PyTree, places: tuple[int, ...]) -> int:
     """Bytes of the arrays, scalars apart, that ``tx`` keeps for these leaves of ``params``."""
     leaves, treedef = jax.tree.flatten(params)
     alone = treedef.unflatten(
@@ -245,6 +245,10 @@ class Row(NamedTuple):
     refresh_flops: int  # to renew all bases of the leaf once
     reason: str
     block_size: int | None = None
+    rule: int | None = None  # of `groups`: its number, its pattern, the factor of the rate and the decay
+    pattern: str = ""
+    rate: float | None = None
+    decay: str = ""
 
 
 Rows = TypeVar("Rows", list[Row], None)
@@ -275,6 +279,12 @@ def record(leaf: LeafAxes, **cells: Any) -> None:
     if (rows := _rows.get()) is not None:
         defaults = {"matrices": (), "refresh_flops": 0, "reason": leaf.reason}
         rows.append(Row(path=leaf.path, shape=leaf.shape, kind=leaf.kind, **(defaults | cells)))
+
+
+def record_all(rows: list[Row]) -> None:
+    """Write these rows."""
+    if (written := _rows.get()) is not None:
+        written.extend(rows)
 
 
 def record_zeros(state_bytes: int, refresh_flops: int) -> None:
