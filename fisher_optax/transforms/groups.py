@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,7 +110,9 @@ def groups(
       ...     (r".*", optax.scale_by_adam())])
     """
     checked = _checked(learning_rate, rules)
-    transforms = {rule.label: _group(learning_rate, rule) for rule in checked}
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        rule.label: _group(learning_rate, rule) for rule in checked
+    }
 
     def split(tree: PyTree) -> tuple[list[LeafAxes], list[int], optax.GradientTransformationExtraArgs]:
         leaves = resolve_axes(tree, axes, jnp.inexact)
@@ -239,7 +241,7 @@ def _record(rows: list[Any], rules: list[Rule], leaves: list[LeafAxes], owners: 
         if leaf.path not in written:
             method = rules[owner].method
             size = 0 if method is None else state_bytes(method, params, (place,))
-            name = FROZEN if method is None else method.init.__qualname__.split(".")[0]
+            name = FROZEN if method is None else getattr(method.init, "__qualname__", "-").split(".")[0]
             record(leaf, state_bytes=size, method=name, axes=None, **_cells(owner, rules))
 
 

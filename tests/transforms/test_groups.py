@@ -102,12 +102,13 @@ def test_axes_are_read_off_the_whole_tree() -> None:
 
 def test_kinds_take_the_place_of_patterns() -> None:
     rules = [(fo.kind("matrix"), optax.scale_by_adam()), (fo.kind("embedding"), None), (".*", optax.identity())]
-    rows = {row.path: row.rule for row in fo.report(fo.groups(0.1, rules), PARAMS).rows}
+    report: Any = fo.report(fo.groups(0.1, rules), PARAMS)
+    rows = {row.path: row.rule for row in report.rows}
     assert rows == {"embed/embedding": 1, "encoder/kernel": 0, "mlp/bias": 2, "mlp/kernel": 0, "norm/scale": 2}
 
 
 def test_report_has_a_row_for_each_leaf() -> None:
-    report = fo.report(fo.groups(SCHEDULE, RULES), PARAMS)
+    report: Any = fo.report(fo.groups(SCHEDULE, RULES), PARAMS)
     rows = {row.path: (row.rule, row.pattern, row.method, row.rate, row.decay) for row in report.rows}
     assert rows == {
         "embed/embedding": (0, "embed/", "scale_by_adam", 0.3, "0"),
@@ -121,7 +122,7 @@ def test_report_has_a_row_for_each_leaf() -> None:
 
 
 def test_init_is_traced_and_rates_are_injected() -> None:
-    tx = fo.groups(SCHEDULE, RULES)
+    tx: Any = fo.groups(SCHEDULE, RULES)
     shapes = jax.eval_shape(tx.init, PARAMS)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, tx.init(PARAMS))
     rules = [("embed", None), (".*", optax.identity(), 2.0)]
@@ -130,7 +131,7 @@ def test_init_is_traced_and_rates_are_injected() -> None:
 
 
 def test_a_gradient_that_is_not_finite_stops_every_group() -> None:
-    tx = fo.groups(SCHEDULE, RULES)
+    tx: Any = fo.groups(SCHEDULE, RULES)
     state, grads = tx.init(PARAMS), drawn(0)
     grads["norm"]["scale"] = grads["norm"]["scale"].at[0].set(jnp.nan)
     updates, after = jax.jit(tx.update)(grads, state, PARAMS)
@@ -147,8 +148,8 @@ def test_statistics_reach_kfac_in_a_group() -> None:
         return fo.losses.softmax_cross_entropy(logits, jnp.arange(8) % 4)
 
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
-    tx = fo.groups(0.1, [("mlp", fo.scale_by_kfac()), (".*", None)])
-    alone = optax.chain(fo.scale_by_kfac(), optax.scale_by_learning_rate(0.1))
+    tx: Any = fo.groups(0.1, [("mlp", fo.scale_by_kfac()), (".*", None)])
+    alone: Any = optax.chain(fo.scale_by_kfac(), optax.scale_by_learning_rate(0.1))
     _, grads, statistics = fo.value_and_grad(loss)(params, x)
     ours, _ = tx.update(grads, tx.init(params), params, statistics=statistics)
     wanted, _ = alone.update(grads, alone.init(params), params, statistics=statistics)
