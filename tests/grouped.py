@@ -11,6 +11,7 @@ REFRESH = {
     "root": "decomposition",
     "transport": "transport",
     "first_step": "first_step",
+    "before_step": "before_step",
 }
 STORAGE = ("factor_dtype", "packed", "momentum_dtype", "sides", "block_size", "rank", "mesh_axis")
 

@@ -156,6 +156,7 @@ ROWS = (
         tolerance=HALF_PRECISION,
     ),
     soap_row("soap-adam-first-squared", first_step="adam", transport="squared"),
+    soap_row("soap-before-every-step", before_step=True, precondition_frequency=1),
     soap_row("soap-blocks-cholesky", block_size=4, decomposition="cholesky"),
     soap_row("soap-one-sided-eigh-normalized", sides="shorter", decomposition="eigh", normalize_updates=True),
     muon_row("muon"),

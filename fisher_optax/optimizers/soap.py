@@ -112,8 +112,8 @@ def soap(
         step, so that a weight or direction that never had a gradient stays, at any scale.
       weight_decay: after the step, per unit of learning rate, number or schedule; or an `fo.Decay`.
       shampoo_beta: βs, decay of the factors; None: ``b2``.
-      precondition_frequency: steps between refreshes of a basis. 10 costs little loss; 1 removes the spikes seen at
-        large batches.
+      precondition_frequency: steps between refreshes of a basis. 10 costs little loss. A large gradient in a new
+        direction makes a spike even with 1, since it steps before it turns the basis: see ``before_step`` of `Refresh`.
       max_precond_dim: a longer side is left unrotated; with 0 both are, and SOAP is Adam.
       bias_correction: Adam's, of the moments; the factors have none, since a scale does not turn a basis.
       normalize_updates: scale every matrix's direction to root mean square 1.
@@ -216,11 +216,9 @@ def in_bases_of(
     """SOAP's preconditioner with these factors, and this done in their bases; ``transports`` says whether there are
     squares to carry along, ``skips`` whether the first call may only set bases.
     """
-    takes = {"decomposition": "auto", "tolerance": 0.01, "transport": "permute", "first_step": "skip"}
-    if not transports:
-        del takes["transport"]
-    if not skips:
-        del takes["first_step"]
+    takes: dict[str, str | float] = {"decomposition": "auto", "tolerance": 0.01}
+    takes |= {"transport": "permute"} if transports else {}
+    takes |= {"first_step": "skip", "before_step": False} if skips else {}
     options = refresh_of(name, refresh, takes)
     if not skips:
         options = dataclasses.replace(options, first_step="adam")

@@ -1,5 +1,4 @@
-"""What travels between the parts: Kronecker factors, what a decomposition makes of them, and the three contracts of
-a preconditioner.
+"""What travels between the parts: Kronecker factors, what a decomposition makes of them; and three contracts.
 
 All three act on one matrix gradient ``G: (m, n)``, ``m`` inputs by ``n`` outputs. What is of its left (input) and
 right (output) side comes in pairs, None where there is none. In a state, matrices are stacked along a leading axis.
@@ -142,13 +141,12 @@ class Due(NamedTuple):
 
 
 WHEN = ("every", "adaptive", "staggered")
-TRANSPORTS = ("permute", "squared")
-FIRST_STEPS = ("skip", "adam")
 
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-    """When and how bases or roots are renewed. Each method says which of these it takes, and what its defaults are.
+    """When and how bases or roots are renewed; ``refresh="staggered"`` stands for ``fo.Refresh("staggered")``. Each
+    method says which of these it takes, and what its defaults are.
 
     Args:
       when: "every" (all of them every ``precondition_frequency`` steps), "adaptive" (of those, the bases with
@@ -161,18 +159,19 @@ class Refresh:
         "squared" (``(C∘C) v (C∘C)ᵀ``, ``C = Q_newᵀ Q_old``).
       first_step: "skip" (the SOAP authors': the first call only sets factors and basis) or "adam" (it steps at once, in
         the identity basis).
+      before_step: renew before the step, from factors that hold its gradient already; the authors do it after it, so
+        that a gradient never chooses its own basis. The first call then steps too.
 
     None stands for the method's default.
 
     Raises:
       ValueError: at construction, for an unknown word or a tolerance below 0.
 
-    Source: adaptive refreshes: Eschenhagen et al. 2025 (arXiv 2506.03595).
+    Source: "adaptive": Eschenhagen et al. 2025 (arXiv 2506.03595); ``before_step``: Khona et al. 2026 (2607.20548).
 
     Example:
       >>> import fisher_optax as fo
       >>> tx = fo.soap(3e-3, refresh=fo.Refresh("adaptive", tolerance=0.05, decomposition="eigh"))
-      >>> tx = fo.soap(3e-3, refresh="staggered")  # for fo.Refresh("staggered")
     """
 
     when: str = "every"
@@ -180,11 +179,12 @@ class Refresh:
     tolerance: float = 0.01
     transport: str | None = None
     first_step: str | None = None
+    before_step: bool = False
 
     def __post_init__(self) -> None:
         one_of("refresh", self.when, WHEN)
-        one_of("transport", self.transport, (None, *TRANSPORTS))
-        one_of("first_step", self.first_step, (None, *FIRST_STEPS))
+        one_of("transport", self.transport, (None, "permute", "squared"))
+        one_of("first_step", self.first_step, (None, "skip", "adam"))
         in_range("tolerance", self.tolerance, 0)
 
 
@@ -257,16 +257,16 @@ class Products:
 
 
 def refresh_of(method: str, refresh: Refresh | str, takes: Mapping[str, str | float]) -> Refresh:
-    """``refresh``, or what a word stands for, with a method's own defaults in the place of None.
-
-    Args:
-      takes: the fields that the method takes beside ``when``, with their defaults; others must be as they are.
-    """
+    """``refresh``, or what a word stands for; ``takes`` has what a method takes beside ``when``, with its defaults."""
     if isinstance(refresh, str):
         refresh = Refresh(refresh)
     if not isinstance(refresh, Refresh):
         raise TypeError(f"refresh must be a fo.Refresh or one of {', '.join(map(repr, WHEN))}; got {refresh!r}.")
     _only(method, refresh, {"when", *takes})
+    if refresh.before_step and refresh.first_step == "skip":
+        raise ValueError(f"fo.{method}: with before_step=True the first call has a basis; leave out first_step='skip'.")
+    if refresh.before_step and "first_step" in takes:
+        takes = {**takes, "first_step": "adam"}
     return dataclasses.replace(
         refresh, **{name: default for name, default in takes.items() if getattr(refresh, name) is None}
     )

@@ -30,6 +30,8 @@ from .transform import Preconditioner
 
 # What of `fo.Storage` is about factors and bases, whatever is done with them.
 FACTORS = ("factor_dtype", "packed", "sides", "block_size", "mesh_axis")
+# What the SOAP authors do of `fo.Refresh`.
+AUTHORS: dict[str, str | float] = {"transport": "permute", "first_step": "skip", "before_step": False}
 
 
 def precondition(
@@ -74,7 +76,7 @@ def precondition(
       >>> lion = fo.in_eigenbasis(optax.scale_by_lion())
       >>> tx = fo.precondition(fo.factors.outer_product(0.95), fo.decompositions.orthogonal_iteration(), lion)
     """
-    options = refresh_of("precondition", refresh, {"tolerance": 0.01, "transport": "permute", "first_step": "skip"})
+    options = refresh_of("precondition", refresh, {"tolerance": 0.01, **AUTHORS})
     storage = storage_of("precondition", storage, FACTORS)
     rest = optax.scale_by_adam() if fallback is None else fallback
     check_cell(factors, decomposition, application)
@@ -138,6 +140,8 @@ def preconditioner(
     check_cell(factors, decomposition, application)
     _check_numbers(precondition_frequency, max_precond_dim, max_stack)
     store = Store(storage.factor_dtype, storage.packed, storage.sides, max_precond_dim, storage.block_size or None)
+    if refresh.before_step:
+        application = application._replace(sees_itself=True)
     skip_first = refresh.first_step == "skip" and not application.sees_itself
     policy = Policy(refresh, precondition_frequency)
     return Preconditioner(factors, decomposition, application, store, policy, skip_first, max_stack, storage.mesh_axis)

@@ -246,3 +246,16 @@ def test_all_are_finite_for_singular_and_tiny_fishers_in_float32(scale: float) -
             )
             assert np.isfinite(A).all(), method
             assert A.any() == bool(scale), method
+
+
+@pytest.mark.usefixtures("x64")
+def test_factors_of_a_classifier_keep_their_scale_in_float32() -> None:
+    """Gradients of logits sum to 0, so R is singular; of many inputs and few examples, so is L."""
+    rng = np.random.default_rng(0)
+    x, y, W = np.abs(rng.normal(size=(12, 24))), rng.integers(4, size=12), np.zeros((24, 4))
+    loss = lambda W, x, y: fo.losses.softmax_cross_entropy(x @ W, y)  # noqa: E731
+    single, double = (
+        approximate("kl", loss, W.astype(dtype), x.astype(dtype), y, fisher="empirical", ridge=1e-5).dense()
+        for dtype in (np.float32, np.float64)
+    )
+    assert relative(single, np.asarray(double)) < 0.01

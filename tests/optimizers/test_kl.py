@@ -21,6 +21,8 @@ OPTIONS = {
     "no-bias-correction": {"bias_correction": False, "precondition_frequency": 2},
     "large-eps": {"eps": 0.3, "precondition_frequency": 2},
     "from-the-identity": {"init": "identity", "precondition_frequency": 2},
+    "before-step": {"before_step": True, "precondition_frequency": 2, "eps": 1e-2},
+    "before-every-step": {"before_step": True, "precondition_frequency": 1, "eps": 1e-2},
 }
 
 

@@ -50,6 +50,10 @@ OPTIONS = {
     "squared-transport": {"transport": "squared", "precondition_frequency": 2},
     "eigh": {"decomposition": "eigh", "precondition_frequency": 2},
     "eigh-squared": {"decomposition": "eigh", "transport": "squared", "precondition_frequency": 2},
+    # In the basis of its own gradient the first step is rounding off the diagonal, which a smaller eps would show.
+    "before-step": {"before_step": True, "precondition_frequency": 2, "eps": 1e-2},
+    "before-every-step": {"before_step": True, "precondition_frequency": 1, "eps": 1e-2, "shampoo_beta": 0.6},
+    "before-step-eigh": {"before_step": True, "eps": 1e-2, "decomposition": "eigh", "transport": "squared"},
     "normalized": {"normalize_updates": True, "precondition_frequency": 2},
 }
 

@@ -22,6 +22,7 @@ class KL:
         precondition_frequency=10,
         bias_correction=True,
         init="gradient",
+        before_step=False,
     ):
         self.W, self.name = np.array(W, np.float64), name
         self.lr, self.b1, self.b2, self.eps, self.wd = learning_rate, b1, b2, eps, weight_decay
@@ -32,7 +33,7 @@ class KL:
         self.values = [np.ones(d) for d in self.W.shape]
         self.m, self.v = np.zeros_like(self.W), np.zeros_like(self.W)
         self.calls = self.count = 0
-        self.begun = init == "identity"
+        self.begun, self.before_step = init == "identity", before_step
 
     def step(self, G):
         self.calls += 1
@@ -47,17 +48,19 @@ class KL:
         ]
         H2 = (QL.T @ G @ QR) ** 2
         self.values = [b * l + (1 - b) * (H2 / r).mean(1), b * r + (1 - b) * (H2.T / l).mean(1)]
-        if self.calls > 1:
+        if not self.before_step and self.calls > 1:
             self._move(G)
         if self.calls == 1:
             self._turn([eigenbasis(A) for A in self.A])
-        elif self.count % self.every == 0:
+        elif (self.count + self.before_step) % self.every == 0:
             new = []
             for axis, (A, Q) in enumerate(zip(self.A, self.Q, strict=True)):
                 Q, order = orthogonal_iteration(A, Q)
                 self.v = self.v.take(order, axis)
                 new.append(Q)
             self._turn(new)
+        if self.before_step:
+            self._move(G)
         return self.W.copy()
 
     def _move(self, G):

@@ -47,6 +47,7 @@ class Soap:
         decomposition="qr",
         normalize_updates=False,
         phase=0,
+        before_step=False,
     ):
         self.W = np.array(W, np.float64)
         self.lr, self.b1, self.b2, self.eps, self.wd = learning_rate, b1, b2, eps, weight_decay
@@ -60,11 +61,12 @@ class Soap:
         self.Q = [np.eye(d) for d in self.W.shape]
         self.factors = [np.zeros((d, d)) for d in self.W.shape]
         self.calls = self.count = 0
+        self.before_step = before_step
 
     def step(self, G, seen=None):
         """``seen`` are the two sides' second moments, by default those of G."""
         self.calls += 1
-        if self.calls > 1 or self.first_step == "adam":
+        if not self.before_step and (self.calls > 1 or self.first_step == "adam"):
             self._move(G)
         for i, outer in enumerate(seen or (G @ G.T, G.T @ G)):
             self.factors[i] = self.beta * self.factors[i] + (1 - self.beta) * outer
@@ -75,8 +77,10 @@ class Soap:
                 for axis, Q in enumerate(new):
                     self.v = self.v.take(np.abs(Q).argmax(0), axis)
             self._turn(new)
-        elif self.count % self.every == self.phase:
+        elif (self.count + self.before_step) % self.every == self.phase:
             self._refresh()
+        if self.before_step:
+            self._move(G)
         return self.W.copy()
 
     def _move(self, G):

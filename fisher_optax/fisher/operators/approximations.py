@@ -32,17 +32,15 @@ from ..._arguments import in_range
 from ...capture.gradients import value_and_grad
 from ...capture.kinds.kronecker import KroneckerFactors
 from ...capture.kinds.sums import check_counts
-from ...linalg import eigenbasis, unit_frobenius
+from ...linalg import eigenbasis
 from ...matrices.layout import Layer
 from ...preconditioner.factors import projector_splitting
-from .layer_forms import ByOutput, Entries, Form, LayerForms, Product, Rotated, RowSum, Sums, einsum, in_bases
+from .fitted_products import eigenpairs, of_least_distance, of_least_divergence
+from .layer_forms import ByOutput, Entries, Form, LayerForms, Product, Rotated, RowSum, einsum, in_bases
 from .layer_rows import LayerRows, Source, dense, layers_in, rows_of
 from .operator import Operator
 
 __all__ = ["METHODS", "approximate", "dense"]
-
-ITERATIONS = 1000  # at most: the layers of a small CNN take 5 to 20
-Turning = tuple[Array, Array | int, Array, Array]  # how far R turned, the iteration, L and R
 
 
 def approximate(
@@ -179,41 +177,12 @@ def dykaf(rows: LayerRows, sweeps: int = 1) -> list[Product]:
 def kl(rows: LayerRows, ridge: float = 1e-3) -> list[Product]:
     """KL-Shampoo: the product of least KL(N(0, F + ε I) | N(0, L ⊗ R)), by alternating between both factors."""
     in_range("kl: ridge", ridge, 0)
-
-    def fit(block: RowSum | Entries) -> Product:
-        sums = Sums(block)
-        scale = jnp.where(sums.mean_diagonal > 0, sums.mean_diagonal, 1)
-        ε = jnp.maximum(jnp.asarray(ridge, scale.dtype), 10 * jnp.finfo(scale.dtype).eps)
-
-        def ridged(A: Array, P: Array) -> Array:
-            return A / scale + ε * jnp.trace(P) * jnp.eye(len(A), dtype=A.dtype)
-
-        def step(R: Array) -> tuple[Array, Array]:
-            P = _inverse(R)
-            L = ridged(sums.left(P), P) / sums.n
-            P = _inverse(L)
-            return L, ridged(sums.right(P), P) / sums.m
-
-        L, R = _until_it_stands(step, sums)
-        return Product(L * sums.mean_diagonal, R)
-
-    return [jax.lax.map(fit, block) for block in rows.exact()]
+    return [jax.lax.map(functools.partial(of_least_divergence, ridge=ridge), block) for block in rows.exact()]
 
 
 def nearest(rows: LayerRows) -> list[Product]:
     """The nearest Kronecker product in Frobenius norm, by power iteration: what no other can be nearer than."""
-
-    def fit(block: RowSum | Entries) -> Product:
-        sums = Sums(block)
-
-        def step(R: Array) -> tuple[Array, Array]:
-            L = sums.left(unit_frobenius(R))
-            return L, sums.right(unit_frobenius(L))
-
-        L, R = _until_it_stands(step, sums)
-        return Product(unit_frobenius(L), R)
-
-    return [jax.lax.map(fit, block) for block in rows.exact()]
+    return [jax.lax.map(of_least_distance, block) for block in rows.exact()]
 
 
 METHODS: dict[str, Callable[..., Sequence[Form]]] = {
@@ -263,38 +232,7 @@ def _over_trace(A: Array) -> Array:
     return A / jnp.where(trace > 0, trace, 1)
 
 
-def _eigenpairs(A: Array) -> tuple[Array, Array, Array]:
-    """Values, vectors, and the size of their rounding."""
-    Q = eigenbasis(A)
-    λ = jnp.sum(Q * einsum("...ij,...jk->...ik", A, Q), -2)
-    return λ, Q, A.shape[-1] * jnp.finfo(A.dtype).eps * jnp.max(λ, -1, keepdims=True)
-
-
 def _root(A: Array) -> Array:
     """``A^½``; what is rounding counts as 0, as its root would not be small."""
-    λ, Q, noise = _eigenpairs(A)
-    return einsum("...ij,...j,...kj->...ik", Q, jnp.sqrt(jnp.where(λ > noise, λ, 0)), Q)
-
-
-def _inverse(A: Array) -> Array:
-    """``A⁻¹``, finite."""
-    λ, Q, noise = _eigenpairs(A)
-    return einsum("...ij,...j,...kj->...ik", Q, 1 / jnp.maximum(λ, jnp.maximum(noise, jnp.finfo(A.dtype).tiny)), Q)
-
-
-def _until_it_stands(step: Callable[[Array], tuple[Array, Array]], sums: Sums) -> tuple[Array, Array]:
-    """``L, R = step(R)`` from the identity, until R no longer turns."""
-    R = jnp.eye(sums.n, dtype=sums.mean_diagonal.dtype)
-    tolerance = jnp.finfo(R.dtype).eps ** 0.75
-
-    def unfinished(state: Turning) -> Array:
-        turned, i, *_ = state
-        return (turned > tolerance) & (i < ITERATIONS)
-
-    def body(state: Turning) -> Turning:
-        _, i, _, R = state
-        L, new = step(R)
-        return jnp.linalg.norm(unit_frobenius(new) - unit_frobenius(R)), i + 1, L, new
-
-    start = (jnp.asarray(jnp.inf, R.dtype), 0, jnp.eye(sums.m, dtype=R.dtype), R)
-    return jax.lax.while_loop(unfinished, body, start)[2:]
+    λ, Q = eigenpairs(A)
+    return einsum("...ij,...j,...kj->...ik", Q, jnp.sqrt(λ), Q)
