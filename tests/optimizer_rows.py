@@ -77,6 +77,12 @@ def muon_on_spheres(learning_rate: Any = 0.02) -> optax.GradientTransformationEx
     return optax.chain(*before, fo.hyperball(learning_rate))
 
 
+def in_groups(learning_rate: Any = 0.02) -> optax.GradientTransformationExtraArgs:
+    """Muon on the matrices, and AdamW at another rate on the rest."""
+    rules = [(fo.kind("matrix"), fo.scale_by_muon(), 1.0, 0.1), (".*", optax.scale_by_adam(), 0.5)]
+    return fo.groups(learning_rate, rules, allow_unused=True)
+
+
 def soap_row(name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
     options = {"learning_rate": 0.01, "precondition_frequency": 2, "weight_decay": 0.1} | grouped(**options)
     scheduled, undecayed = ("learning_rate", "weight_decay", "b1", "b2", "eps"), {"weight_decay": 0.0}
@@ -242,6 +248,7 @@ ROWS = (
         one_guard=False,
         keeps_norms=True,
     ),
+    Row("groups", in_groups, {"learning_rate": 0.02}, scheduled=("learning_rate",), takes_axes=False),
     # Adam's first direction is a matrix of signs: often singular, so that its polar factor magnifies rounding.
     Row(
         "soap-then-orthogonal", soap_then_orthogonal, rate_after=0.02, takes_axes=False, one_guard=False, tolerance=1e-3

@@ -4,11 +4,17 @@ A name is read as words (``LayerNorm_0`` is "layer norm", ``lora_A`` is "lora a"
 frameworks write with dots or slashes (``model.layers.0.mlp.up_proj.weight``) is a path.
 """
 
+import contextlib
+import contextvars
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .axes import LeafAxes, MatrixAxes
+import jax
+from jaxtyping import PyTree
+
+from .axes import LeafAxes, MatrixAxes, shapes
 
 BIAS_BESIDE = {"kernel": "bias", "weight": "bias", "w": "b", "in_proj_weight": "in_proj_bias"}
 ATTENTION_INPUTS = frozenset({"query", "key", "value", "q_proj", "k_proj", "v_proj"})
@@ -153,3 +159,36 @@ def described(leaf: Leaf, axes: MatrixAxes) -> str:
     if leaf.is_convolution:
         return f"Conv kernel{first}"
     return f"kernel: {inputs} input and {outputs} output axes{first}"
+
+
+# The whole tree around a masked one, whose hidden leaves say how the others are read.
+
+
+class Whole(NamedTuple):
+    """A tree of parameters, and the ``axes`` that it was given."""
+
+    params: PyTree
+    axes: PyTree
+
+
+_whole: contextvars.ContextVar[Whole | None] = contextvars.ContextVar("whole", default=None)
+
+
+@contextlib.contextmanager
+def part_of(params: PyTree, axes: PyTree) -> Iterator[None]:
+    """Inside, `resolve_axes` reads every tree as a part of ``params``; of such calls in one another the outermost
+    counts, since it has seen the most, unless an inner one is given axes of its own.
+    """
+    if (_whole.get() is not None and axes is None) or not jax.tree.leaves(params):
+        yield
+        return
+    token = _whole.set(Whole(shapes(params), axes))
+    try:
+        yield
+    finally:
+        _whole.reset(token)
+
+
+def whole_tree() -> Whole | None:
+    """The tree that `part_of` was told."""
+    return _whole.get()

@@ -17,9 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from .axes import AMBIGUOUS, GIVEN, INFERRED, ROUTER, LeafAxes, MatrixAxes, how_many, listed, made, path_names
-from .names import ATTENTION_INPUTS, ATTENTION_OUTPUTS, EINSUMS, Leaf, bias_name, described, split_names
+from .names import ATTENTION_INPUTS, ATTENTION_OUTPUTS, EINSUMS, Leaf, bias_name, described, split_names, whole_tree
 from .stacks import Stacks
-from .whole import whole_tree
 
 STRICT, OUT_IN = "strict", "out_in"
 WINDOWS = (1, 2, 3, 4, 5, 7)  # of a convolution that nothing names

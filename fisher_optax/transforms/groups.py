@@ -14,11 +14,11 @@ from jaxtyping import PyTree
 
 from .._arguments import in_range, injectable, one_of, require_transformation
 from ..matrices.axes import LeafAxes
+from ..matrices.names import part_of
 from ..matrices.rules import resolve_axes
-from ..matrices.whole import part_of
 from .decay import Decay, WeightDecay, check_decay, stages
 from .fallback import is_recording, record, record_all, recorded, state_bytes
-from .skip_nonfinite import Freezable, chain, skip_nonfinite
+from .skip_nonfinite import Freezable, chain, in_float32, skip_nonfinite
 
 KINDS = ("matrix", "head", "embedding", "other")
 FIELDS = ("pattern", "method", "rate", "decay")
@@ -134,7 +134,23 @@ def groups(
         with part_of(tree, axes):
             return split(tree)[2].update(updates, state, params, **extra)
 
-    return skip_nonfinite(Freezable(init, update))
+    guarded = skip_nonfinite(Freezable(init, update))
+
+    def update_of_trained(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Whatever the gradient of a frozen leaf is, it stops no step."""
+        leaves, structure = jax.tree.flatten(updates)
+        owners = split(updates if params is None else params)[1]
+        trained = [_zero(g) if checked[i].method is None else g for g, i in zip(leaves, owners, strict=True)]
+        return guarded.update(structure.unflatten(trained), state, params, **extra)
+
+    frozen = any(rule.method is None for rule in checked)
+    return optax.GradientTransformationExtraArgs(guarded.init, update_of_trained) if frozen else guarded
+
+
+def _zero(g: Any) -> Any:
+    return jnp.zeros_like(g) if jnp.issubdtype(jnp.result_type(g), jnp.inexact) else g
 
 
 def _checked(learning_rate: optax.ScalarOrSchedule, rules: Sequence[Any]) -> list[Rule]:
@@ -184,7 +200,7 @@ def _group(learning_rate: optax.ScalarOrSchedule, rule: Rule) -> optax.GradientT
     """The method of a group with its rate and its decay."""
     if rule.method is None:
         return optax.set_to_zero()
-    return chain(rule.method, *stages(_times(rule.rate, learning_rate), _decay(rule), None))
+    return chain(in_float32(rule.method), *stages(_times(rule.rate, learning_rate), _decay(rule), None))
 
 
 def _times(factor: float, learning_rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:

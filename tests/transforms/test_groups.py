@@ -92,12 +92,15 @@ def test_independent_decay_does_not_know_the_factor() -> None:
 
 
 def test_axes_are_read_off_the_whole_tree() -> None:
-    # The bias alone tells that the inputs of this window come last: hidden, the kernel would be read otherwise.
-    params = {"layer": {"weight": jnp.ones((4, 6)), "bias": jnp.ones(4)}}
-    rules = [("weight", fo.scale_by_soap(), 1.0), ("bias", optax.scale_by_adam())]
-    row = next(r for r in fo.report(fo.groups(0.1, rules), params).rows if r.path == "layer/weight")
-    whole = next(r for r in fo.report(fo.scale_by_soap(), params).rows if r.path == "layer/weight")
-    assert (row.axes, row.reason) == (whole.axes, whole.reason)
+    """The stacked biases alone tell that the kernel is a stack of layers."""
+    params = {"layers_of": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.ones((3, 5))}}
+    rules = [("kernel", fo.scale_by_soap()), ("bias", optax.scale_by_adam())]
+    (grouped,), (whole,) = (
+        [row for row in fo.report(tx, params).rows if row.path == "layers_of/kernel"]
+        for tx in (fo.groups(0.1, rules), fo.scale_by_soap())
+    )
+    assert grouped.axes == fo.MatrixAxes(1, 2, 0)
+    assert (grouped.axes, grouped.reason) == (whole.axes, whole.reason)
 
 
 def test_kinds_take_the_place_of_patterns() -> None:
@@ -154,6 +157,16 @@ def test_statistics_reach_kfac_in_a_group() -> None:
     ours, _ = tx.update(grads, tx.init(params), params, statistics=statistics)
     wanted, _ = alone.update(grads, alone.init(params), params, statistics=statistics)
     np.testing.assert_array_equal(ours["mlp"]["kernel"], wanted["mlp"]["kernel"])
+
+
+def test_a_frozen_leaf_stops_no_step() -> None:
+    tx: Any = fo.groups(SCHEDULE, RULES)
+    grads, update = drawn(0), jax.jit(tx.update)
+    wanted, _ = update(grads, tx.init(PARAMS), PARAMS)
+    grads["encoder"]["kernel"] = jnp.full((3, 3), jnp.nan)
+    updates, after = update(grads, tx.init(PARAMS), PARAMS)
+    assert fo.health(after).skipped == 0
+    jax.tree.map(np.testing.assert_array_equal, updates, wanted)
 
 
 @pytest.mark.parametrize(
