@@ -34,7 +34,7 @@ def make(form: str, **options: Any) -> Any:
 
 def directions(tx: Any, Gs: Any, As: Any, weights: Any = None) -> list[np.ndarray]:
     """Of one matrix; where A is None, there are no statistics."""
-    params = {"dense": {"kernel": jnp.zeros(np.shape(Gs)[1:], Gs[0].dtype)}}
+    params: Any = {"dense": {"kernel": jnp.zeros(np.shape(Gs)[1:], Gs[0].dtype)}}
     state, update, out = tx.init(params), jax.jit(tx.update), []
     for t, (G, A) in enumerate(zip(Gs, As, strict=True)):
         weight = jnp.asarray(24.0 if weights is None else weights[t])
@@ -72,7 +72,7 @@ def test_white_inputs_and_none_yet_give_muon(form: str) -> None:
     with jax.enable_x64():
         Gs = gradients(4)
         muon = fo.scale_by_muon(scale=1.0, polynomial=EXACT)
-        params = {"dense": {"kernel": jnp.zeros((M, N))}}
+        params: Any = {"dense": {"kernel": jnp.zeros((M, N))}}
         state, wanted = muon.init(params), []
         for G in Gs:
             updates, state = muon.update({"dense": {"kernel": jnp.asarray(G)}}, state, params)
@@ -145,7 +145,7 @@ def test_an_expert_without_tokens_keeps_its_moment(form: str) -> None:
         Gs, As = gradients(6), moments(6)
         late = np.zeros_like(As)
         late[[0, 1, 4, 5]] = As[[0, 1, 4, 5]]
-        params = {"experts": {"kernel": jnp.zeros((2, M, N))}}
+        params: Any = {"experts": {"kernel": jnp.zeros((2, M, N))}}
         axes = {"experts": {"kernel": fo.MatrixAxes(1, 2, 0)}}
         tx = make(form, precondition_frequency=1, axes=axes)
         state, update = tx.init(params), jax.jit(tx.update)
@@ -170,7 +170,7 @@ def captured(params: Any, kind: Any) -> Any:
 
 
 def test_both_kinds_of_statistics_give_the_same_and_biases_go_to_the_fallback() -> None:
-    params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    params: Any = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     tx, out = fo.newton_muon(0.1), []
     for kind in (fo.InputGram(), fo.KroneckerFactors()):
         grads, stats = captured(params, kind)
@@ -191,7 +191,7 @@ def test_a_matrix_with_too_many_inputs_gets_muons_step() -> None:
 
 def test_a_step_with_statistics_that_are_not_finite_changes_nothing() -> None:
     Gs, As = gradients(2).astype(np.float32), moments(2).astype(np.float32)
-    params = {"dense": {"kernel": jnp.zeros((M, N))}}
+    params: Any = {"dense": {"kernel": jnp.zeros((M, N))}}
     tx = fo.newton_muon(0.1, weight_decay=0.1)
     state = tx.init(params)
     bad = {"dense": {"kernel": LayerFactors(jnp.asarray(As[0]).at[0, 0].set(jnp.nan), None, None, jnp.asarray(1.0))}}
@@ -219,7 +219,7 @@ def test_bad_arguments_are_named(options: Any, message: str) -> None:
 
 
 def test_missing_statistics_are_asked_for_by_name() -> None:
-    params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+    params: Any = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
     tx = fo.newton_muon(0.1)
     with pytest.raises(TypeError, match="InputGram"):
         tx.update(params, tx.init(params), params)

@@ -1,5 +1,6 @@
 """The polar factor with a root of the inputs' moment before it, or around it."""
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -50,20 +51,21 @@ def rooted_polar(
     orthogonalized = polar(polynomial, scale)
     unscaled = polar(polynomial)
 
-    def sandwiched(u: Matrix, S: Root) -> Matrix:
+    def sandwiched(S: Root, u: PyTree, params: PyTree) -> Matrix:
+        del params
         # Of any size its dtype can hold, since the step has no scale.
         D = _times(S, _polar(unscaled, _times(S, _relative(u, jnp.max(jnp.abs(u))))))
         m, n = D.shape
         return shape_scale(scale, m, n) * min(m, n) ** 0.5 * _relative(D, jnp.linalg.norm(D))
 
     def momentum(S: Root) -> optax.GradientTransformationExtraArgs:
-        inner = orthogonalized if form == "newton" else optax.stateless(lambda u, _: sandwiched(u, S))
+        inner = orthogonalized if form == "newton" else optax.stateless(functools.partial(sandwiched, S))
         return with_momentum(inner, beta, nesterov, momentum_dtype)
 
     def update(G: Matrix, state: PyTree, basis: InverseRoot, **extra: PyTree) -> tuple[Matrix, PyTree]:
         del extra
         S = None if basis.left is None else basis.left.astype(G.dtype)
-        stepped: tuple[Matrix, PyTree] = momentum(S).update(_times(S, G) if form == "newton" else G, state)
+        stepped: tuple[PyTree, PyTree] = momentum(S).update(_times(S, G) if form == "newton" else G, state)
         return stepped
 
     nothing = Moments((), ())
@@ -79,7 +81,7 @@ def rooted_polar(
 
 
 def _polar(tx: optax.GradientTransformation, X: Matrix) -> Matrix:
-    stepped: tuple[Matrix, PyTree] = tx.update(X, optax.EmptyState())
+    stepped: tuple[PyTree, PyTree] = tx.update(X, optax.EmptyState())
     return stepped[0]
 
 
