@@ -66,6 +66,7 @@ METHODS = {
     "shampoo": Method(lambda rate: fo.shampoo(rate, b1=0.0, exponent=-0.5, **FRESH)),
     "dykaf": Method(lambda rate: fo.dykaf(rate, b1=0.0, **FRESH)),
     "soap_muon": Method(lambda rate: fo.soap_muon(rate, b1=0.0)),
+    "newton_muon": Method(lambda rate: fo.newton_muon(rate, beta=0.0, precondition_frequency=1), fo.InputGram()),
     "kl": Method(lambda rate: fo.kl_soap(rate, b1=0.0, **FRESH)),
     "kfac": Method(lambda rate: fo.kfac(rate, momentum=0.0, **FRESH), fo.KroneckerFactors()),
     "ekfac": Method(lambda rate: fo.ekfac(rate, momentum=0.0, **FRESH), fo.KroneckerFactors(squares=True)),
@@ -76,6 +77,7 @@ PLAIN = {"SGD": Method(lambda rate: optax.sgd(rate)), "Adam": Method(lambda rate
 LABELS = {
     "soap": "SOAP",
     "soap_muon": "SOAP-Muon",
+    "newton_muon": "Newton-Muon",
     "dykaf": "DyKAF",
     "kl": "KL-SOAP",
     "kfac": "K-FAC",
@@ -111,7 +113,8 @@ def trained(method: Method, rates: np.ndarray, problem: Problem) -> tuple[np.nda
     x, y = (jnp.stack(arrays) for arrays in zip(*problem.batches(STEPS), strict=True))
     start = {"kernel": jnp.asarray(problem.start, jnp.float32)}
     # The true Fisher: the empirical one of a fitted model is that of its noise.
-    fisher = "true" if isinstance(method.statistics, fo.KroneckerFactors) else "empirical"
+    of_gradients = isinstance(method.statistics, fo.KroneckerFactors) and "right" in method.statistics.sides
+    fisher = "true" if of_gradients else "empirical"
     gradient = fo.value_and_grad(loss, method.statistics, fisher=fisher) if method.statistics else None
     with_bases = isinstance(method.statistics, fo.KroneckerFactors) and method.statistics.squares
 

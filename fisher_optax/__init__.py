@@ -27,6 +27,7 @@ from .optimizers.kfac import kfac, scale_by_kfac
 from .optimizers.kfac_soap import kfac_soap, scale_by_kfac_soap
 from .optimizers.kl import kl_shampoo, kl_soap, scale_by_kl_shampoo, scale_by_kl_soap
 from .optimizers.muon import muon, scale_by_muon
+from .optimizers.newton_muon import newton_muon, scale_by_newton_muon
 from .optimizers.shampoo import scale_by_shampoo, shampoo
 from .optimizers.soap import scale_by_soap, soap
 from .optimizers.soap_muon import kl_soap_muon, scale_by_soap_muon, soap_muon
@@ -56,6 +57,7 @@ _FACTORIES = (
     *(frog, scale_by_frog, kfrog, scale_by_kfrog),
     *(kl_shampoo, scale_by_kl_shampoo, kl_soap, scale_by_kl_soap),
     *(soap_muon, scale_by_soap_muon, kl_soap_muon),
+    *(newton_muon, scale_by_newton_muon),
 )
 STATIC_ARGS = {f.__name__: _static_args(f) for f in _FACTORIES}
 
@@ -109,6 +111,7 @@ __all__ = [
     "linalg",
     "losses",
     "muon",
+    "newton_muon",
     "pinned_step",
     "polar_express",
     "precondition",
@@ -124,6 +127,7 @@ __all__ = [
     "scale_by_kl_shampoo",
     "scale_by_kl_soap",
     "scale_by_muon",
+    "scale_by_newton_muon",
     "scale_by_normuon",
     "scale_by_shampoo",
     "scale_by_soap",

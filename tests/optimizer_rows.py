@@ -135,6 +135,20 @@ def kfac_row(make: Callable[..., Any], name: str, tolerance: float = SINGLE_PREC
     )
 
 
+def newton_row(make: Callable[..., Any], name: str, tolerance: float = SINGLE_PRECISION, **options: Any) -> Row:
+    options = {"learning_rate": 0.02, "weight_decay": 0.1, "precondition_frequency": 2} | grouped(**options)
+    scheduled = ("learning_rate", "weight_decay", "beta", "damping", "curvature_decay")
+    return Row(
+        name,
+        fed(make, factors),
+        options,
+        static_args=make.__name__,
+        scheduled=scheduled,
+        undecayed={"weight_decay": 0.0},
+        tolerance=tolerance,
+    )
+
+
 def frog_row(make: Callable[..., Any], name: str, **options: Any) -> Row:
     # Six samples leave directions to the damping alone: more of it, or rounding shows.
     options = {"learning_rate": 0.01, "weight_decay": 0.1, "damping": 0.1} | options
@@ -224,6 +238,15 @@ ROWS = (
     ),
     kfac_row(fo.ekfac, "ekfac", damping=0.1),  # some squares of one example are zero up to rounding
     like_soap(fo.kfac_soap, "kfac_soap")._replace(make=fed(fo.kfac_soap, factors), joined=True),
+    newton_row(fo.newton_muon, "newton_muon", damping=0.2),
+    newton_row(
+        fo.newton_muon,
+        "newton_muon-sandwich-staggered-packed",
+        form="sandwich",
+        damping=1e-3,
+        refresh="staggered",
+        packed=True,
+    ),
     frog_row(fo.frog, "frog"),
     # Its size is that of momentum over the output gradients, here of one gradient that vanishes at the minimum.
     frog_row(fo.kfrog, "kfrog", momentum=0.0),

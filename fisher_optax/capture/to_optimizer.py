@@ -37,12 +37,14 @@ def on_layers(
     wants: type[LayerStatistics],
     check: Callable[[Layer, Any, tuple[int, ...]], object] = lambda layer, statistics, shape: None,
     check_shape: Callable[[Layer, tuple[int, ...]], object] = lambda layer, shape: None,
+    kind: str | None = None,
 ) -> T:
     """``inner`` on the joined matrices of a tree of layers, with each one's statistics in the same order.
 
     ``inner.update(matrices, state, params, statistics=[...])`` gets lists, or None for statistics: from here on they
-    are an argument of their own. The result is of inner's type.
+    are an argument of their own. The result is of inner's type. ``kind`` names the statistics that errors ask for.
     """
+    kind = kind or KINDS[wants]
     for layer in layers:
         _require_order(layer, method)
 
@@ -61,10 +63,10 @@ def on_layers(
         leaves, treedef = jax.tree.flatten(updates)
         if not layers:
             return updates, state
-        of_layers = _aligned(statistics, layers, method, wants)
+        of_layers = _aligned(statistics, layers, method, wants, kind)
         if of_layers is not None:
             for layer, found in zip(layers, of_layers, strict=True):
-                _require_axes(layer, found, leaves[layer.kernel].shape, method)
+                _require_axes(layer, found, leaves[layer.kernel].shape, method, kind)
             of_layers = [_with_bias(found, layer) for found, layer in zip(of_layers, layers, strict=True)]
             for layer, found in zip(layers, of_layers, strict=True):
                 check(layer, found, layer.shape(leaves))
@@ -76,14 +78,16 @@ def on_layers(
     return type(inner)(init, update)
 
 
-def _aligned(statistics: PyTree, layers: list[Layer], method: str, wants: type) -> list[LayerStatistics] | None:
+def _aligned(
+    statistics: PyTree, layers: list[Layer], method: str, wants: type, kind: str
+) -> list[LayerStatistics] | None:
     """The statistics of each layer, in order; None where the caller gave None.
 
     Raises:
       TypeError: for none at all, or of another kind.
       ValueError: where a layer has none.
     """
-    how = HOW.format(kind=KINDS[wants])
+    how = HOW.format(kind=kind)
     if statistics is MISSING:
         none = "; statistics=None means no new curvature" if wants is LayerFactors else ""
         raise TypeError(
@@ -97,12 +101,12 @@ def _aligned(statistics: PyTree, layers: list[Layer], method: str, wants: type) 
         have = ", ".join(map(repr, found)) or "nothing"
         raise ValueError(
             f"fo.{method}: no statistics for {missing[0]!r} ({len(missing)} of {len(layers)} layers lack them; there "
-            f"are some for {have}). If the tree is right, {REMEDY.format(kind=KINDS[wants])}."
+            f"are some for {have}). If the tree is right, {REMEDY.format(kind=kind)}."
         )
     for layer in layers:
         if not isinstance(found[layer.path], wants):
-            kind = type(found[layer.path]).__name__
-            raise TypeError(f"fo.{method}: statistics of {layer.path!r} are {kind}, wanted {wants.__name__}: {how}.")
+            got = type(found[layer.path]).__name__
+            raise TypeError(f"fo.{method}: statistics of {layer.path!r} are {got}, wanted {wants.__name__}: {how}.")
     return [found[layer.path] for layer in layers]
 
 
@@ -116,7 +120,7 @@ def _require_order(layer: Layer, method: str) -> None:
             )
 
 
-def _require_axes(layer: Layer, statistics: LayerStatistics, shape: tuple[int, ...], method: str) -> None:
+def _require_axes(layer: Layer, statistics: LayerStatistics, shape: tuple[int, ...], method: str, kind: str) -> None:
     """A ValueError unless the statistics are of the matrix that the layer is; of statistics without axes nothing is
     known but shapes.
 
@@ -130,7 +134,7 @@ def _require_axes(layer: Layer, statistics: LayerStatistics, shape: tuple[int, .
         read, used = (f"{a}" + (f" with bias {a.bias!r}" if other_bias else "") for a in (ours, theirs))
         raise ValueError(
             f"fo.{method} reads {layer.path!r} of shape {shape} as {read}, but its statistics are of {used}, as the "
-            f"program uses it: {REMEDY.format(kind=KINDS[type(statistics)])}."
+            f"program uses it: {REMEDY.format(kind=kind)}."
         )
 
 
@@ -264,3 +268,22 @@ def same_shapes(
                 "and fo.KroneckerFactors the same max_precond_dim=max_dim and rank; axes=fo.infer_axes(loss_fn, "
                 "params, batch) leaves to the fallback what is only looked up."
             )
+
+
+def whole_left(method: str, storage: Sides, layer: Layer, statistics: LayerFactors, shape: tuple[int, ...]) -> None:
+    """A ValueError unless the left statistics are of a matrix of that shape, where the optimizer has such a side."""
+    *batch, m, n = shape
+    wanted, size = storage.wanted(m, n)[0], getattr(statistics.left, "shape", ())
+    if not wanted and len(batch) in dict(layer_axes([layer])[0].parts):
+        raise ValueError(
+            f"fo.{method}: {layer.path!r} has {m} inputs, more than max_precond_dim={storage.max_dim}, in parts: raise "
+            "max_precond_dim, or leave parts= of its axes out."
+        )
+    if wanted and size[-2:] != (m, m):
+        left = statistics.left
+        have = "nothing" if left is None else f"{left.rows.shape} rows" if isinstance(left, LowRank) else f"{size}"
+        raise ValueError(
+            f"fo.{method}: the left statistics of {layer.path!r} are {have}; wanted a {m} x {m} matrix: take "
+            "fo.value_and_grad(loss_fn, statistics=fo.InputGram()); axes=fo.infer_axes(loss_fn, params, batch, "
+            "statistics=fo.InputGram()) leaves to the fallback what is only looked up."
+        )

@@ -83,7 +83,7 @@ def precondition(
     if factors is not None and factors.of_statistics:
         raise TypeError(
             f"fo.precondition takes factors of gradients; {factors.name!r} ones follow the statistics of layers, which "
-            "fo.kfac, fo.ekfac and fo.kfac_soap take: update(grads, state, params, statistics=stats)."
+            "fo.kfac, fo.ekfac, fo.kfac_soap and fo.newton_muon take: update(grads, state, params, statistics=stats)."
         )
     _check_numbers(precondition_frequency, max_precond_dim, max_stack)
     if factors is None or decomposition is None:

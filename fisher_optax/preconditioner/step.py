@@ -36,6 +36,8 @@ class Store(NamedTuple):
 
     def wanted(self, m: int, n: int) -> tuple[bool, bool]:
         """Which sides of an ``m x n`` matrix get a factor."""
+        if self.sides == "left":
+            return m <= self.max_dim, False
         both = self.sides == "both"
         return m <= self.max_dim and (both or m <= n), n <= self.max_dim and (both or n < m)
 

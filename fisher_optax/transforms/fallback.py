@@ -103,11 +103,12 @@ def layers_with_fallback(
     kinds: tuple[str, ...] = ("matrix", "head"),
     describe: Callable[[LeafAxes], dict[str, Any]] = lambda leaf: {},
     unused: Unused = lambda method, leaves, statistics: None,
+    with_bias: bool = True,
 ) -> Freezable:
-    """`with_fallback`, where a matrix takes its bias along: ``build`` gets the layers among its own leaves.
+    """`with_fallback`, where ``build`` gets the layers among its own leaves, and a matrix takes its bias along, or not.
     ``unused(method, leaves, statistics)`` says what to warn of, if there is something, at a call.
     """
-    among = functools.partial(layers_of, kinds=kinds)
+    among = functools.partial(layers_of, kinds=kinds, with_bias=with_bias)
     return _routed(method, build, fallback, axes, among, describe, kinds, unused=unused)
 
 

@@ -8,4 +8,5 @@ from .eigenvalues import inverse_root_of_eigenvalues as inverse_root_of_eigenval
 from .orthogonal import orthogonal as orthogonal
 from .power import power as power
 from .rank1 import rank1_adam as rank1_adam
+from .rooted_polar import rooted_polar as rooted_polar
 from .scaled_polar import scaled_polar as scaled_polar

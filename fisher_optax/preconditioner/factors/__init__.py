@@ -1,6 +1,7 @@
 """How Kronecker factors follow the gradients: one file a rule."""
 
 from ..contracts import Kronecker as Kronecker
+from .inputs import inputs as inputs
 from .kronecker import kronecker as kronecker
 from .kronecker import tikhonov as tikhonov
 from .kullback_leibler import kullback_leibler as kullback_leibler
