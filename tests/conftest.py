@@ -25,11 +25,11 @@ os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")]).st
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# One folder a worker: JAX writes an entry in place, and a second worker could read half of it.
-worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-cache = Path(__file__).parents[1] / ".pytest_cache" / "jax" / worker
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# One folder a worker, which has the environment of the process that starts it: JAX writes an entry in place, and a
+# second worker could read half of it. Steps that are not compiled as a whole compile the same branches at every call.
+folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path(__file__).parents[1] / ".pytest_cache" / "jax"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(folder, os.environ.get("PYTEST_XDIST_WORKER", "")))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 # A seventh of the time to collect was to look through all that had been imported for garbage, again and again.
 gc.set_threshold(20_000, 20, 50)

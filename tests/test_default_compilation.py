@@ -5,22 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-AGAIN = {
-    "the authors' trajectories": [
-        *("optimizers/test_soap.py", "optimizers/test_dykaf.py", "optimizers/test_frog.py"),
-        *("-k", "the_authors"),
-    ],
-    "heads in float32": ["fisher/test_head_float32.py"],
-    "pruning in float32": ["compression/test_sparsegpt.py", "compression/test_obs.py", "-k", "float32"],
-    "orthogonalisation": ["linalg/test_orthogonalize.py", "-k", "scale or float32 or half or spectra or finite"],
-}
+AGAIN = (  # the authors' trajectories, heads and pruning in float32, orthogonalisation
+    *(f"optimizers/test_{name}.py::test_the_authors_trajectories" for name in ("soap", "dykaf", "frog")),
+    "optimizers/test_dykaf.py::test_the_authors_factors",
+    "fisher/test_head_float32.py",
+    "compression/test_sparsegpt.py::test_float32_and_narrower_weights_share_one_program",
+    "compression/test_obs.py::test_float32_does_not_drift",
+    "linalg/test_orthogonalize.py::test_any_scale",
+    "linalg/test_orthogonalize.py::test_a_value_that_is_not_finite_spoils_its_own_matrix_only",
+    "linalg/test_orthogonalize.py::test_float32_direct_error_is_rounding_times_the_slope_at_zero",
+    "linalg/test_orthogonalize.py::test_float32_gram_error_is_the_predicted_drift",
+    "linalg/test_orthogonalize.py::test_gram_on_well_conditioned_and_hard_spectra",
+    "linalg/test_orthogonalize.py::test_products_in_half_precision_stay_bounded",
+)
 
 
-@pytest.mark.parametrize("what", AGAIN)
-def test_with_the_compilers_defaults(what: str) -> None:
+def test_with_the_compilers_defaults() -> None:
+    """In one process, which imports and collects once."""
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "JAX_ENABLE_COMPILATION_CACHE": "false",  # whose programs are not these
@@ -28,11 +30,10 @@ def test_with_the_compilers_defaults(what: str) -> None:
     }
     # A worker of its own, not one of this run's.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    files = [f"tests/{x}" if x.endswith(".py") else x for x in AGAIN[what]]
     # Shapes and types, which compilation does not change, are checked where the same tests run with the others.
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-m", "", "-p", "no:cacheprovider",
-         "--jaxtyping-packages=", *files],
+         "--jaxtyping-packages=", *(f"tests/{test}" for test in AGAIN)],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]

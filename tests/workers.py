@@ -29,9 +29,7 @@ def share(nodeid: str) -> str:
     """A test's group: its file. Of the laws, all of one optimizer, whose programs and run they share."""
     path, _, name = nodeid.partition("::")
     case = name.partition("[")[2].rstrip("]")
-    if "/laws/" in path and case:
-        return f"laws of {case.partition('-')[0]}"
-    return f"{path} {case}" if path.endswith("test_default_compilation.py") else path
+    return f"laws of {case.partition('-')[0]}" if "/laws/" in path and case else path
 
 
 class Shares(LoadScopeScheduling):

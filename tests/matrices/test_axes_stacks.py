@@ -1,12 +1,13 @@
 """Stacks are read where something shows them, and a leaf with two readings is none, with a reason."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 from flax import nnx
 
@@ -211,6 +212,15 @@ def inserted(shape: tuple[int, ...], length: int, at: tuple[int, ...]) -> tuple[
     return shape[: at[0]] + (2, length)[-len(at) :] + shape[at[0] :]
 
 
+@pytest.fixture
+def unchecked_types() -> Iterator[None]:
+    """For a million calls of what other tests call with its types checked, which takes four times as long."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("names", ["query key value out", "q k v proj"])
 @pytest.mark.parametrize(
     ("bias", "norm", "module"),
