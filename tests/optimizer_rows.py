@@ -78,7 +78,7 @@ def muon_on_spheres(learning_rate: Any = 0.02) -> optax.GradientTransformationEx
 
 
 def in_groups(learning_rate: Any = 0.02) -> optax.GradientTransformationExtraArgs:
-    """Muon on the matrices, and AdamW at another rate on the rest."""
+    """Muon on the matrices, and Adam at another rate on the rest."""
     rules = [(fo.kind("matrix"), fo.scale_by_muon(), 1.0, 0.1), (".*", optax.scale_by_adam(), 0.5)]
     return fo.groups(learning_rate, rules, allow_unused=True)
 

@@ -93,7 +93,8 @@ def _with_product(site: Site, y: Value, values: list[Value], state: State, watch
     def of_inputs(x: Array, y: Array, mask: Array | None, groups: Array | None) -> Sums:
         return collect(Tapped(in_parts(x), jnp.zeros_like(in_parts(y)), mask, None, groups=groups))
 
-    sums = automatic(of_inputs, *jax.lax.stop_gradient((x, y, mask, groups)))
+    operands = jax.tree.map(jnp.asarray, (x, y, mask, groups))  # what a loss closes over may be NumPy's
+    sums = automatic(of_inputs, *jax.lax.stop_gradient(operands))
     if split:
         sums = jax.tree.map(lambda s: jaxprs.varying_as(s, y, x, mask), sums)
         sums = jax.lax.psum(sums, tuple(name for name, _ in split))

@@ -228,3 +228,11 @@ def test_integer_parameters_pass_through() -> None:
     assert masks["steps"] is masks["key"] is None
     assert pruned["key"] == params["key"]
     assert int(masks["w"].sum()) == 4
+
+
+def test_inputs_of_numpy_reach_a_kind_as_arrays() -> None:
+    """As a loss closes over its data."""
+    x = np.arange(8, dtype=np.float32).reshape(4, 2)
+    loss = lambda p: fo.losses.gaussian(x @ p["kernel"], jnp.zeros((4, 3)))  # noqa: E731
+    statistics = fo.value_and_grad(loss, statistics=fo.InputGram())({"kernel": jnp.ones((2, 3))})[2]
+    np.testing.assert_allclose(statistics["kernel"].left, x.T @ x / 4, rtol=1e-6)
