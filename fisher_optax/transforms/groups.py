@@ -89,7 +89,8 @@ def groups(
       rules: in order.
         ``pattern``: a regular expression, searched for anywhere in a path such as "Block_0/attn/query/kernel", or an
         `fo.kind`.
-        ``method``: a direction, such as ``fo.scale_by_muon()``; None freezes the leaves, and keeps no state of them.
+        ``method``: a direction, such as ``fo.scale_by_muon()``; None freezes the leaves, and keeps no state of them. An
+        optimizer with a rate of its own, such as ``fo.muon(0.02)``, would go uphill.
         ``rate``: the factor of the learning rate, above 0; 1 if it is left out.
         ``decay``: a number, a schedule or an `fo.Decay`; 0 if it is left out. A number is per unit of the group's own
         rate; the peak of an `fo.Decay` is one of ``learning_rate``, whatever the factor.
