@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 AGAIN = (  # the authors' trajectories, heads and pruning in float32, orthogonalisation
     *(f"optimizers/test_{name}.py::test_the_authors_trajectories" for name in ("soap", "dykaf", "frog")),
     "optimizers/test_dykaf.py::test_the_authors_factors",
+    *(f"optimizers/test_{name}.py::test_the_reference_follows_the_authors_trajectories" for name in ("soap", "frog")),
     "fisher/test_head_float32.py",
     "compression/test_sparsegpt.py::test_float32_and_narrower_weights_share_one_program",
     "compression/test_obs.py::test_float32_does_not_drift",
