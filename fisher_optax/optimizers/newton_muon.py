@@ -106,8 +106,8 @@ def newton_muon(
         matrix make one at once.
       max_precond_dim: a matrix with more inputs gets Muon's step.
       refresh: "every", "staggered", or a `fo.Refresh` of these: roots of one length are made by the same way.
-      storage: a `fo.Storage`, without ``sides``, ``block_size`` and ``rank``. Factors in bfloat16 may need more damping:
-        where rounding makes one indefinite the old root stays, which `fo.health` counts.
+      storage: a `fo.Storage`, without ``sides``, ``block_size`` and ``rank``. Factors in bfloat16 may need more
+        damping: where rounding makes one indefinite the old root stays, which `fo.health` counts.
       mask: which parameters decay, as in `optax.adamw`.
       fallback: a complete optimizer for what is no matrix, and for embeddings and heads; default ``optax.adamw`` with
         this rate, decay and mask.
