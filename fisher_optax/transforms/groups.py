@@ -94,7 +94,7 @@ def groups(
         ``rate``: the factor of the learning rate, above 0; 1 if it is left out.
         ``decay``: a number, a schedule or an `fo.Decay`; 0 if it is left out. A number is per unit of the group's own
         rate; the peak of an `fo.Decay` is one of ``learning_rate``, whatever the factor.
-      axes: as in `muon`, for all methods that have none of their own.
+      axes: as in `muon`, for all methods that have none of their own. A function, theirs too, gets the whole tree.
       allow_unused: whether a rule may be without a leaf.
 
     Raises:
